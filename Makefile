@@ -1,0 +1,49 @@
+# Everything a newcomer or a CI server runs. Needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs check bench format golden clean
+
+help: ## show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP) ## set up, then probe the demo checkpoint (fp16 fails, as it must) and show the run again
+	$(BIN)/qprec probe demo -o qprec-demo.json --fail-on never
+	$(BIN)/qprec report qprec-demo.json --fail-on never > /dev/null
+
+test: $(STAMP) ## set up, then the full test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+docs: $(STAMP) ## README and help agree
+	$(BIN)/python -m pytest tests/test_docs.py
+
+check: lint types test docs ## all that CI runs
+
+bench: $(STAMP) ## speed and memory, as ratios (minutes; set QPREC_BENCH_DIR for room on another disk)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python scripts/bench.py
+
+format: $(STAMP) ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(STAMP) ## write the expected outputs of the tests anew; read the diff
+	$(BIN)/python -m pytest --update-golden
+
+clean: ## remove what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qprec-demo.json qprec-run.json

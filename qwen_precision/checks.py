@@ -1,0 +1,399 @@
+"""Judgement: from the facts of a Run to findings, a verdict a dtype and an exit code. Pure; no torch.
+
+A finding names an origin: the first operation whose inputs were all finite and whose output was not. What
+only passes a NaN on is counted at its origin, not listed. One finding a dtype and site, whatever the number
+of prompts; it names the worst one. Headroom is the largest finite number of the format an operation computes
+in, divided by the largest magnitude in the reference pass (the dtype's own pass where there is no reference).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from qwen_precision.dtypes import DTYPES, REFERENCE, largest
+from qwen_precision.names import layer_of, name_of
+from qwen_precision.record import Event, Pass, Run, Site
+
+SEVERITIES = ("info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on something is worth a finding."""
+
+    near_overflow: float = 2.0
+    """Headroom below which an operation is near overflow."""
+    underflow_share: float = 0.01
+    """Share of a tensor's elements that may become zero in a dtype."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judged fact."""
+
+    kind: str
+    severity: str
+    dtype: str
+    prompt: str | None
+    """Name of the worst prompt, or None where no prompt is involved."""
+    layer: int | None
+    module: str
+    op: str
+    name: str
+    """The operation in Qwen3's words."""
+    origin: bool
+    reference_abs_max: float | None
+    headroom: float | None
+    cause: str
+    advice: str
+    nan: int = 0
+    inf: int = 0
+    propagated: int = 0
+    """Later operations that only passed it on."""
+    token: dict[str, int | str | bool | None] | None = None
+    channel: int | None = None
+    expert: int | None = None
+    prompts: tuple[str, ...] = ()
+    """All prompts that show it."""
+    predicted: bool = False
+    """Known from the reference alone: the dtype's own stream did not get here."""
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """One site's headroom in one dtype, over all prompts."""
+
+    dtype: str
+    site: int
+    abs_max: float
+    headroom: float
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A judged Run."""
+
+    verdict: dict[str, str]
+    """By dtype: ok, risk, fail, or incomplete (stopped before anything was found)."""
+    findings: list[Finding]
+    headroom: dict[str, list[Headroom]]
+    """By dtype, smallest first; only sites that compute in that dtype itself."""
+    stopped: str | None
+    run: Run = field(repr=False)
+
+    def exit_code(self, fail_on: str) -> int:
+        """0 nothing at or above ``fail_on``, 1 findings, 3 the run did not finish and nothing was found."""
+        bad = {"fail": {"fail"}, "risk": {"fail", "risk"}, "never": set()}[fail_on]
+        if bad & set(self.verdict.values()):
+            return 1
+        return 3 if self.stopped else 0
+
+
+FAIL_ON = ("fail", "risk", "never")
+
+
+class _Facts:
+    """Columns of a Run by dtype and prompt, and what headroom means for each site."""
+
+    def __init__(self, run: Run, limits: Limits) -> None:
+        self.run, self.limits = run, limits
+        self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
+
+    def passes(self, dtype: str) -> list[Pass]:
+        return [each for each in self.run.passes if each.dtype == dtype]
+
+    def limit(self, dtype: str, site: int) -> float:
+        return largest(self.run.wider.get(dtype, {}).get(site, dtype))
+
+    def computes_wider(self, dtype: str, site: int) -> bool:
+        return self.run.wider.get(dtype, {}).get(site, dtype) != dtype
+
+    def magnitude(self, each: Pass, site: int) -> float | None:
+        """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.
+
+        A cast has no counterpart in the reference; its input is what ran just before, so that one's is taken.
+        """
+        reference = self.by_key.get((REFERENCE, each.prompt))
+        if reference is None or each.dtype == REFERENCE:
+            return each.abs_max[site]
+        value = reference.abs_max[site]
+        if value is None and self.run.sites[site].op == "cast":
+            value = self._before(each, reference, site)
+        return each.abs_max[site] if value is None else value
+
+    def _before(self, each: Pass, reference: Pass, site: int) -> float | None:
+        module = self.run.sites[site].module
+        ran = [s for s, value in enumerate(each.abs_max[:site]) if value is not None]
+        same = [s for s in ran if self.run.sites[s].module == module and reference.abs_max[s] is not None]
+        return reference.abs_max[same[-1]] if same else None
+
+
+def judge(run: Run, limits: Limits | None = None) -> Report:
+    """Judge a Run.
+
+    Args:
+        run: the facts.
+        limits: from where on something is worth a finding.
+    """
+    facts = _Facts(run, limits or Limits())
+    findings = [finding for check in CHECKS.values() for finding in check(facts)]
+    findings.sort(key=_order)
+    headroom = {dtype: _headroom(facts, dtype) for dtype in run.dtypes}
+    verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
+    return Report(verdict, findings, headroom, run.stopped, run)
+
+
+def _order(finding: Finding) -> tuple[int, bool, float]:
+    """Errors in the order of the forward, so that the first is the first; then warnings, tightest first."""
+    severity = -SEVERITIES.index(finding.severity)
+    if finding.severity != "error":
+        return severity, False, finding.headroom if finding.headroom is not None else 0.0
+    before_layers = finding.layer is None and "embed" in finding.module
+    return severity, finding.predicted, -1 if before_layers else math.inf if finding.layer is None else finding.layer
+
+
+def _verdict(run: Run, dtype: str, findings: list[Finding]) -> str:
+    mine = [finding for finding in findings if finding.dtype == dtype]
+    if any(finding.severity == "error" for finding in mine):
+        return "fail"
+    if any(finding.severity == "warning" for finding in mine):
+        return "risk"
+    return "incomplete" if run.stopped else "ok"
+
+
+def _headroom(facts: _Facts, dtype: str) -> list[Headroom]:
+    worst: dict[int, Headroom] = {}
+    for each in facts.passes(dtype):
+        for site in range(len(facts.run.sites)):
+            value = facts.magnitude(each, site)
+            if value is None or each.abs_max[site] is None or facts.computes_wider(dtype, site):
+                continue
+            room = math.inf if value == 0 else facts.limit(dtype, site) / value if math.isfinite(value) else 0.0
+            if site not in worst or room < worst[site].headroom:
+                worst[site] = Headroom(dtype, site, value, room, each.prompt)
+    return sorted(worst.values(), key=lambda row: row.headroom)
+
+
+# -- the checks ------------------------------------------------------------------------------------------------
+
+
+def _overflow(facts: _Facts) -> Iterator[Finding]:
+    """An operation gave an infinity or a NaN although what went in was finite."""
+    for dtype in facts.run.dtypes:
+        yield from _origins(facts, dtype)
+    if REFERENCE not in facts.run.dtypes and facts.run.reference:
+        # The reference itself is dead: nobody asked for fp32, but it changes what every other finding means.
+        yield from _origins(facts, REFERENCE)
+
+
+def _origins(facts: _Facts, dtype: str) -> Iterator[Finding]:
+    worst: dict[int, Finding] = {}
+    prompts: dict[int, list[str]] = {}
+    for each in facts.passes(dtype):
+        bad = [site for site, value in enumerate(each.abs_max) if value is not None and not math.isfinite(value)]
+        events = {event.site: event for event in each.events if event.nan or event.inf}
+        origins = [s for s in bad if s in events and events[s].clean_inputs and events[s].clean_weights]
+        for number, site in enumerate(origins):
+            following = origins[number + 1] if number + 1 < len(origins) else math.inf
+            carried = sum(1 for other in bad if site < other < following)
+            finding = _origin_finding(facts, each, events[site], carried)
+            prompts.setdefault(site, []).append(facts.run.prompts[each.prompt].name)
+            if site not in worst or (finding.reference_abs_max or 0) > (worst[site].reference_abs_max or 0):
+                worst[site] = finding
+    for site in sorted(worst):
+        yield replace(worst[site], prompts=tuple(dict.fromkeys(prompts[site])))
+
+
+def _origin_finding(facts: _Facts, each: Pass, event: Event, carried: int) -> Finding:
+    site = facts.run.sites[event.site]
+    magnitude = facts.magnitude(each, event.site) if facts.run.reference and each.dtype != REFERENCE else None
+    if magnitude is not None and not math.isfinite(magnitude):
+        magnitude = None
+    limit = facts.limit(each.dtype, event.site)
+    what = name_of(site.module, site.op, site.call)
+    kind = "overflow" if event.inf else "nan"
+    return Finding(
+        kind=kind, severity="error", dtype=each.dtype, prompt=facts.run.prompts[each.prompt].name,
+        layer=site.layer, module=site.module, op=site.op, name=what, origin=True,
+        reference_abs_max=magnitude, headroom=limit / magnitude if magnitude else None,
+        cause=_cause(each.dtype, what, magnitude, limit, event, facts.run.reference),
+        advice=_advice(each.dtype, magnitude, limit),
+        nan=event.nan, inf=event.inf, propagated=carried,
+        token=_token(facts.run, each, event), channel=event.channel, expert=event.expert,
+    )  # fmt: skip
+
+
+def _cause(dtype: str, what: str, magnitude: float | None, limit: float, event: Event, reference: bool) -> str:
+    padding = " Only pad positions are affected." if event.in_padding else ""
+    if dtype == REFERENCE:
+        return f"The {what} is not finite even in fp32, from finite inputs.{padding}"
+    if magnitude is None:
+        why = "the reference is not finite here either" if reference else "there is no reference to tell how far"
+        return f"The {what} left the range of {dtype} ({limit:.6g}) from finite inputs; {why}.{padding}"
+    if magnitude > limit:
+        return f"The {what} reaches {magnitude:.6g} in fp32; {dtype} ends at {limit:.6g}.{padding}"
+    return (
+        f"The {what} reaches only {magnitude:.6g} in fp32, within {dtype}'s range of {limit:.6g}, yet is not finite: "
+        f"the accumulation or an intermediate value left the range.{padding}"
+    )
+
+
+def _advice(dtype: str, magnitude: float | None, limit: float) -> str:
+    if dtype == REFERENCE:
+        return "Compare the file's hash with the hub's and download again; no dtype can repair this."
+    if dtype == "fp16" and (magnitude is None or magnitude > limit):
+        return "Run this checkpoint in bf16 or fp32, or keep this operation in fp32."
+    return f"Run this checkpoint in fp32, or keep this operation out of {dtype}."
+
+
+def _token(run: Run, each: Pass, event: Event) -> dict[str, int | str | bool | None] | None:
+    if event.position is None or event.row is None:
+        return None
+    row = run.prompts[each.prompt].rows[event.row]
+    index = event.position - row.padding
+    padding = index < 0 or index >= len(row.ids)
+    return {
+        "position": event.position,
+        "id": None if padding else row.ids[index],
+        "text": None if padding or index >= len(row.tokens) else row.tokens[index],
+        "row": event.row,
+        "padding": padding,
+    }
+
+
+def _near_overflow(facts: _Facts) -> Iterator[Finding]:
+    """The reference comes closer to a dtype's largest finite number than the limit allows."""
+    for dtype in facts.run.dtypes:
+        if dtype == REFERENCE:
+            continue
+        failed = {
+            event.site for each in facts.passes(dtype) for event in each.events if event.nan or event.inf
+        }  # fmt: skip
+        for row in _headroom(facts, dtype):
+            if row.headroom >= facts.limits.near_overflow or row.site in failed or row.headroom == 0:
+                continue
+            finding = _near_finding(facts, row)
+            yield _beyond(finding) if row.headroom < 1 and _came_reseeded(facts, row) else finding
+
+
+def _came_reseeded(facts: _Facts, row: Headroom) -> bool:
+    """Whether the dtype's own stream never reached this site: it had been replaced before."""
+    layer = facts.run.sites[row.site].layer
+    each = facts.by_key[row.dtype, row.prompt]
+    return any(seed.layer <= (math.inf if layer is None else layer) for seed in each.reseeded)
+
+
+def _beyond(finding: Finding) -> Finding:
+    """Out of range by itself, had the stream got here."""
+    return replace(
+        finding, kind="overflow", severity="error", predicted=True,
+        cause=f"The {finding.name} reaches {finding.reference_abs_max:.6g} in fp32, beyond {finding.dtype}; "
+        f"the {finding.dtype} stream itself had failed before and came here clamped.",
+        advice=_advice(finding.dtype, math.inf, 0.0),
+    )  # fmt: skip
+
+
+def _near_finding(facts: _Facts, row: Headroom) -> Finding:
+    site = facts.run.sites[row.site]
+    each = facts.by_key[row.dtype, row.prompt]
+    event = next((e for e in each.events if e.site == row.site), None)
+    what = name_of(site.module, site.op, site.call)
+    limit = facts.limit(row.dtype, row.site)
+    prompt = facts.run.prompts[row.prompt].name
+    return Finding(
+        kind="near-overflow", severity="warning", dtype=row.dtype, prompt=prompt, layer=site.layer,
+        module=site.module, op=site.op, name=what, origin=True, reference_abs_max=row.abs_max,
+        headroom=row.headroom,
+        cause=f"The {what} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}: {row.headroom:.3g}x headroom.",
+        advice=f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}.",
+        token=_token(facts.run, each, event) if event else None,
+        channel=event.channel if event else None, expert=event.expert if event else None, prompts=(prompt,),
+    )  # fmt: skip
+
+
+def _underflow(facts: _Facts) -> Iterator[Finding]:
+    """A whole tensor lies below a dtype's normal range, or many weights become zero in it."""
+    for dtype in facts.run.dtypes:
+        if dtype == REFERENCE:
+            continue
+        tiny = DTYPES[dtype].smallest_normal
+        seen: set[int] = set()
+        for each in facts.passes(dtype):
+            for index, site in enumerate(facts.run.sites):
+                value = facts.magnitude(each, index)
+                if value is None or each.abs_max[index] is None or facts.computes_wider(dtype, index):
+                    continue
+                if 0 < value < tiny and index not in seen:
+                    seen.add(index)
+                    yield _underflow_finding(facts, each, site, value, tiny)
+    for weight in facts.run.weights:
+        for dtype, count in weight.underflow.items():
+            share = count / max(weight.elements, 1)
+            if share > facts.limits.underflow_share and dtype in facts.run.dtypes:
+                text = f"{count} of {weight.elements} elements of {weight.name} ({share:.1%}) become zero in {dtype}."
+                yield _weight_finding("underflow", "warning", dtype, weight.name, text, "Use a wider dtype.")
+
+
+def _underflow_finding(facts: _Facts, each: Pass, site: Site, value: float, tiny: float) -> Finding:
+    what = name_of(site.module, site.op, site.call)
+    prompt = facts.run.prompts[each.prompt].name
+    return Finding(
+        kind="underflow", severity="warning", dtype=each.dtype, prompt=prompt, layer=site.layer,
+        module=site.module, op=site.op, name=what, origin=True, reference_abs_max=value, headroom=None,
+        cause=f"All of the {what} lies below {each.dtype}'s normal range: at most {value:.3g}, of {tiny:.3g}.",
+        advice="Use a wider dtype here.", prompts=(prompt,),
+    )  # fmt: skip
+
+
+def _weights(facts: _Facts) -> Iterator[Finding]:
+    """A weight is damaged, or larger than a dtype's largest finite number."""
+    for weight in facts.run.weights:
+        where = f"{weight.name} in {weight.file}"
+        if weight.nan or weight.inf:
+            text = f"{where} holds {weight.nan} NaN and {weight.inf} infinite elements."
+            advice = "The checkpoint is damaged: compare the file's hash with the hub's and download it again."
+            for dtype in facts.run.dtypes:
+                found = _weight_finding("weight-nonfinite", "error", dtype, weight.name, text, advice)
+                yield _counted(found, facts, dtype, weight.nan, weight.inf)
+        for dtype, count in weight.overflow.items():
+            if dtype not in facts.run.dtypes:
+                continue
+            limit = DTYPES[dtype].max
+            text = f"{where} has {count} elements up to {weight.abs_max:.6g}; {dtype} ends at {limit:.6g}."
+            advice = f"Keep this tensor in fp32, or run the checkpoint in a dtype other than {dtype}."
+            found = _weight_finding("weight-overflow", "error", dtype, weight.name, text, advice, weight.abs_max, limit)
+            yield _counted(found, facts, dtype, 0, count)
+
+
+def _weight_finding(
+    kind: str, severity: str, dtype: str, name: str, cause: str, advice: str,
+    largest_value: float | None = None, limit: float | None = None,
+) -> Finding:  # fmt: skip
+    module = name.rpartition(".")[0]
+    short = module.rpartition(".")[2] or name
+    return Finding(
+        kind=kind, severity=severity, dtype=dtype, prompt=None, layer=layer_of(module), module=module,
+        op="weight", name=f"{short} weight", origin=True, reference_abs_max=largest_value,
+        headroom=limit / largest_value if limit and largest_value else None, cause=cause, advice=advice,
+    )  # fmt: skip
+
+
+def _counted(finding: Finding, facts: _Facts, dtype: str, nan: int, inf: int) -> Finding:
+    """With how many operations the bad weight spoiled."""
+    carried = 0
+    for each in facts.passes(dtype):
+        dirty = [e.site for e in each.events if (e.nan or e.inf) and not e.clean_weights]
+        if any(facts.run.sites[site].module == finding.module for site in dirty):
+            bad = [s for s, value in enumerate(each.abs_max) if value is not None and not math.isfinite(value)]
+            carried = max(carried, sum(1 for site in bad if site >= min(dirty)))
+    return replace(finding, nan=nan, inf=inf, propagated=carried)
+
+
+CHECKS: dict[str, Callable[[_Facts], Iterator[Finding]]] = {
+    "weights": _weights,
+    "overflow": _overflow,
+    "near-overflow": _near_overflow,
+    "underflow": _underflow,
+}
+"""A check is a row here: a function from the facts to findings."""

@@ -1,0 +1,84 @@
+"""Gathers readings and close looks into the columns of a record while a probe runs."""
+
+import math
+from dataclasses import dataclass, field
+
+from qwen_precision.locate import Located
+from qwen_precision.names import layer_of
+from qwen_precision.readings import Reading
+from qwen_precision.record import Event, Pass, Reseed, Site
+from qwen_precision.weightcheck import short_name
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: more than fp16 and bf16 have, and half the bytes in the file."""
+    return float(f"{value:.6g}") if math.isfinite(value) else value
+
+
+@dataclass
+class _Column:
+    abs_max: dict[int, float] = field(default_factory=dict)
+    events: dict[int, Event] = field(default_factory=dict)
+    reseeded: list[Reseed] = field(default_factory=list)
+    top1: list[int | None] = field(default_factory=list)
+
+
+class Collector:
+    """Sites by name, columns by (dtype, prompt); gives ``Pass`` parts at any time, also half-way."""
+
+    def __init__(self) -> None:
+        self.sites: dict[tuple[str, str, int], int] = {}
+        self.wider: dict[str, dict[int, str]] = {}
+        self._columns: dict[tuple[str, int], _Column] = {}
+
+    def column(self, dtype: str, prompt: int) -> _Column:
+        """The column of one pass, made when first asked for."""
+        return self._columns.setdefault((dtype, prompt), _Column())
+
+    def add(self, dtype: str, prompt: int, readings: list[Reading], fold: bool = False) -> None:
+        """Take readings in; ``fold`` makes one site of calls that are slices of one operation."""
+        column = self.column(dtype, prompt).abs_max
+        for reading in readings:
+            site = self._site(reading.module, reading.op, 0 if fold else reading.call)
+            value, before = rounded(reading.abs_max), column.get(site)
+            if before is None or math.isnan(value) or value > before:
+                column[site] = value if before is None or not math.isnan(before) else before
+            computed = short_name(reading.dtype)
+            if computed != dtype:
+                self.wider.setdefault(dtype, {})[site] = computed
+
+    def add_located(self, dtype: str, prompt: int, found: list[Located], fold: bool = False) -> None:
+        """Take close looks in; of several at one site the first stays."""
+        events = self.column(dtype, prompt).events
+        for each in found:
+            site = self._site(each.path, each.op, 0 if fold else each.call)
+            events.setdefault(
+                site,
+                Event(
+                    site=site, nan=each.nan, inf=each.inf, elements=each.elements, value=rounded(each.value),
+                    clean_inputs=each.clean_inputs, clean_weights=each.clean_weights, row=each.row,
+                    position=each.position, channel=each.channel, head=each.head, expert=each.expert,
+                    in_padding=each.in_padding,
+                ),
+            )  # fmt: skip
+
+    def _site(self, module: str, op: str, call: int) -> int:
+        return self.sites.setdefault((module, op, call), len(self.sites))
+
+    def site_parts(self) -> list[Site]:
+        """All sites in the order they first ran."""
+        return [Site(layer=layer_of(m), module=m, op=op, call=call) for m, op, call in self.sites]
+
+    def passes(self) -> list[Pass]:
+        """A ``Pass`` for every column; sites that did not run are null."""
+        return [
+            Pass(
+                dtype=dtype,
+                prompt=prompt,
+                abs_max=[column.abs_max.get(site) for site in range(len(self.sites))],
+                events=[column.events[site] for site in sorted(column.events)],
+                reseeded=column.reseeded,
+                top1=column.top1,
+            )
+            for (dtype, prompt), column in self._columns.items()
+        ]

@@ -1,0 +1,138 @@
+"""Settings: YAML profiles and command-line flags, checked by one schema. Flags win over the profile.
+
+A profile is found by path or by name; names are the files of ``configs/``, which travel in the wheel.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.errors import UsageError
+
+ATTENTION = ("sdpa", "eager")
+MEMORY = ("auto", "resident", "streamed")
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+
+class ProbeSettings(BaseModel):
+    """What a probe can be told; every field is also a flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtypes: list[str] = Field(default_factory=lambda: list(DTYPES))
+    reference: bool = True
+    prompts: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    device: str = "auto"
+    attention: str | None = None
+    memory: str = "auto"
+    near_overflow: float = Field(default=2.0, ge=1.0, le=1e6)
+    underflow_share: float = Field(default=0.01, gt=0, le=1)
+    fail_on: str = "fail"
+
+    @field_validator("dtypes")
+    @classmethod
+    def _known_dtypes(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in DTYPES:
+                raise ValueError(f"unknown dtype {name!r}; expected {one_of(DTYPES)}")
+        if not value:
+            raise ValueError(f"at least one dtype is needed; expected {one_of(DTYPES)}")
+        return list(dict.fromkeys(value))
+
+    @field_validator("memory")
+    @classmethod
+    def _known_memory(cls, value: str) -> str:
+        if value not in MEMORY:
+            raise ValueError(f"unknown mode {value!r}; expected {one_of(MEMORY)}")
+        return value
+
+    @field_validator("attention")
+    @classmethod
+    def _known_attention(cls, value: str | None) -> str | None:
+        if value is not None and value not in ATTENTION:
+            raise ValueError(f"unknown implementation {value!r}; expected {one_of(ATTENTION)}")
+        return value
+
+    @field_validator("fail_on")
+    @classmethod
+    def _known_fail_on(cls, value: str) -> str:
+        if value not in ("fail", "risk", "never"):
+            raise ValueError(f"unknown level {value!r}; expected fail, risk or never")
+        return value
+
+
+def one_of(names: Any) -> str:
+    """"a, b or c", for a message."""
+    names = list(names)
+    return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
+
+
+def configs_folder() -> Path:
+    """Where the profiles and prompt sets lie: in the wheel, or in the source tree of an editable install."""
+    inside = Path(str(resources.files("qwen_precision"))) / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with qprec."""
+    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+
+
+def load_settings(profile: str | None, flags: dict[str, Any]) -> ProbeSettings:
+    """Settings from a profile and the flags that were given (None means not given).
+
+    Raises:
+        UsageError: no such profile, not YAML, an unknown key or a wrong value; the key is named.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    data = _read_profile(profile) if profile else {}
+    source = f"--config {profile}: " if profile else ""
+    unknown = [key for key in data if key not in ProbeSettings.model_fields]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), ProbeSettings.model_fields, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(ProbeSettings.model_fields)}."
+        raise UsageError(f"{source}unknown key {unknown[0]!r}; {hint}")
+    try:
+        return ProbeSettings.model_validate({**data, **given})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = str(first["loc"][0])
+        message = first["msg"].removeprefix("Value error, ")
+        flag = "--" + {"dtypes": "dtype", "attention": "attn", "reference": "no-reference"}.get(key, key)
+        where = flag.replace("_", "-") if key in given else f"{source}{key}"
+        raise UsageError(f"{where}: {message[0].lower()}{message[1:]}.") from error
+
+
+def _read_profile(profile: str) -> dict[str, Any]:
+    path = Path(profile)
+    if not path.suffix and profile in profile_names():
+        path = configs_folder() / f"{profile}.yaml"
+    data = read_yaml(path, f"--config {profile}", f"a file or one of the profiles {', '.join(profile_names())}")
+    if not isinstance(data, dict):
+        raise UsageError(f"--config {profile}: should hold keys and values, like `memory: streamed`.")
+    return data
+
+
+def read_yaml(path: Path, label: str, expected: str) -> Any:
+    """Parse a YAML file with the safe loader (no tags that build objects).
+
+    Raises:
+        UsageError: unreadable, too large or not YAML; the message names the place.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UsageError(f"{label}: {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; expected {expected}.")
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"{label}: cannot read {path} ({why}); expected {expected}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{label}: {path}{place} is not valid YAML; expected {expected}.") from error

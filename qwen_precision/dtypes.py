@@ -1,0 +1,48 @@
+"""The number formats as plain numbers, so that judging and rendering need no torch.
+
+Each value is the IEEE 754 (fp16, fp32) or Google Brain (bf16) constant; a test compares every row with
+``torch.finfo``. A new dtype is a row in ``DTYPES``: command-line choices, help, limits and tests read it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """One floating-point format."""
+
+    name: str
+    """The word used on the command line, in records and in reports."""
+    torch_name: str
+    """The attribute of ``torch`` that holds it."""
+    max: float
+    """The largest finite number."""
+    smallest_normal: float
+    """The smallest positive number that keeps all significand bits."""
+    smallest_subnormal: float
+    """The smallest positive number at all; half of it rounds to zero."""
+    eps: float
+    """The distance from 1 to the next larger number."""
+    bytes: int
+    """Bytes an element."""
+
+
+DTYPES: dict[str, Dtype] = {
+    row.name: row
+    for row in (
+        Dtype("fp16", "float16", 65504.0, 2.0**-14, 2.0**-24, 2.0**-10, 2),
+        Dtype("bf16", "bfloat16", (2 - 2.0**-7) * 2.0**127, 2.0**-126, 2.0**-133, 2.0**-7, 2),
+        Dtype("fp32", "float32", (2 - 2.0**-23) * 2.0**127, 2.0**-126, 2.0**-149, 2.0**-23, 4),
+    )
+}
+
+REFERENCE = "fp32"
+"""The dtype of the reference pass: headroom and origin are read off it."""
+
+WIDER_MAX: dict[str, float] = {"fp64": (2 - 2.0**-52) * 2.0**1023}
+"""Largest finite numbers of formats that operations may compute in although no pass runs in them."""
+
+
+def largest(name: str) -> float:
+    """The largest finite number of a format by its short name."""
+    return DTYPES[name].max if name in DTYPES else WIDER_MAX[name]

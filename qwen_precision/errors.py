@@ -1,0 +1,17 @@
+"""What can go wrong for a user, as one sentence and one exit code; no traceback reaches them.
+
+``main`` in ``cli.py`` prints ``str(error)`` and returns ``error.exit_code``. Every message names the
+file or the option, what was expected and what to do next.
+"""
+
+
+class QprecError(Exception):
+    """The run could not be done: no such model, an unreadable record, not enough memory."""
+
+    exit_code = 3
+
+
+class UsageError(QprecError):
+    """The request itself is wrong: an unknown dtype, an empty prompt, a bad profile key."""
+
+    exit_code = 2

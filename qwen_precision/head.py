@@ -1,0 +1,148 @@
+"""lm_head, the largest product of all: whole where it fits, in slices where it must not be held.
+
+Resident, the vocabulary is taken at once, so the logits are bit-identical to the model's own. Streamed, it is
+taken a slice of rows at a time (the order of summation inside a matrix product may then differ in the last
+bit). In both, the tokens go in pieces when the logits of all of them would be too large to hold: nothing ever
+holds ``[tokens, vocabulary]`` of a long prompt.
+"""
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qwen_precision.collect import Collector
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.locate import Inspector, Located, storages
+from qwen_precision.watch import Watcher
+from qwen_precision.weights import Scratch, WeightStore
+
+if TYPE_CHECKING:
+    from qwen_precision.shadow import FinalHook, Plan
+
+LOGITS_BYTES = 1 << 30
+"""Logits of more bytes than this are computed a piece of the tokens at a time."""
+
+
+class Head:
+    """Runs lm_head for every dtype and prompt, watched."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: WeightStore,
+        scratch: Scratch,
+        watcher: Watcher,
+        collector: Collector,
+        near: float,
+    ) -> None:
+        self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self._store, self._scratch, self._watcher = store, scratch, watcher
+        self._collector, self._near = collector, near
+        self._path = next(name for name, module in model.named_modules() if module is self._head)
+
+    def run(
+        self,
+        hidden: dict[tuple[str, int], Tensor],
+        masks: list[Tensor],
+        plan: "Plan",
+        seconds: dict[str, float],
+        on_final: "FinalHook | None",
+    ) -> None:
+        """Compute logits of all positions; keep the likeliest next token of each row.
+
+        Args:
+            hidden: by (dtype, prompt), ``[batch, tokens, hidden]`` after the final norm.
+            masks: by prompt, ``[batch, tokens]``.
+        """
+        name = f"{self._path}.weight"
+        if not self._store.parts(name):
+            # A bare model (an embedding model, say) has no lm_head: the last hidden state is its output.
+            for (dtype, prompt), states in hidden.items():
+                if on_final is not None:
+                    on_final(dtype, prompt, states, None)
+            return
+        best: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        step = plan.vocabulary_rows or (1 << 62)
+        for start, rows in self._store.row_chunks(name, step):
+            for dtype in plan.dtypes:
+                started = time.perf_counter()
+                self._scratch.place(self._head, {"weight": rows}, getattr(torch, DTYPES[dtype].torch_name))
+                seconds["read and cast"] += time.perf_counter() - started
+                started = time.perf_counter()
+                for key, states in hidden.items():
+                    if key[0] != dtype:
+                        continue
+                    logits = self._one(key, states, masks[key[1]].bool(), start)
+                    best[key] = _better(best.get(key), logits[:, -1], start)
+                    if on_final is not None and plan.vocabulary_rows == 0:
+                        on_final(dtype, key[1], states, logits if logits.shape[1] == states.shape[1] else None)
+                seconds[dtype] += time.perf_counter() - started
+            self._scratch.release()
+        if on_final is not None and plan.vocabulary_rows:
+            for (dtype, prompt), states in hidden.items():
+                on_final(dtype, prompt, states, None)
+        self._write(best)
+
+    def _one(self, key: tuple[str, int], states: Tensor, valid: Tensor, start: int) -> Tensor:
+        """Logits of one stream for the placed rows, all positions looked at; gives the last piece."""
+        weight = self._head._parameters["weight"]
+        assert weight is not None
+        per_token = states.shape[0] * weight.shape[0] * states.element_size()
+        step = max(1, min(states.shape[1], LOGITS_BYTES // per_token))
+        logits = states
+        for begin in range(0, states.shape[1], step):
+            piece = states[:, begin : begin + step]
+            logits = self._watched(key, piece, valid[:, begin : begin + step], start, begin)
+        return logits
+
+    def _watched(self, key: tuple[str, int], piece: Tensor, valid: Tensor, start: int, begin: int) -> Tensor:
+        dtype, prompt = key
+        with self._watcher:
+            logits: Tensor = self._head(piece)
+        readings = self._watcher.take()
+        self._collector.add(dtype, prompt, readings, fold=True)
+        limit = torch.finfo(logits.dtype).max
+        if any(not (reading.abs_max * self._near < limit) for reading in readings):
+            inspector = Inspector(valid, self._near, storages(self._head))
+            self._watcher.inspect = inspector
+            try:
+                with self._watcher:
+                    self._head(piece)
+            finally:
+                self._watcher.inspect = None
+            self._watcher.take()
+            moved = [_moved(each, start, begin) for each in inspector.found]
+            self._collector.add_located(dtype, prompt, moved, fold=True)
+        return logits
+
+    def _write(self, best: dict[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
+        for (dtype, prompt), (values, ids) in best.items():
+            finite = torch.isfinite(values).tolist()
+            column = self._collector.column(dtype, prompt)
+            column.top1 = [token if fine else None for token, fine in zip(ids.tolist(), finite, strict=True)]
+
+
+def _better(before: tuple[Tensor, Tensor] | None, last: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The larger of the best so far and the best of a slice, row by row; NaN wins and stays (as in argmax)."""
+    values, ids = last.max(dim=-1)
+    ids = ids + start
+    # A row that holds -inf logits is as broken as one that holds NaN.
+    values = torch.where(torch.isfinite(last).all(dim=-1), values, torch.full_like(values, torch.nan))
+    if before is None:
+        return values, ids
+    take = (values > before[0]) | torch.isnan(values)
+    keep_nan = torch.isnan(before[0])
+    take = take & ~keep_nan
+    return torch.where(take, values, before[0]), torch.where(take, ids, before[1])
+
+
+def _moved(each: Located, start: int, begin: int) -> Located:
+    """A place within a slice as a place in the whole: vocabulary rows and positions shifted."""
+    return replace(
+        each,
+        channel=None if each.channel is None else each.channel + start,
+        position=None if each.position is None else each.position + begin,
+    )

@@ -1,0 +1,187 @@
+"""The close second look: which elements of an operation's output are bad, at which token, and who started it.
+
+The first pass keeps one number an operation. Only when one is not finite or near a limit is the layer run
+again (a forward is deterministic, so it does the same) with an ``Inspector`` that counts, finds the extreme
+element, and asks of every operation whether what went *in* was finite: that tells an origin from what merely
+passes a NaN on.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_precision.watch import Seen
+
+
+@dataclass(frozen=True)
+class Located:
+    """A close look at one operation; the fields are those of ``record.Event`` without the site."""
+
+    path: str
+    op: str
+    call: int
+    nan: int
+    inf: int
+    elements: int
+    value: float
+    clean_inputs: bool
+    clean_weights: bool
+    row: int | None
+    position: int | None
+    channel: int | None
+    head: int | None
+    expert: int | None
+    in_padding: bool
+
+
+@dataclass
+class Inspector:
+    """Collects a ``Located`` for every operation that is not finite or comes near its format's limit.
+
+    Args:
+        valid: ``[batch, tokens]`` bool on the compute device, False at pad positions.
+        ratio: locate a finite output too when its headroom is below this.
+        weights: storages (data pointers) of the weights; all other tensors that go in are activations.
+    """
+
+    valid: Tensor
+    ratio: float
+    weights: set[int]
+    found: list[Located] = field(default_factory=list)
+    # Fused experts work on rows sorted by expert; the sort tells which row is whose.
+    _sorted: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, seen: Seen) -> None:
+        """Look at one operation."""
+        out = seen.out
+        bad = ~torch.isfinite(out)
+        if seen.keep is not None:
+            bad = bad & seen.keep
+        magnitude = out.abs() if seen.keep is None else torch.where(seen.keep, out, torch.zeros_like(out)).abs()
+        count = int(bad.sum())
+        if count == 0 and float(magnitude.max()) * self.ratio < torch.finfo(out.dtype).max:
+            return
+        nan = int((torch.isnan(out) & bad).sum())
+        index, in_padding = self._extreme(bad if count else magnitude == magnitude.max(), seen)
+        value = math.nan if nan else (math.inf if count else float(magnitude.max()))
+        clean_inputs, clean_weights = self._inputs(seen)
+        self.found.append(
+            Located(
+                seen.path, seen.op, seen.call, nan, count - nan, out.numel(), value, clean_inputs, clean_weights,
+                *self._place(index, seen), in_padding,
+            )
+        )  # fmt: skip
+
+    def note_sort(self, values: Tensor, indices: Tensor) -> None:
+        """Remember the order in which fused experts process their rows."""
+        self._sorted = (values, indices)
+
+    def _inputs(self, seen: Seen) -> tuple[bool, bool]:
+        activations = weights = True
+        for arg in _tensors(seen.args):
+            if not arg.is_floating_point() or arg is seen.out:
+                continue
+            # Infinities in a mask or in masked scores are intended.
+            kept = arg if seen.keep is None else _only(arg, seen.keep)
+            fine = bool(torch.isfinite(kept).all())
+            if arg.untyped_storage().data_ptr() in self.weights:
+                weights = weights and fine
+            else:
+                activations = activations and fine
+        return activations, weights
+
+    def _extreme(self, hits: Tensor, seen: Seen) -> tuple[list[int], bool]:
+        """The first hit at a real token if there is one, else the first; and whether all are padding."""
+        places = hits.nonzero()
+        tokens = self._tokens(places, seen)
+        if tokens is None:
+            return places[0].tolist(), False
+        rows, positions = tokens
+        real = self.valid[rows, positions]
+        if bool(real.any()):
+            return places[int(real.to(torch.int8).argmax())].tolist(), False
+        return places[0].tolist(), True
+
+    def _tokens(self, places: Tensor, seen: Seen) -> tuple[Tensor, Tensor] | None:
+        """(rows, positions) of element indices, from the shape of the tensor they index."""
+        layout = self._layout(seen)
+        if layout == "btx":
+            return places[:, 0], places[:, 1]
+        if layout == "bhtx":
+            return places[:, 0], places[:, 2]
+        length = self.valid.shape[1]
+        if layout == "flat":
+            return places[:, 0] // length, places[:, 0] % length
+        if layout == "sorted" and self._sorted is not None:
+            per_token = self._sorted[1].numel() // self.valid.numel()
+            token = self._sorted[1][places[:, 0]] // max(per_token, 1)
+            return token // length, token % length
+        return None
+
+    def _layout(self, seen: Seen) -> str:
+        """How rows and tokens lie in the output's axes."""
+        shape, (rows, length) = tuple(seen.out.shape), self.valid.shape
+        if len(shape) == 4 and shape[0] == rows:
+            # [batch, heads, tokens, …] after the transpose, [batch, tokens, heads, …] in q_norm and k_norm.
+            in_norm = seen.path.endswith("norm")
+            if shape[2] == length and not (in_norm and shape[1] == length):
+                return "bhtx"
+        if len(shape) >= 2 and shape[:2] == (rows, length):
+            return "btx"
+        if len(shape) >= 1 and shape[0] == rows * length and "experts" not in seen.path:
+            return "flat"
+        if "experts" in seen.path and self._sorted is not None and shape[:1] == self._sorted[1].shape:
+            return "sorted"
+        if len(shape) >= 1 and shape[0] == rows * length:
+            return "flat"
+        return "unknown"
+
+    def _place(
+        self, index: list[int], seen: Seen
+    ) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+        """(row, position, channel, head, expert) of one element."""
+        row = position = channel = head = expert = None
+        tokens = self._tokens(torch.tensor([index], device=self.valid.device), seen)
+        if tokens is not None:
+            row, position = int(tokens[0][0]), int(tokens[1][0])
+        layout = self._layout(seen)
+        if len(index) > 1 and seen.out.shape[-1] > 1:
+            channel = index[-1]
+        if len(index) == 4:
+            head = index[1] if layout == "bhtx" else index[2]
+        if layout == "sorted" and self._sorted is not None:
+            expert = int(self._sorted[0][index[0]])
+        elif (parts := seen.path.split(".experts.")) and len(parts) == 2:
+            number = parts[1].split(".")[0]
+            expert = int(number) if number.isdigit() else None
+        return row, position, channel, head, expert
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (tuple, list)):
+            found.extend(item for item in arg if isinstance(item, Tensor))
+    return found
+
+
+def _only(arg: Tensor, keep: Tensor) -> Tensor:
+    try:
+        return torch.where(keep, arg, torch.zeros((), dtype=arg.dtype, device=arg.device))
+    except RuntimeError:
+        return arg
+
+
+def storages(module: nn.Module) -> set[int]:
+    """Where this module's weights lie right now; a view of a weight (one expert's part) lies there too."""
+    return {
+        tensor.untyped_storage().data_ptr()
+        for part in module.modules()
+        for tensor in part._parameters.values()
+        if tensor is not None and tensor.device.type != "meta"
+    }

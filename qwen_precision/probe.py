@@ -1,0 +1,197 @@
+"""A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from qwen_precision import __version__
+from qwen_precision.checkpoint import Checkpoint, open_checkpoint
+from qwen_precision.collect import Collector
+from qwen_precision.config import ProbeSettings
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.errors import QprecError
+from qwen_precision.hub import locate
+from qwen_precision.machine import choose_device, choose_memory, environment
+from qwen_precision.prompts import PromptSpec, tokenise
+from qwen_precision.record import Choice, Model, Prompt, Run
+from qwen_precision.shadow import Encoded, FinalHook, Plan, Shadow
+from qwen_precision.skeleton import build, decoder_layers
+from qwen_precision.weightcheck import WeightCheck
+from qwen_precision.weights import WeightStore
+
+Progress = Callable[[int, int, str], None]
+
+SLICE_BYTES = 256 * 1024 * 1024
+"""Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""
+
+_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+
+
+@dataclass
+class _Job:
+    """Everything a probe has put together before it runs."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    settings: ProbeSettings
+    device: torch.device
+    resident: bool
+    prompts: list[Prompt]
+    choices: list[Choice]
+    passes: list[str]
+    check: WeightCheck
+    collector: Collector = field(default_factory=Collector)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def probe(
+    source: str,
+    settings: ProbeSettings,
+    specs: Sequence[PromptSpec],
+    revision: str | None = None,
+    progress: Progress = lambda done, total, what: None,
+    on_final: FinalHook | None = None,
+) -> Run:
+    """Measure a checkpoint.
+
+    Args:
+        source: a hub id, a folder, or ``demo``.
+        settings: dtypes, device, memory and limits.
+        specs: the prompts.
+        revision: of a hub id.
+        progress: called with (steps done, steps in all, what is being done).
+        on_final: see ``shadow.FinalHook``.
+
+    Raises:
+        QprecError: nothing could be measured. What dies later (Ctrl-C, memory, a broken shard) gives a Run
+            with ``stopped`` set, holding all that was measured before.
+    """
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    started = time.perf_counter()
+    job = _prepare(source, settings, specs, revision)
+    stopped = _run(job, progress, on_final)
+    job.seconds["total"] = time.perf_counter() - started
+    return _record(job, source, stopped)
+
+
+def _prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None) -> _Job:
+    device, device_choice = choose_device(settings.device)
+    folder, commit = locate(source, revision)
+    checkpoint = open_checkpoint(folder, source, commit)
+    context = getattr(checkpoint.config, "max_position_embeddings", None)
+    prompts, left_out = tokenise(
+        specs, checkpoint.tokenizer, checkpoint.config.vocab_size, context, settings.max_tokens
+    )
+    model = build(checkpoint.config, settings.attention)
+    passes = ([REFERENCE] if settings.reference else []) + [d for d in settings.dtypes if d != REFERENCE]
+    if not settings.reference and REFERENCE in settings.dtypes:
+        passes.insert(0, REFERENCE)
+    resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
+    choices = [device_choice, memory, _attention(model, settings), *_notes(checkpoint, left_out)]
+    check = WeightCheck(passes)
+    return _Job(checkpoint, model, settings, device, resident, prompts, choices, passes, check)
+
+
+def _working(model: nn.Module) -> int:
+    """Bytes of the cast copies that exist at once: the largest layer in fp32 and a 16-bit dtype, or lm_head."""
+    _, layers = decoder_layers(model)
+    layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    return 8 * max(layer, sum(parameter.numel() for parameter in head.parameters()))
+
+
+def _attention(model: nn.Module, settings: ProbeSettings) -> Choice:
+    used = str(getattr(model.config, "_attn_implementation", "unknown"))
+    return Choice(
+        what="attention", value=used, reason="asked for" if settings.attention else "transformers' own choice"
+    )
+
+
+def _notes(checkpoint: Checkpoint, left_out: list[str]) -> list[Choice]:
+    notes = []
+    if left_out:
+        reason = "the tokenizer has no chat template"
+        notes.append(Choice(what="prompts left out", value=", ".join(left_out), reason=reason))
+    tied = getattr(checkpoint.config, "tie_word_embeddings", False)
+    if not tied and "lm_head.weight" not in checkpoint.tensors:
+        notes.append(Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model"))
+    return notes
+
+
+def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | None:
+    """Run the shadow; gives why it stopped early, or None."""
+    store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
+    _move_buffers(job.model, job.device)
+    rows = 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
+    plan = Plan(job.passes, job.settings.near_overflow, job.resident, rows)
+    encoded = [_encode(prompt, job.checkpoint, job.device) for prompt in job.prompts]
+    shadow = Shadow(job.model, store, encoded, plan, job.collector, progress, on_final)
+    try:
+        shadow.run()
+    except KeyboardInterrupt:
+        return "interrupted"
+    except (MemoryError, torch.OutOfMemoryError):
+        return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
+    except RuntimeError as error:
+        if _NO_MEMORY.search(str(error)):
+            return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
+        raise
+    except QprecError as error:
+        return str(error)
+    finally:
+        job.seconds.update(shadow.seconds)
+    return None
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _encode(prompt: Prompt, checkpoint: Checkpoint, device: torch.device) -> Encoded:
+    tokenizer: Any = checkpoint.tokenizer
+    # Any id does at a pad position: it is masked. The tokenizer's own is what generation would use.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    pad = pad if pad < checkpoint.config.vocab_size else 0
+    ids = torch.tensor([[pad] * row.padding + row.ids for row in prompt.rows], device=device)
+    mask = torch.tensor([[0] * row.padding + [1] * len(row.ids) for row in prompt.rows], device=device)
+    return Encoded(ids, mask)
+
+
+def _record(job: _Job, source: str, stopped: str | None) -> Run:
+    checkpoint, config = job.checkpoint, job.checkpoint.config
+    return Run(
+        schema_=1,
+        tool=f"qprec {__version__}",
+        verb="probe",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        stopped=stopped,
+        model=Model(
+            source=source, revision=checkpoint.revision, architecture=type(job.model).__name__,
+            layers=len(decoder_layers(job.model)[1]), hidden_size=config.hidden_size,
+            vocabulary=config.vocab_size, parameters=checkpoint.parameters,
+            weight_bytes=checkpoint.weight_bytes, source_dtype=checkpoint.source_dtype,
+            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        ),
+        environment=environment(job.device),
+        settings=job.settings.model_dump(),
+        choices=job.choices,
+        prompts=job.prompts,
+        dtypes=job.settings.dtypes,
+        reference=job.settings.reference,
+        sites=job.collector.site_parts(),
+        wider=job.collector.wider,
+        passes=job.collector.passes(),
+        weights=job.check.weights(),
+        weight_totals=job.check.totals(),
+        seconds={name: round(value, 3) for name, value in job.seconds.items()},
+    )  # fmt: skip

@@ -1,0 +1,163 @@
+"""Prompts: from the command line, a file or the built-in set, to what the model takes.
+
+A prompt is a text, a chat turn (where the tokenizer has a template) or a batch of texts, padded on the left
+as for generation.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qwen_precision.config import configs_folder, read_yaml
+from qwen_precision.errors import UsageError
+from qwen_precision.record import Prompt, Row
+
+_EXPECTED = "a YAML list of texts (or name/text, name/chat, name/batch), or a text file with a prompt a line"
+
+
+class PromptSpec(BaseModel):
+    """A prompt before it is tokenised: exactly one of text, chat and batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(min_length=1, max_length=200)
+    text: str | None = None
+    chat: str | None = None
+    batch: list[str] | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "PromptSpec":
+        given = [each for each in (self.text, self.chat, self.batch) if each is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of text, chat and batch")
+        if not all(self.texts()):
+            raise ValueError("is empty; a prompt needs at least one character")
+        if not self.texts():
+            raise ValueError("is empty; a batch needs at least one text")
+        return self
+
+    def texts(self) -> list[str]:
+        """The texts of all rows."""
+        return self.batch if self.batch is not None else [self.text if self.text is not None else self.chat or ""]
+
+
+def read_prompts(texts: Sequence[str], file: str | None) -> list[PromptSpec]:
+    """The prompts to run: those given as text, else those of a file, else the built-in set.
+
+    Raises:
+        UsageError: an empty prompt, an unreadable file, or one of another form.
+    """
+    if texts:
+        for text in texts:
+            if not text:
+                raise UsageError("--prompt: is empty; a prompt needs at least one character.")
+        names = [f"prompt {number}" for number in range(1, len(texts) + 1)] if len(texts) > 1 else ["prompt"]
+        return [PromptSpec(name=name, text=text) for name, text in zip(names, texts, strict=True)]
+    path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
+    if file and path.suffix.lower() not in {".yaml", ".yml"}:
+        return _from_lines(path)
+    items = read_yaml(path, "--prompts", _EXPECTED)
+    if not isinstance(items, list) or not items:
+        raise UsageError(f"--prompts: {path} holds no list of prompts; expected {_EXPECTED}.")
+    specs = [_spec(item, number, path) for number, item in enumerate(items, 1)]
+    names_seen = [spec.name for spec in specs]
+    twice = next((name for name in names_seen if names_seen.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--prompts: {path} has two prompts of the name {twice!r}; give each its own.")
+    return specs
+
+
+def _from_lines(path: Path) -> list[PromptSpec]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"--prompts: cannot read {path} ({why}); expected {_EXPECTED}.") from error
+    if not lines:
+        raise UsageError(f"--prompts: {path} is empty; expected {_EXPECTED}.")
+    return [PromptSpec(name=f"line {number}", text=line) for number, line in enumerate(lines, 1)]
+
+
+def _spec(item: Any, number: int, path: Path) -> PromptSpec:
+    if isinstance(item, str):
+        item = {"name": f"prompt {number}", "text": item}
+    if isinstance(item, dict) and "name" not in item:
+        item = {"name": f"prompt {number}", **item}
+    try:
+        return PromptSpec.model_validate(item)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--prompts: {path}, prompt {number}{' ' + key if key else ''}: {message}.") from error
+
+
+def tokenise(
+    specs: Sequence[PromptSpec], tokenizer: Any, vocabulary: int, context: int | None, max_tokens: int | None
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts as token ids, and the names of those left out because there is no chat template.
+
+    Args:
+        vocabulary: rows of the embedding; an id beyond it cannot be looked up.
+        context: the model's longest sequence, or None if it names none.
+        max_tokens: cut every row to its first so many tokens.
+
+    Raises:
+        UsageError: a prompt without tokens, longer than the context, or outside the vocabulary.
+    """
+    prompts, left_out = [], []
+    for spec in specs:
+        if spec.chat is not None and not getattr(tokenizer, "chat_template", None):
+            left_out.append(spec.name)
+            continue
+        cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
+        rows = [_ids(spec, text, tokenizer)[:cut] for text in spec.texts()]
+        for ids in rows:
+            _check(spec.name, ids, vocabulary, context)
+        longest = max(len(ids) for ids in rows)
+        prompts.append(
+            Prompt(
+                name=spec.name,
+                rows=[
+                    Row(text=text, ids=ids, tokens=[_as_text(i, tokenizer) for i in ids], padding=longest - len(ids))
+                    for text, ids in zip(spec.texts(), rows, strict=True)
+                ],
+            )
+        )
+    if not prompts:
+        raise UsageError("--prompts: only chat prompts, but this tokenizer has no chat template; give texts.")
+    return prompts, left_out
+
+
+def _ids(spec: PromptSpec, text: str, tokenizer: Any) -> list[int]:
+    if spec.chat is None:
+        return list(tokenizer(text)["input_ids"])
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def _check(name: str, ids: list[int], vocabulary: int, context: int | None) -> None:
+    if not ids:
+        raise UsageError(f"prompt {name!r}: gives no tokens; use a longer text.")
+    if context is not None and len(ids) > context:
+        raise UsageError(
+            f"prompt {name!r}: has {len(ids)} tokens, the model's context is {context}; "
+            f"shorten it or add --max-tokens {context}."
+        )
+    if max(ids) >= vocabulary:
+        raise UsageError(
+            f"prompt {name!r}: the tokenizer gives id {max(ids)}, the embedding has {vocabulary} rows; "
+            "tokenizer and weights do not belong together."
+        )
+
+
+def _as_text(token: int, tokenizer: Any) -> str:
+    text = tokenizer.decode([token])
+    if "\ufffd" in text or not text:  # a part of a character has no text of its own
+        text = str(tokenizer.convert_ids_to_tokens(token))
+    return str(text)

@@ -1,0 +1,334 @@
+"""The Run: everything a probe measured, as one frozen record that can be saved and loaded again.
+
+Facts only. What they mean (findings, verdict, exit code) is derived in ``checks.py``, so that a new limit
+works on last month's file with no GPU. The tensors are gone: a reading is one number per operation.
+
+Layout: ``sites`` lists every operation once; each ``Pass`` (one dtype on one prompt) holds a column of
+magnitudes in the same order, null where that operation did not run. JSON has no NaN or infinity: they are
+written as the words "nan", "inf" and "-inf".
+"""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qwen_precision.errors import QprecError
+
+SCHEMA = 1
+"""The schema this version writes; older ones are upgraded on loading, newer ones are refused."""
+
+MAX_BYTES = 256 * 1024 * 1024
+"""A record larger than this is not a qprec record: it is refused before it is parsed."""
+
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _number(value: object) -> object:
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+"""A float that may be NaN or infinite; in JSON those are words."""
+
+
+class Part(BaseModel):
+    """Base of every part of a record: frozen, and an unknown or missing key is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, protected_namespaces=())
+
+
+class Choice(Part):
+    """An automatic or asked-for choice and why it was made."""
+
+    what: str
+    value: str
+    reason: str
+
+
+class Model(Part):
+    """Which checkpoint was probed."""
+
+    source: str
+    """What the user typed: a hub id, a folder, or ``demo``."""
+    revision: str | None
+    """The commit on the hub, where it came from there."""
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    parameters: int
+    weight_bytes: int
+    source_dtype: str
+    """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32)."""
+    tied_embeddings: bool
+
+
+class Row(Part):
+    """One sequence of a prompt."""
+
+    text: str
+    ids: list[int]
+    """Token ids without padding."""
+    tokens: list[str]
+    """Each id as text, for naming a token in a finding."""
+    padding: int
+    """How many pad positions stand before the ids."""
+
+
+class Prompt(Part):
+    """A batch of one or more rows that goes through the model together, padded on the left."""
+
+    name: str
+    rows: list[Row]
+
+
+class Site(Part):
+    """One operation of the model: a place where a number can leave the range."""
+
+    layer: int | None
+    """Decoder layer, or null outside the layers."""
+    module: str
+    """Path of the module whose forward ran it."""
+    op: str
+    """The operation's own name: linear, add, mul, scaled_dot_product_attention, …"""
+    call: int
+    """The how-manieth such operation of that module in one forward, from 0."""
+
+
+class Event(Part):
+    """An operation looked at closely because it was not finite or came near a limit."""
+
+    site: int
+    """Index into ``sites``."""
+    nan: int
+    inf: int
+    elements: int
+    value: Number
+    """The largest magnitude (inf or nan where there is one)."""
+    clean_inputs: bool
+    """Whether all activations that went in were finite."""
+    clean_weights: bool
+    """Whether all weights that went in were finite in this dtype."""
+    row: int | None
+    position: int | None
+    """Token position in the padded row of the extreme element (of the first non-finite one)."""
+    channel: int | None
+    head: int | None
+    expert: int | None
+    in_padding: bool
+    """Whether only pad positions are affected."""
+
+
+class Reseed(Part):
+    """A stream that had gone non-finite and was replaced by the reference before a layer."""
+
+    layer: int
+    """The layer that read the replaced stream."""
+    rows: list[int]
+    clamped: bool
+    """Whether the reference itself had to be clamped to the dtype's range."""
+
+
+class Pass(Part):
+    """One dtype on one prompt."""
+
+    dtype: str
+    prompt: int
+    """Index into ``prompts``."""
+    abs_max: list[Number | None]
+    """Largest magnitude by site; null where the site did not run (or was not reached)."""
+    events: list[Event]
+    reseeded: list[Reseed]
+    top1: list[int | None]
+    """The likeliest next token of each row, null where its logits were not finite or not computed."""
+
+
+class Weight(Part):
+    """A tensor of the checkpoint that some dtype cannot hold, or that is damaged."""
+
+    name: str
+    file: str
+    elements: int
+    nan: int
+    inf: int
+    abs_max: Number
+    """Largest finite magnitude."""
+    overflow: dict[str, int]
+    """Elements beyond the largest finite number, by dtype."""
+    underflow: dict[str, int]
+    """Non-zero elements that become zero, by dtype."""
+
+
+class WeightTotals(Part):
+    """What casting the checkpoint to one dtype costs, over all tensors."""
+
+    dtype: str
+    elements: int
+    overflow: int
+    underflow: int
+    inexact: int
+    """Elements whose value changes in any way."""
+
+
+class Run(Part):
+    """One run of ``qprec probe``."""
+
+    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    tool: str
+    verb: Literal["probe"]
+    created: str
+    """UTC, ISO 8601."""
+    stopped: str | None
+    """Why the run ended early, or null when it is whole."""
+    model: Model
+    environment: dict[str, str]
+    settings: dict[str, Any]
+    choices: list[Choice]
+    prompts: list[Prompt]
+    dtypes: list[str]
+    """The dtypes asked for, in the order asked."""
+    reference: bool
+    """Whether the fp32 pass ran."""
+    sites: list[Site]
+    wider: dict[str, dict[int, str]]
+    """By dtype: sites whose output is in another format than the dtype (norms compute in fp32)."""
+    passes: list[Pass]
+    weights: list[Weight]
+    """Only tensors with something to say; the rest is in ``weight_totals``."""
+    weight_totals: list[WeightTotals]
+    seconds: dict[str, float]
+    """Wall time by part: reading, arithmetic of each dtype, everything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, populate_by_name=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "nan" if value != value else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def to_json(run: Run) -> str:
+    """The record as JSON text; the same run always gives the same text."""
+    plain = _plain(run.model_dump(by_alias=True))
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def check_writable(path: Path, label: str = "-o") -> None:
+    """Fail before an hour of work, not after it, when the output cannot be written.
+
+    Raises:
+        QprecError: the folder is missing or not writable, or the path is a folder.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise QprecError(f"{label} {path}: is a folder; give the name of a file to write.")
+    if not folder.is_dir():
+        raise QprecError(f"{label} {path}: the folder {folder} does not exist; create it or choose another.")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise QprecError(f"{label} {path}: cannot be written; choose a place you may write to.")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside it first, then renamed over it.
+
+    Raises:
+        QprecError: the file cannot be written.
+    """
+    check_writable(path)
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            name = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private (0600); a result has the permissions any new file would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except OSError as error:
+        raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
+    finally:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+
+
+def save(run: Run, path: Path) -> None:
+    """Write the record, atomically."""
+    write_atomically(path, to_json(run))
+
+
+def load(path: Path) -> Run:
+    """Read a record.
+
+    Raises:
+        QprecError: no such file, not JSON, not a qprec record, or one of a newer schema; the message
+            names the offending key.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise QprecError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not a qprec record.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QprecError(
+            f"{path}: cannot be read ({error.strerror}); give the file that `qprec probe -o` wrote."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise QprecError(f"{path}: is not JSON; give the file that `qprec probe -o` wrote.") from error
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        raise QprecError(f"{path}: has no `schema` number, so it is not a qprec record.")
+    if data["schema"] > SCHEMA:
+        raise QprecError(
+            f"{path}: has schema {data['schema']}, this qprec reads up to {SCHEMA}; upgrade qprec to read it."
+        )
+    return _validated(data, path)
+
+
+def _validated(data: dict[str, Any], path: Path) -> Run:
+    try:
+        run = Run.model_validate(data)
+    except (ValidationError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            raise QprecError(f"{path}: is nested too deeply to be a qprec record.") from error
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise QprecError(f"{path}: not a valid qprec record: {key}: {first['msg'].lower()}.") from error
+    _check_references(run, path)
+    return run
+
+
+def _check_references(run: Run, path: Path) -> None:
+    """Indices that point outside their list would crash a renderer: refuse them here, once."""
+
+    def refuse(key: str) -> None:
+        raise QprecError(f"{path}: not a valid qprec record: {key} does not fit the lists it points into.")
+
+    sites, prompts = len(run.sites), len(run.prompts)
+    for number, each in enumerate(run.passes):
+        if len(each.abs_max) != sites:
+            refuse(f"passes.{number}.abs_max")
+        if not 0 <= each.prompt < prompts or each.dtype not in {"fp16", "bf16", "fp32"}:
+            refuse(f"passes.{number}")
+        rows = len(run.prompts[each.prompt].rows)
+        for event in each.events:
+            if not 0 <= event.site < sites or (event.row is not None and not 0 <= event.row < rows):
+                refuse(f"passes.{number}.events")
+    if not {*run.dtypes} <= {"fp16", "bf16", "fp32"}:
+        refuse("dtypes")
+    if any(not 0 <= index < sites for table in run.wider.values() for index in table):
+        refuse("wider")

@@ -1,0 +1,248 @@
+"""The rich table for a terminal: verdict, findings, then headroom by layer, smallest first.
+
+Layer and place are columns of their own and never cut: ``model.layers.3…`` could be layer 3 or layer 31.
+Only free text folds. All strings of the record are inert (``text.safe``, and ``Text`` has no markup).
+"""
+
+import io
+import math
+from collections.abc import Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from qwen_precision.checks import Finding, Headroom, Report
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.names import name_of
+from qwen_precision.render.text import number, quoted, safe
+
+_STYLE = {"ok": "green", "risk": "yellow", "fail": "bold red", "incomplete": "yellow"}
+_BAR = 18
+_GROUPS = 12
+"""Groups of findings shown a dtype; the rest is counted."""
+_ROWS = 10
+"""Layers shown in the headroom table; the rest have more room and are counted."""
+
+
+def render_table(report: Report, fail_on: str = "fail", width: int = 80, colour: bool = False) -> str:
+    """The whole report as terminal text.
+
+    Args:
+        report: what to show.
+        fail_on: not used here; every renderer takes it.
+        width: columns of the terminal.
+        colour: whether to write ANSI colours.
+    """
+    sink = io.StringIO()
+    console = Console(
+        file=sink, width=max(width, 60), force_terminal=colour, no_color=not colour, highlight=False, emoji=False,
+        legacy_windows=False, color_system="standard" if colour else None,
+    )  # fmt: skip
+    for part in _parts(report):
+        console.print(part)
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).rstrip() + "\n"
+
+
+def _parts(report: Report) -> Iterator[RenderableType]:
+    yield _headline(report)
+    if report.stopped:
+        yield Text(f"\nStopped early: {safe(report.stopped)}. What was not reached is not judged.", style="yellow")
+    for dtype in report.verdict:
+        mine = [finding for finding in report.findings if finding.dtype == dtype]
+        if mine:
+            yield Text(f"\nFindings in {dtype}", style="bold")
+            yield from _findings(mine)
+    others = [finding for finding in report.findings if finding.dtype not in report.verdict]
+    if others:
+        yield Text("\nFindings in the reference", style="bold")
+        yield from _findings(others)
+    for dtype in report.verdict:
+        if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
+            yield _headroom(report, dtype)
+    yield from _wide(report)
+    yield from _weights(report)
+
+
+def _headline(report: Report) -> RenderableType:
+    run = report.run
+    model = run.model
+    lines = Text()
+    lines.append("qprec", style="bold")
+    revision = f" @ {safe(model.revision, 12)}" if model.revision else ""
+    size = f"{model.parameters / 1e9:.1f}B" if model.parameters >= 1e8 else f"{model.parameters / 1e6:.1f}M"
+    lines.append(
+        f"  {safe(model.source)}{revision}\n"
+        f"{safe(model.architecture)}, {model.layers} layers, {size} parameters in {safe(model.source_dtype)}; "
+        f"{len(run.prompts)} prompts, {len(run.sites)} operations watched\n"
+    )
+    for choice in run.choices:
+        lines.append(f"{safe(choice.what)} {safe(choice.value)} ({safe(choice.reason)})\n", style="dim")
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for column in ("dtype", "verdict"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("why")
+    for dtype, verdict in report.verdict.items():
+        table.add_row(Text(dtype, "bold"), Text(verdict.upper(), _STYLE[verdict]), Text(_why(report, dtype)))
+    return Group(lines, table)
+
+
+def _why(report: Report, dtype: str) -> str:
+    mine = [finding for finding in report.findings if finding.dtype == dtype and finding.severity != "info"]
+    if mine:
+        first = mine[0]
+        layer = f"layer {first.layer}, " if first.layer is not None else ""
+        first_word = "first: " if first.severity == "error" else ""
+        return f"{first_word}{layer}{safe(first.name)} ({first.kind})"
+    if report.verdict[dtype] == "incomplete":
+        return "nothing found before it stopped"
+    tightest = report.headroom[dtype][0] if report.headroom[dtype] else None
+    if tightest is None or not math.isfinite(tightest.headroom):
+        return "every operation finite"
+    site = report.run.sites[tightest.site]
+    layer = f"layer {site.layer}, " if site.layer is not None else ""
+    room = _room(tightest.headroom)
+    return f"every operation finite; least headroom {room} at {layer}{safe(name_of(site.module, site.op, site.call))}"
+
+
+def _findings(findings: list[Finding]) -> Iterator[RenderableType]:
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.kind, finding.name), []).append(finding)
+    shown = list(groups.values())[:_GROUPS]
+    for number_, group in enumerate(shown, 1):
+        yield _group(number_, group)
+    for advice in dict.fromkeys(group[0].advice for group in shown):
+        yield Text(f"Do: {safe(advice, 500)}")
+    if len(groups) > len(shown):
+        rest = sum(len(group) for group in list(groups.values())[_GROUPS:])
+        yield Text(f"… and {rest} more findings of {len(groups) - len(shown)} other operations.", style="dim")
+
+
+def _group(position: int, group: list[Finding]) -> RenderableType:
+    first = group[0]
+    style = "bold red" if first.severity == "error" else "yellow"
+    title = Text(f"{position}. ")
+    title.append(first.kind, style)
+    title.append(f"  {_layers(group)}{safe(first.name)}", "bold")
+    facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    facts.add_column("key", no_wrap=True, style="dim")
+    facts.add_column("value", overflow="fold")
+    for key, value in _facts(first, group):
+        facts.add_row(key, Text(value))
+    return Group(title, Padding(facts, (0, 0, 0, 3)))
+
+
+def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
+    yield "where", f"{safe(first.module)}  {safe(first.op)}"
+    if first.reference_abs_max is not None:
+        room = f", headroom {_room(first.headroom)}" if first.headroom is not None else ""
+        yield "magnitude", f"{number(first.reference_abs_max)}{room}"
+    place = _place(first)
+    if place:
+        yield "at", place
+    if first.nan or first.inf:
+        yield "bad", f"{first.inf:,} inf, {first.nan:,} NaN; passed on by {first.propagated} later operations"
+    if first.prompts:
+        yield "prompts", ", ".join(quoted(name) for name in first.prompts)
+    if len(group) > 1:
+        tail = ", ".join(_also(finding) for finding in group[1:4])
+        yield "also", tail + (f" and {len(group) - 4} more" if len(group) > 4 else "")
+    if first.severity == "error":
+        yield "cause", safe(first.cause, 500)
+
+
+def _place(finding: Finding) -> str:
+    parts = []
+    if finding.token is not None:
+        token = finding.token
+        text = "padding" if token["padding"] else f"id {token['id']} {quoted(str(token['text']))}"
+        row = f" of row {token['row']}" if token.get("row") else ""
+        parts.append(f"token {token['position']}{row} ({text})")
+    if finding.channel is not None:
+        parts.append(f"channel {finding.channel}")
+    if finding.expert is not None:
+        parts.append(f"expert {finding.expert}")
+    return ", ".join(parts)
+
+
+def _also(finding: Finding) -> str:
+    layer = f"layer {finding.layer}" if finding.layer is not None else safe(finding.module)
+    return f"{layer} ({number(finding.reference_abs_max)})" if finding.reference_abs_max is not None else layer
+
+
+def _layers(group: list[Finding]) -> str:
+    layers = sorted({finding.layer for finding in group if finding.layer is not None})
+    if not layers:
+        return ""
+    if len(layers) == 1:
+        return f"layer {layers[0]}: "
+    return f"layers {layers[0]} to {layers[-1]} ({len(layers)}): "
+
+
+def _headroom(report: Report, dtype: str) -> RenderableType:
+    """The tightest operation of each layer, smallest first."""
+    tightest: dict[int | None, Headroom] = {}
+    for row in report.headroom[dtype]:
+        tightest.setdefault(report.run.sites[row.site].layer, row)
+    rows = sorted(tightest.values(), key=lambda row: row.headroom)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("layer", no_wrap=True, justify="right")
+    table.add_column("operation", overflow="fold")
+    table.add_column("largest", no_wrap=True, justify="right")
+    table.add_column("headroom", no_wrap=True, justify="right")
+    table.add_column("", no_wrap=True)
+    for row in rows[:_ROWS]:
+        site = report.run.sites[row.site]
+        table.add_row(
+            Text("-" if site.layer is None else str(site.layer)),
+            Text(safe(name_of(site.module, site.op, site.call))), Text(number(row.abs_max)),
+            Text(_room(row.headroom)), Text(_bar(row.headroom), _colour(row.headroom)),
+        )  # fmt: skip
+    title = Text(f"\nHeadroom in {dtype}, tightest operation of each layer (full bar: the limit)", style="bold")
+    rest = len(rows) - _ROWS
+    more = [Text(f"… and {rest} more layers with more headroom.", style="dim")] if rest > 0 else []
+    return Group(title, table, *more)
+
+
+def _wide(report: Report) -> Iterator[RenderableType]:
+    """bf16 and fp32 share a range no activation comes near: one line instead of a table."""
+    for dtype in report.verdict:
+        rows = report.headroom[dtype]
+        if DTYPES[dtype].max >= 1e30 and rows:
+            site = report.run.sites[rows[0].site]
+            name = safe(name_of(site.module, site.op, site.call))
+            layer = f"layer {site.layer}, " if site.layer is not None else ""
+            yield Text(f"\nHeadroom in {dtype}: at least {_room(rows[0].headroom)} ({layer}{name}).", style="dim")
+
+
+def _weights(report: Report) -> Iterator[RenderableType]:
+    parts = []
+    for total in report.run.weight_totals:
+        if total.dtype in report.verdict and total.elements:
+            share = total.inexact / total.elements
+            exact = "all exact" if not total.inexact else f"{share:.2%} rounded, {total.underflow:,} become zero"
+            parts.append(f"{total.dtype} {exact}" + (f", {total.overflow:,} overflow" if total.overflow else ""))
+    if parts:
+        yield Text("\nWeights: " + "; ".join(parts) + ".", style="dim")
+
+
+def _room(headroom: float | None) -> str:
+    if headroom is None:
+        return "-"
+    if headroom == 0:
+        return "none"
+    if not math.isfinite(headroom):
+        return "all"
+    return f"{headroom:.3g}x" if headroom < 1e4 else f"{headroom:.0e}x"
+
+
+def _bar(headroom: float) -> str:
+    """Longer is nearer the limit, on a logarithmic scale of 2^10."""
+    used = 1.0 if headroom <= 1 else max(0.0, 1 - math.log2(headroom) / 10) if math.isfinite(headroom) else 0.0
+    return "█" * max(1, round(used * _BAR))
+
+
+def _colour(headroom: float) -> str:
+    return "red" if headroom < 1 else "yellow" if headroom < 2 else "green"

@@ -1,0 +1,39 @@
+"""Strings from strangers, made inert: tokens, prompts, names and paths go through here before a terminal.
+
+A control character could move the cursor or recolour the screen, a right-to-left mark could reorder a line.
+"""
+
+import unicodedata
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+
+
+def safe(text: str, longest: int = 200) -> str:
+    """``text`` with every control, format and surrogate character spelled out, cut to ``longest``."""
+    cut = text[: longest + 1]
+    shown = "".join(_spelled(char) for char in cut[:longest])
+    return shown + ("…" if len(cut) > longest else "")
+
+
+def _spelled(char: str) -> str:
+    if char == "\n":
+        return "\\n"
+    if char == "\t":
+        return "\\t"
+    return f"\\u{ord(char):04x}" if unicodedata.category(char) in _HIDDEN else char
+
+
+def quoted(text: str, longest: int = 40) -> str:
+    """A token or a prompt in quotes."""
+    return f'"{safe(text, longest)}"'
+
+
+def number(value: float | None) -> str:
+    """A magnitude as a person reads it: 75,100, 0.0125, 1.35e+08."""
+    if value is None:
+        return "-"
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e7:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.2e}"

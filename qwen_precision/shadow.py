@@ -1,0 +1,274 @@
+"""Shadow execution: the fp32 reference and the other dtypes go through the layers together.
+
+For each layer its weights are read once. The reference runs it, then every other dtype runs it on *its own*
+hidden states with weights cast to that dtype: what comes out is bit-identical to that dtype's own model, and
+the dtypes can be compared while it runs. All prompts go along, so a streamed checkpoint is read once.
+
+A dtype whose hidden states are no longer finite is re-seeded from the reference at the next layer (clamped
+into its range where the reference itself is out of it) and marked so: what overflows by itself in a later
+layer is then found too, not only the first place.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qwen_precision.collect import Collector
+from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.head import Head
+from qwen_precision.locate import Inspector, storages
+from qwen_precision.readings import Reading
+from qwen_precision.record import Reseed
+from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls
+from qwen_precision.watch import Watcher, attached
+from qwen_precision.weights import Scratch, WeightStore
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the model takes it."""
+
+    ids: Tensor
+    """``[batch, tokens]`` int64, padded on the left."""
+    mask: Tensor
+    """``[batch, tokens]`` int64, 1 at tokens and 0 at padding."""
+
+
+@dataclass
+class _Stream:
+    """One dtype on one prompt between two layers."""
+
+    embedded: Tensor
+    hidden: Tensor
+    calls: list[LayerCall]
+    reseeded_rows: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a shadow run shall do."""
+
+    dtypes: list[str]
+    """Passes in order; the reference, if it is among them, first."""
+    near: float
+    """Locate an operation whose headroom is below this."""
+    resident: bool
+    vocabulary_rows: int
+    """Rows of the vocabulary that lm_head takes at once; 0 for all."""
+
+
+FinalHook = Callable[[str, int, Tensor, Tensor | None], None]
+"""Called with dtype, prompt, final hidden states and (if computed whole) logits; for tests and comparisons."""
+
+
+class Shadow:
+    """One shadow run over all prompts and dtypes.
+
+    Args:
+        model: from ``skeleton.build``, with weights on the meta device.
+        store: where its weights come from.
+        prompts: what to run.
+        plan: which dtypes, and how.
+        collector: takes the readings; holds what was measured also when the run dies.
+        progress: called with (steps done, steps in all, what is being done).
+        on_final: see ``FinalHook``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: WeightStore,
+        prompts: list[Encoded],
+        plan: Plan,
+        collector: Collector,
+        progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+        on_final: FinalHook | None = None,
+    ) -> None:
+        self.model, self.store, self.prompts, self.plan = model, store, prompts, plan
+        self.collector, self.progress, self.on_final = collector, progress, on_final
+        self.watcher = Watcher()
+        self.scratch = Scratch()
+        self.seconds: dict[str, float] = {"read and cast": 0.0, **{name: 0.0 for name in plan.dtypes}}
+        self._streams: dict[tuple[str, int], _Stream] = {}
+        self._path, self._layers = decoder_layers(model)
+
+    def run(self) -> None:
+        """Run everything; on an exception the model has its meta weights and no hooks again."""
+        steps = len(self._layers) + 2
+        try:
+            with torch.inference_mode(), attached(self.model, self.watcher):
+                self.progress(0, steps, "embedding")
+                self._embed()
+                for index in range(len(self._layers)):
+                    self.progress(index + 1, steps, f"layer {index}")
+                    self._layer(index)
+                self.progress(steps - 1, steps, "final norm and lm_head")
+                self._end()
+            self.progress(steps, steps, "done")
+        finally:
+            self.scratch.clear()
+            self._streams.clear()
+
+    # -- the parts ----------------------------------------------------------------------------------------
+
+    def _embed(self) -> None:
+        """Token embeddings, from only the rows that the prompts use."""
+        embed: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        path = _path_of(self.model, embed)
+        used, places = torch.unique(torch.cat([prompt.ids.flatten() for prompt in self.prompts]), return_inverse=True)
+        rows = self._gather(f"{path}.weight", used)
+        compact = [part.view_as(prompt.ids) for part, prompt in zip(
+            places.split([prompt.ids.numel() for prompt in self.prompts]), self.prompts, strict=True)]  # fmt: skip
+        embed.padding_idx = None  # it only matters to gradients, and would point outside the few rows
+        for name in self.plan.dtypes:
+            self.scratch.place(embed, {"weight": rows}, _torch_dtype(name))
+            for index, prompt in enumerate(self.prompts):
+                hidden = self._watched(name, index, path, embed, lambda i=index: embed(compact[i]))
+                calls = layer_calls(self.model, hidden, prompt.mask)
+                self._streams[name, index] = _Stream(hidden, hidden, calls)
+        self.scratch.release()
+
+    def _gather(self, name: str, used: Tensor) -> Tensor:
+        """Rows of the embedding, in the order of ``used`` (sorted)."""
+        start_time = time.perf_counter()
+        found = []
+        for start, rows in self.store.row_chunks(name, 16384):
+            here = used[(used >= start) & (used < start + len(rows))]
+            found.append(rows[here - start].clone())
+        self.seconds["read and cast"] += time.perf_counter() - start_time
+        return torch.cat(found)
+
+    def _layer(self, index: int) -> None:
+        layer, path = self._layers[index], f"{self._path}.{index}"
+        sources = self._read(layer, path)
+        if index + 1 < len(self._layers):
+            self.store.prefetch(self._layers[index + 1], f"{self._path}.{index + 1}")
+        for name in self.plan.dtypes:
+            started = time.perf_counter()
+            self.scratch.place(layer, sources, _torch_dtype(name))
+            placed = time.perf_counter()
+            for prompt in range(len(self.prompts)):
+                stream = self._streams[name, prompt]
+                call = stream.calls[index]
+                stream.hidden = self._watched(
+                    name, prompt, path, layer, lambda s=stream, c=call: _call(layer, s.hidden, c), call
+                )
+                self._reseed(name, prompt, index)
+            self.seconds["read and cast"] += placed - started
+            self.seconds[name] += time.perf_counter() - placed
+        self.scratch.release()
+
+    def _read(self, layer: nn.Module, path: str) -> dict[str, Tensor]:
+        started = time.perf_counter()
+        sources = self.store.module(layer, path)
+        self.seconds["read and cast"] += time.perf_counter() - started
+        return sources
+
+    def _watched(
+        self,
+        name: str,
+        prompt: int,
+        path: str,
+        module: nn.Module,
+        forward: Callable[[], Tensor],
+        call: LayerCall | None = None,
+    ) -> Tensor:
+        """Run a part with every operation watched; look again, closely, at what was not finite or near a limit."""
+        self.watcher.forget()
+        self._enter(path, call)
+        with self.watcher:
+            out = forward()
+        readings = self.watcher.take()
+        self.collector.add(name, prompt, readings)
+        if suspicious(readings, self.plan.near):
+            inspector = Inspector(self.prompts[prompt].mask.bool(), self.plan.near, storages(module))
+            self._enter(path, call)
+            self.watcher.inspect = inspector
+            try:
+                with self.watcher:
+                    forward()
+            finally:
+                self.watcher.inspect = None
+            self.watcher.take()
+            self.collector.add_located(name, prompt, inspector.found)
+        return out
+
+    def _enter(self, path: str, call: LayerCall | None) -> None:
+        """Set the path of a part that is run by its forward, past its own hooks; declare its masks."""
+        if call is None:
+            return
+        self.watcher.push(path)
+        for value in call.kwargs.values():
+            if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+                self.watcher.mark_mask(value)
+
+    def _reseed(self, name: str, prompt: int, index: int) -> None:
+        """Replace the rows of a stream that are no longer finite by the reference's, for the next layer."""
+        stream = self._streams[name, prompt]
+        reference = self._streams.get((REFERENCE, prompt))
+        if reference is None or name == REFERENCE or index + 1 == len(self._layers):
+            return
+        # One number tells: aminmax carries NaN and infinity through.
+        if all(bool(torch.isfinite(bound)) for bound in torch.aminmax(stream.hidden)):
+            return
+        bad = ~torch.isfinite(stream.hidden).flatten(1).all(dim=1)
+        limit = DTYPES[name].max
+        source = reference.hidden
+        clamped = bool((source[bad].abs() > limit).any())
+        seed = source.clamp(-limit, limit).to(stream.hidden.dtype)
+        if not bool(torch.isfinite(seed).all()):
+            return  # the reference is dead as well: there is nothing to go on from
+        stream.hidden = torch.where(bad[:, None, None], seed, stream.hidden)
+        rows = [int(row) for row in bad.nonzero()]
+        stream.reseeded_rows.update(rows)
+        column = self.collector.column(name, prompt)
+        column.reseeded.append(Reseed(layer=index + 1, rows=rows, clamped=clamped))
+
+    def _end(self) -> None:
+        """Final norm for every stream, then lm_head."""
+        base: nn.Module = self.model.base_model  # type: ignore[assignment]
+        norms = [(name, part) for name, part in base.named_children() if name not in {"layers", "embed_tokens"}]
+        hidden: dict[tuple[str, int], Tensor] = {}
+        for name in self.plan.dtypes:
+            started = time.perf_counter()
+            for child, part in norms:
+                path = f"{self.model.base_model_prefix}.{child}"
+                self.scratch.place(part, self.store.module(part, path), _torch_dtype(name))
+            for prompt in range(len(self.prompts)):
+                stream = self._streams[name, prompt]
+                hidden[name, prompt] = self._watched(
+                    name, prompt, "", base,
+                    lambda s=stream, p=prompt: finish(self.model, s.embedded, self.prompts[p].mask, s.hidden),
+                )  # fmt: skip
+            self.seconds[name] += time.perf_counter() - started
+        self.scratch.release()
+        head = Head(self.model, self.store, self.scratch, self.watcher, self.collector, self.plan.near)
+        head.run(hidden, [prompt.mask for prompt in self.prompts], self.plan, self.seconds, self.on_final)
+        for (name, prompt), stream in self._streams.items():
+            column = self.collector.column(name, prompt)
+            for row in stream.reseeded_rows & set(range(len(column.top1))):
+                column.top1[row] = None  # what follows a re-seeded stream is not what this dtype would print
+
+
+def suspicious(readings: list[Reading], near: float) -> bool:
+    """Whether any reading is not finite or has less headroom than ``near``."""
+    return any(not (reading.abs_max * near < torch.finfo(reading.dtype).max) for reading in readings)
+
+
+def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+    """Run a layer by its forward: its own hooks stay out, those of its parts fire."""
+    out = layer.forward(hidden, *call.args, **call.kwargs)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return found

@@ -1,0 +1,133 @@
+"""The model without its weights: its own code, run around decoder layers that only pass things on.
+
+One decoder layer at a time can hold weights, so the layers are taken out of the model's forward and run one
+by one. What they need (masks, rotary embeddings, positions) comes from running the model's own forward with
+stubs in their places: a stub writes down what its layer was called with. That forward must hand each layer's
+output straight to the next layer; this is checked, not assumed, and a model that does more in between is
+refused. Nothing of the architecture is written again here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from qwen_precision.errors import QprecError
+
+
+class _AllCalled(Exception):  # noqa: N818 - not an error: it ends a forward whose rest is not wanted
+    """Every layer's stub was called."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model's forward called one decoder layer with, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def build(config: PreTrainedConfig, attention: str | None) -> nn.Module:
+    """The model in evaluation mode with weights on the meta device and real buffers.
+
+    Args:
+        config: of the checkpoint.
+        attention: ``sdpa``, ``eager``, or None for what transformers would choose.
+
+    Raises:
+        QprecError: transformers has no causal model for this config, or a buffer cannot be made.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, **({"attn_implementation": attention} if attention else {})
+            )
+    except (ValueError, ImportError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QprecError(f"config.json: transformers cannot build this model: {first}") from error
+    for path, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _make_buffers(path, module)
+    return model.eval()
+
+
+def _make_buffers(path: str, module: nn.Module) -> None:
+    """Buffers (rotary frequencies) are computed by the module's constructor: construct it once for real."""
+    try:
+        fresh = type(module)(config=module.config)  # type: ignore[call-arg]
+    except (TypeError, AttributeError) as error:
+        raise QprecError(f"{path}: this model keeps constants that qprec cannot make; it is not supported.") from error
+    for name, buffer in fresh.named_buffers(recurse=False):
+        module._buffers[name] = buffer
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers.
+
+    Raises:
+        QprecError: the model has no list of layers where transformers' decoders keep it.
+    """
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    layers = getattr(base, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise QprecError(f"{type(model).__name__}: has no list of decoder layers; it is not supported.")
+    return f"{model.base_model_prefix}.layers", layers
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, stubs: list[Callable[..., Any]]) -> Iterator[None]:
+    try:
+        for layer, stub in zip(layers, stubs, strict=True):
+            layer.forward = stub  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def layer_calls(model: nn.Module, embedded: Tensor, mask: Tensor) -> list[LayerCall]:
+    """What each decoder layer would be called with.
+
+    Args:
+        model: from ``build``.
+        embedded: ``[batch, tokens, hidden]`` token embeddings in the dtype of the pass.
+        mask: ``[batch, tokens]`` 1 at tokens and 0 at padding.
+
+    Raises:
+        QprecError: the model changes the hidden states between two layers.
+    """
+    _, layers = decoder_layers(model)
+    calls: list[LayerCall] = []
+    state: dict[str, Tensor] = {}
+
+    def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if calls and hidden is not state["out"]:
+            raise QprecError(f"{type(model).__name__}: works between its layers; it is not supported.")
+        calls.append(LayerCall(args, kwargs))
+        if len(calls) == len(layers):
+            raise _AllCalled  # what follows needs the final norm's weights, which are not here yet
+        state["out"] = hidden.view_as(hidden)  # a new object, so that the next call can be recognised
+        return state["out"]
+
+    with _replaced(layers, [stub] * len(layers)), suppress(_AllCalled):
+        model.base_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)  # type: ignore[operator]
+    if len(calls) != len(layers):
+        raise QprecError(f"{type(model).__name__}: does not run each of its layers once; it is not supported.")
+    return calls
+
+
+def finish(model: nn.Module, embedded: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:
+    """What the model's forward makes of the last layer's output: ``[batch, tokens, hidden]`` after the norm."""
+    _, layers = decoder_layers(model)
+
+    def stub(_: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    with _replaced(layers, [stub] * len(layers)):
+        out = model.base_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)  # type: ignore[operator]
+    final: Tensor = out.last_hidden_state
+    return final

@@ -1,0 +1,121 @@
+"""The static check: what a dtype cannot hold, found by looking at the weights alone, with no forward.
+
+A bf16 weight has 8 significant bits, so it is exact in fp16 from 2^-17 of magnitude upwards (fp16's smallest
+subnormal is 2^-24) up to 65280; only the few smaller ones have to be cast and compared. All other pairs of
+formats are cast and compared as a whole, in chunks, so that no second copy of a large tensor exists.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.record import Weight, WeightTotals
+
+_CHUNK = 1 << 24
+_SIGNIFICANT_BITS = {"fp64": 53, "fp32": 24, "fp16": 11, "bf16": 8}
+# A bf16 of magnitude 2^-17 ends exactly at fp16's last bit: 2^-17 * 2^-7 = 2^-24.
+_EXACT_FROM = torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item()
+
+_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """qprec's word for a torch dtype; torch's own where qprec has none."""
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+class WeightCheck:
+    """Collects what each tensor has to say; feed every piece of every tensor once.
+
+    Args:
+        dtypes: short names of the dtypes the checkpoint will be cast to.
+    """
+
+    def __init__(self, dtypes: Iterable[str]) -> None:
+        self.dtypes = list(dtypes)
+        self._totals = {name: [0, 0, 0, 0] for name in self.dtypes}  # elements, overflow, underflow, inexact
+        self._tensors: dict[str, dict[str, float]] = {}
+        self._files: dict[str, str] = {}
+        self._done: set[tuple[str, int]] = set()
+
+    def feed(self, name: str, file: str, tensor: Tensor, start: int = 0) -> None:
+        """Check one tensor, or the rows of it from ``start`` on; what was checked before is passed over."""
+        if (name, start) in self._done:
+            return
+        self._done.add((name, start))
+        self._files[name] = file
+        for piece in tensor.reshape(-1).split(_CHUNK):
+            self._piece(self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0}), piece)
+
+    def _piece(self, facts: dict[str, float], piece: Tensor) -> None:
+        facts["elements"] += piece.numel()
+        low, high = (float(value) for value in torch.aminmax(piece))
+        if math.isfinite(low) and math.isfinite(high):
+            facts["abs_max"] = max(facts["abs_max"], -low, high)
+        else:
+            facts["nan"] = facts.get("nan", 0) + int(torch.isnan(piece).sum())
+            facts["inf"] = facts.get("inf", 0) + int(torch.isinf(piece).sum())
+            finite = piece[torch.isfinite(piece)]
+            largest = float(finite.abs().max()) if finite.numel() else 0.0
+            facts["abs_max"] = max(facts["abs_max"], largest)
+            piece = finite
+        for name in self.dtypes:
+            lost = _cast_losses(piece, name)
+            total = self._totals[name]
+            total[0] += piece.numel()
+            for index, (what, count) in enumerate(zip(("overflow", "underflow", "inexact"), lost, strict=True), 1):
+                total[index] += count
+                facts[f"{what} {name}"] = facts.get(f"{what} {name}", 0) + count
+
+    def weights(self) -> list[Weight]:
+        """The tensors with something to say: damaged, or with elements a dtype turns into inf or zero."""
+        found = []
+        for name, facts in self._tensors.items():
+            overflow = {d: int(facts[f"overflow {d}"]) for d in self.dtypes if facts.get(f"overflow {d}")}
+            underflow = {d: int(facts[f"underflow {d}"]) for d in self.dtypes if facts.get(f"underflow {d}")}
+            nan, inf = int(facts.get("nan", 0)), int(facts.get("inf", 0))
+            share = max(underflow.values(), default=0) / max(facts["elements"], 1)
+            # A few vanishing weights among millions are in every checkpoint and change nothing.
+            if nan or inf or overflow or share >= 0.001:
+                found.append(
+                    Weight(
+                        name=name, file=self._files[name], elements=int(facts["elements"]), nan=nan, inf=inf,
+                        abs_max=facts["abs_max"], overflow=overflow, underflow=underflow,
+                    )
+                )  # fmt: skip
+        return found
+
+    def totals(self) -> list[WeightTotals]:
+        """What casting everything costs, by dtype."""
+        return [
+            WeightTotals(dtype=name, elements=t[0], overflow=t[1], underflow=t[2], inexact=t[3])
+            for name, t in self._totals.items()
+        ]
+
+
+def _cast_losses(piece: Tensor, name: str) -> tuple[int, int, int]:
+    """(overflow, underflow to zero, inexact) counts of finite elements cast to a dtype."""
+    source, target = short_name(piece.dtype), DTYPES[name]
+    if source == name or (source in {"bf16", "fp16"} and name == "fp32") or not piece.numel():
+        return 0, 0, 0
+    if source == "bf16" and name == "fp16":
+        bits = piece.view(torch.int16) & 0x7FFF
+        doubtful = bits < _EXACT_FROM
+        low, high = (float(value) for value in torch.aminmax(piece))
+        if max(-low, high) > target.max:
+            doubtful |= piece.abs() > target.max
+        piece = piece[doubtful]
+        if not piece.numel():
+            return 0, 0, 0
+    cast = piece.to(getattr(torch, target.torch_name))
+    back = cast.to(piece.dtype) if _SIGNIFICANT_BITS[source] >= _SIGNIFICANT_BITS[name] else cast
+    wide = torch.promote_types(piece.dtype, back.dtype)
+    inexact = int((back.to(wide) != piece.to(wide)).sum())
+    if not inexact:
+        return 0, 0, 0
+    overflow = int(torch.isinf(cast).sum())
+    underflow = int(((cast == 0) & (piece != 0)).sum())
+    return overflow, underflow, inexact
