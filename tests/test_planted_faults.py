@@ -1,0 +1,259 @@
+"""Faults whose place is known by construction: each is named exactly in fp16, and absent in bf16 and fp32."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_checkpoint, run_probe
+
+from qwen_precision.checks import Finding, Report, judge
+
+TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
+
+
+SIZE = 8.0
+"""One channel that dwarfs the others leaves a norm (weight 1) as sqrt(hidden_size) = 8."""
+
+
+def one_channel(model: Any, channel: int, size: float) -> None:
+    """Every token's stream is ``size`` in one channel and next to nothing elsewhere."""
+    model.model.embed_tokens.weight[:, channel] = size
+
+
+def one_unit(model: Any, layer: int, channel: int, gate: float, up: float) -> None:
+    """The mlp of one layer has one unit, driven by one channel: gate and up come out as given."""
+    block = model.model.layers[layer]
+    block.post_attention_layernorm.weight.zero_()
+    block.post_attention_layernorm.weight[channel] = 1.0
+    for part, size in ((block.mlp.gate_proj, gate), (block.mlp.up_proj, up)):
+        part.weight.zero_()
+        part.weight[0, channel] = size / SIZE
+    block.mlp.down_proj.weight.zero_()
+
+
+def down_proj_output(model: Any) -> None:
+    """A product of about 64 and a weight of 2,000: finite inputs, finite weights, an output beyond 65504."""
+    one_channel(model, 3, 100.0)
+    one_unit(model, 1, 3, 8.0, 8.0)
+    model.model.layers[1].mlp.down_proj.weight[9, 0] = 2000.0
+
+
+def residual_add(model: Any) -> None:
+    """Two finite parts of 40,000 each: the stream brings one, down_proj adds the other."""
+    one_channel(model, 9, 40000.0)
+    one_unit(model, 1, 9, 8.0, 1.0)
+    model.model.layers[1].mlp.down_proj.weight[9, 0] = 5000.0
+
+
+def swiglu_product(model: Any) -> None:
+    """Two finite factors of 400 each, whose product is beyond 65504."""
+    one_channel(model, 3, 100.0)
+    one_unit(model, 1, 3, 400.0, 400.0)
+
+
+def lm_head_output(model: Any) -> None:
+    """A logit beyond 65504 from finite hidden states."""
+    one_channel(model, 3, 100.0)
+    model.model.norm.weight.zero_()
+    model.model.norm.weight[3] = 100.0
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[77, 3] = 10000.0
+
+
+def expert_product(model: Any) -> None:
+    """One expert's SwiGLU product; the router sends every token there."""
+    one_channel(model, 3, 100.0)
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight.zero_()
+    block.post_attention_layernorm.weight[3] = 1.0
+    block.mlp.gate.weight.zero_()
+    block.mlp.gate.weight[5, 3] = 10.0
+    gate_up = block.mlp.experts.gate_up_proj
+    gate_up[5].zero_()
+    gate_up[5, 0, 3] = gate_up[5, gate_up.shape[1] // 2, 3] = 400.0 / SIZE
+    block.mlp.experts.down_proj[5].zero_()
+
+
+@dataclass(frozen=True)
+class Fault:
+    plant: Callable[[Any], None]
+    layer: int | None
+    module: str
+    op: str
+    name: str
+    channel: int
+    moe: bool = False
+    expert: int | None = None
+
+
+FAULTS = {
+    "down_proj output": Fault(
+        down_proj_output, 1, "model.layers.1.mlp.down_proj", "linear", "down_proj output", 9
+    ),
+    "residual add": Fault(residual_add, 1, "model.layers.1", "add", "residual add after mlp", 9),
+    "SwiGLU product": Fault(swiglu_product, 1, "model.layers.1.mlp", "mul", "SwiGLU product", 0),
+    "lm_head output": Fault(lm_head_output, None, "lm_head", "linear", "logits", 77),
+    "expert": Fault(
+        expert_product, 1, "model.layers.1.mlp.experts", "mul", "SwiGLU product of the experts", 0, moe=True, expert=5
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            fault = FAULTS[name]
+            made[name] = make_checkpoint(tmp_path_factory.mktemp("fault"), moe=fault.moe, edit=fault.plant)
+        return made[name]
+
+    return make
+
+
+def errors(report: Report, dtype: str) -> list[Finding]:
+    return [finding for finding in report.findings if finding.dtype == dtype and finding.severity == "error"]
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_overflow_is_named_exactly_and_only_in_fp16(
+    name: str, attention: str, memory: str, folders: Callable[[str], Path]
+) -> None:
+    fault = FAULTS[name]
+    report = judge(run_probe(folders(name), TEXTS, attention=attention, memory=memory))
+    first = errors(report, "fp16")[0]
+    assert (first.layer, first.module, first.op, first.name) == (fault.layer, fault.module, fault.op, fault.name)
+    assert first.kind == "overflow" and first.origin and first.inf > 0 and first.nan == 0
+    assert (first.channel, first.expert) == (fault.channel, fault.expert)
+    assert first.token is not None and isinstance(first.token["id"], int)
+    assert first.reference_abs_max is not None and first.reference_abs_max > 65504
+    assert first.headroom is not None and first.headroom < 1
+    assert report.verdict["fp16"] == "fail"
+    for dtype in ("bf16", "fp32"):
+        assert not errors(report, dtype) and report.verdict[dtype] == "ok"
+
+
+def test_a_residual_add_overflows_although_both_of_its_parts_are_finite(folders: Callable[[str], Path]) -> None:
+    run = run_probe(folders("residual add"), TEXTS)
+    sites = {(site.module, site.op, site.call): index for index, site in enumerate(run.sites)}
+    (fp16,) = [each for each in run.passes if each.dtype == "fp16" and each.prompt == 0]
+    assert fp16.abs_max[sites["model.layers.1", "add", 0]] < 65504
+    assert fp16.abs_max[sites["model.layers.1.mlp.down_proj", "linear", 0]] < 65504
+    assert fp16.abs_max[sites["model.layers.1", "add", 1]] == float("inf")
+
+
+def test_a_swiglu_product_overflows_although_both_of_its_factors_are_finite(folders: Callable[[str], Path]) -> None:
+    run = run_probe(folders("SwiGLU product"), TEXTS)
+    sites = {(site.module, site.op, site.call): index for index, site in enumerate(run.sites)}
+    (fp16,) = [each for each in run.passes if each.dtype == "fp16" and each.prompt == 0]
+    assert fp16.abs_max[sites["model.layers.1.mlp.act_fn", "silu", 0]] < 1000
+    assert fp16.abs_max[sites["model.layers.1.mlp.up_proj", "linear", 0]] < 1000
+    assert fp16.abs_max[sites["model.layers.1.mlp", "mul", 0]] == float("inf")
+
+
+def test_every_place_that_overflows_by_itself_is_found_not_only_the_first(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        one_channel(model, 3, 100.0)
+        for index in (0, 2):
+            one_unit(model, index, 3, 400.0, 400.0)
+
+    report = judge(run_probe(make_checkpoint(tmp_path, edit=plant), TEXTS))
+    found = [(finding.layer, finding.name) for finding in errors(report, "fp16")]
+    assert found == [(0, "SwiGLU product"), (2, "SwiGLU product")]
+
+
+def test_what_only_passes_an_overflow_on_is_counted_not_listed(folders: Callable[[str], Path]) -> None:
+    report = judge(run_probe(folders("SwiGLU product"), TEXTS))
+    (only,) = errors(report, "fp16")
+    assert only.propagated >= 2  # down_proj and the residual add of the same layer
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_overflow_at_one_token_is_placed_at_that_token(attention: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from conftest import DEMO
+
+    token = AutoTokenizer.from_pretrained(DEMO)("7")["input_ids"][0]
+
+    def plant(model: Any) -> None:
+        model.model.embed_tokens.weight[:, 3] = 0.0
+        model.model.embed_tokens.weight[token, 3] = 100.0
+        mlp = model.model.layers[1].mlp
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight.zero_()
+            part.weight[0, 3] = 50.0
+        mlp.down_proj.weight.mul_(0)
+
+    folder = make_checkpoint(tmp_path, edit=plant)
+    (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["The capital of France is", "a7b"]}\n')
+    report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention=attention))
+    (first,) = errors(report, "fp16")
+    assert first.name == "SwiGLU product" and first.token is not None
+    assert (first.token["id"], first.token["text"], first.token["row"]) == (token, "7", 1)
+    assert not first.token["padding"]
+
+
+def _save_then(plant: Callable[[Any], None], tmp_path: Path, dtype: str = "float32") -> Report:
+    return judge(run_probe(make_checkpoint(tmp_path / "model", dtype=dtype, edit=plant), TEXTS))
+
+
+def test_a_weight_that_fp16_cannot_hold_is_found_without_blaming_an_operation(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[1].self_attn.v_proj.weight[2, 3] = 70000.0
+        model.model.embed_tokens.weight[:, 3] = 1e-3
+
+    report = _save_then(plant, tmp_path)
+    (first,) = [finding for finding in errors(report, "fp16") if finding.kind.startswith("weight")]
+    assert (first.kind, first.module, first.layer) == ("weight-overflow", "model.layers.1.self_attn.v_proj", 1)
+    assert first.name == "v_proj weight" and first.inf == 1 and first.propagated > 0
+    assert errors(report, "fp16")[0] == first
+    assert not [finding for finding in errors(report, "fp16") if finding.module == first.module and finding != first]
+    assert report.verdict["bf16"] == report.verdict["fp32"] == "ok"
+
+
+def test_a_nan_weight_is_damage_in_every_dtype_and_names_the_tensor_and_file(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        model.model.layers[2].mlp.up_proj.weight[1, 1] = float("nan")
+
+    report = _save_then(plant, tmp_path, "bfloat16")
+    for dtype in ("fp16", "bf16", "fp32"):
+        first = errors(report, dtype)[0]
+        assert (first.kind, first.module, first.nan) == ("weight-nonfinite", "model.layers.2.mlp.up_proj", 1)
+        assert "model.safetensors" in first.cause and report.verdict[dtype] == "fail"
+        assert len(errors(report, dtype)) == 1
+
+
+def test_near_overflow_is_a_risk_and_its_limit_is_a_setting(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        one_channel(model, 3, 100.0)
+        one_unit(model, 1, 3, 250.0, 250.0)  # 62,500: headroom just above 1
+
+    folder = make_checkpoint(tmp_path / "model", edit=plant)
+    report = judge(run_probe(folder, TEXTS))
+    (first,) = [finding for finding in report.findings if finding.dtype == "fp16"]
+    assert (first.kind, first.layer, first.name) == ("near-overflow", 1, "SwiGLU product")
+    assert report.verdict == {"fp16": "risk", "bf16": "ok", "fp32": "ok"}
+    assert report.exit_code("fail") == 0 and report.exit_code("risk") == 1
+    assert first.token is not None and first.channel == 0
+
+    from qwen_precision.checks import Limits
+
+    assert judge(report.run, Limits(near_overflow=1.0)).verdict["fp16"] == "ok"
+
+
+def test_headroom_is_read_off_the_reference_at_every_operation() -> None:
+    run = run_probe("demo")
+    report = judge(run)
+    tightest = report.headroom["fp16"][0]
+    site = run.sites[tightest.site]
+    assert site.layer == 3 and tightest.headroom == pytest.approx(65504 / tightest.abs_max)
+    assert all(row.abs_max > 0 or row.headroom == float("inf") for row in report.headroom["fp16"])
+    # Norms compute in fp32 inside: their squares are beyond 65504 and that is no finding.
+    squares = [index for index, s in enumerate(run.sites) if s.op == "pow" and s.layer == 2]
+    assert squares and all(run.wider["fp16"][index] == "fp32" for index in squares)
