@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qwen_precision.collect import Collector
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.locate import Inspector, Located, storages
-from qwen_precision.watch import Watcher
+from qwen_precision.watcher import Watcher
 from qwen_precision.weights import Scratch, WeightStore
 
 if TYPE_CHECKING:

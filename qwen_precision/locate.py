@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.watch import Seen
+from qwen_precision.watcher import Seen
 
 
 @dataclass(frozen=True)

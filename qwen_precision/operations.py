@@ -35,6 +35,7 @@ class Kind(Enum):
     MOVE = "the values were seen before, elsewhere"
     CREATE = "the values are constants"
     FILL = "may put an intended extreme value (a mask) into a tensor"
+    SORT = "orders rows; an inspector wants to know how"
     IGNORE = "looks, indexes or compares; makes no new magnitudes"
 
 
@@ -49,7 +50,7 @@ _CREATES = frozenset(
     "new_full empty_strided scalar_tensor eye linspace rand randn randint one_hot".split()
 )
 _FILLS = frozenset("where masked_fill masked_fill_".split())
-_IGNORES = frozenset("sort topk argmax argmin histc cumsum _local_scalar_dense item is_nonzero equal all any".split())
+_IGNORES = frozenset("topk argmax argmin histc cumsum _local_scalar_dense item is_nonzero equal all any".split())
 
 
 def name_of_operator(func: Any) -> str:
@@ -73,6 +74,8 @@ def kind_of(func: Any) -> Kind:
         return Kind.CREATE
     if name in _FILLS:
         return Kind.FILL
+    if name == "sort":
+        return Kind.SORT
     if name in _IGNORES:
         return Kind.IGNORE
     if func.is_view:

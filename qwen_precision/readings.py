@@ -37,7 +37,7 @@ class Reading:
 
 
 class _Pool:
-    """Pairs of zero-dimensional tensors of one dtype on one device."""
+    """Pairs of zero-dimensional tensors of one dtype on one device; used again for the next forward."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.blocks: list[Tensor] = []
@@ -45,78 +45,97 @@ class _Pool:
         self.used = 0
         self.dtype, self.device = dtype, device
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        if self.used == len(self.pairs):
-            block = torch.zeros((_POOL, 2), dtype=self.dtype, device=self.device)
-            self.blocks.append(block)
-            self.pairs.extend((row[0], row[1]) for row in block.unbind())
-        pair = self.pairs[self.used]
-        self.used += 1
-        return pair
+    def grow(self) -> None:
+        """Room for more pairs."""
+        block = torch.zeros((2, _POOL), dtype=self.dtype, device=self.device)
+        self.blocks.append(block)
+        self.pairs.extend(zip(block[0].unbind(), block[1].unbind(), strict=True))
 
     def values(self) -> list[float]:
         """Largest magnitude of every used pair: the one transfer to the host."""
         if not self.used:
             return []
-        both = torch.cat(self.blocks)[: self.used]
+        both = torch.cat(self.blocks, dim=1)[:, : self.used]
         wide = both.to(torch.float64) if both.device.type != "mps" else both.to(torch.float32)
         # abs() of a NaN is NaN and amax carries it, so NaN wins over infinity.
-        result: list[float] = wide.abs().amax(dim=1).tolist()
+        result: list[float] = wide.abs().amax(dim=0).tolist()
         self.used = 0
         return result
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What one forward left, on the host but not yet spelled out."""
+
+    log: list[tuple[str, str, _Pool | None, int, torch.dtype]]
+    values: dict[_Pool, list[float]]
+
+
+_SPARE: dict[tuple[torch.dtype, int], list[_Pool]] = {}
+"""Pools that nobody uses just now; making the views of a new one takes longer than reading a layer."""
 
 
 class Slots:
     """The readings of one forward while it runs."""
 
     def __init__(self) -> None:
-        self._pools: dict[tuple[torch.dtype, torch.device], _Pool] = {}
-        # (path, op), then either (pool, index in it) or (slot it follows from, how)
-        self._keys: list[tuple[str, str]] = []
-        self._where: list[tuple[_Pool | None, int, torch.dtype, str]] = []
+        self._pools: dict[tuple[torch.dtype, int], _Pool] = {}
+        # (path, operation, pool, index in it, dtype), or without a pool: (…, None, slot it follows from, dtype)
+        self._log: list[tuple[str, str, _Pool | None, int, torch.dtype]] = []
 
-    def read(self, key: tuple[str, str], flat: Tensor) -> int:
+    def read(self, path: str, op: str, flat: Tensor) -> int:
         """Look at a tensor now; gives the slot's number."""
-        pool_key = (flat.dtype, flat.device)
-        pool = self._pools.get(pool_key)
+        pool = self._pools.get((flat.dtype, flat.get_device()))
         if pool is None:
-            pool = self._pools[pool_key] = _Pool(*pool_key)
+            key = (flat.dtype, flat.get_device())
+            spare = _SPARE.get(key)
+            pool = self._pools[key] = spare.pop() if spare else _Pool(flat.dtype, flat.device)
         index = pool.used
-        torch.aminmax(flat, out=pool.next())
-        self._keys.append(key)
-        self._where.append((pool, index, flat.dtype, ""))
-        return len(self._keys) - 1
+        if index == len(pool.pairs):
+            pool.grow()
+        torch.aminmax(flat, out=pool.pairs[index])
+        pool.used = index + 1
+        self._log.append((path, op, pool, index, flat.dtype))
+        return len(self._log) - 1
 
-    def derive(self, key: tuple[str, str], slot: int, dtype: torch.dtype, how: str) -> int:
+    def derive(self, path: str, op: str, slot: int, dtype: torch.dtype) -> int:
         """A slot whose value follows from an earlier one: its cast to ``dtype``, or its square."""
-        self._keys.append(key)
-        self._where.append((None, slot, dtype, how))
-        return len(self._keys) - 1
+        self._log.append((path, op, None, slot, dtype))
+        return len(self._log) - 1
+
+    def bring(self) -> _Raw:
+        """The numbers, on the host; the slots are empty afterwards."""
+        with torch.inference_mode():
+            values = {pool: pool.values() for pool in self._pools.values()}
+        for key, pool in self._pools.items():
+            _SPARE.setdefault(key, []).append(pool)
+        raw = _Raw(self._log, values)
+        self._log, self._pools = [], {}
+        return raw
 
     def take(self) -> list[Reading]:
         """All readings in order; the slots are empty afterwards."""
-        with torch.inference_mode():
-            values = {pool: pool.values() for pool in self._pools.values()}
-            magnitudes: list[float] = []
-            for pool, index, dtype, how in self._where:
-                if pool is not None:
-                    magnitudes.append(values[pool][index])
-                else:
-                    magnitudes.append(_follow(magnitudes[index], dtype, how))
-        calls: dict[tuple[str, str], int] = {}
-        readings = []
-        for key, place, value in zip(self._keys, self._where, magnitudes, strict=True):
-            call = calls.get(key, 0)
-            calls[key] = call + 1
-            readings.append(Reading(key[0], key[1], call, value, place[2]))
-        self._keys, self._where = [], []
-        return readings
+        return spell_out(self.bring())
 
 
-def _follow(value: float, dtype: torch.dtype, how: str) -> float:
+def spell_out(raw: _Raw) -> list[Reading]:
+    """Readings from numbers: derived ones computed, calls counted."""
+    magnitudes: list[float] = []
+    calls: dict[tuple[str, str], int] = {}
+    readings = []
+    for path, op, pool, index, dtype in raw.log:
+        value = raw.values[pool][index] if pool is not None else _follow(magnitudes[index], dtype, op)
+        magnitudes.append(value)
+        call = calls.get((path, op), 0)
+        calls[path, op] = call + 1
+        readings.append(Reading(path, op, call, value, dtype))
+    return readings
+
+
+def _follow(value: float, dtype: torch.dtype, op: str) -> float:
     """Rounding is monotonic, so the cast (the square) of the largest magnitude is the largest of the casts."""
     result = torch.tensor(value, dtype=torch.float64).to(dtype)
-    return float(result * result if how == "pow" else result)
+    return float(result * result if op == "pow" else result)
 
 
 class Readings:
@@ -124,11 +143,18 @@ class Readings:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._all: list[Reading] = []
+        self._raw: list[_Raw] = []
+        self._spelled: list[Reading] = []
 
     def refresh(self) -> None:
         """Bring what was measured so far to the host."""
-        self._all.extend(self._slots.take())
+        self._raw.append(self._slots.bring())
+
+    @property
+    def _all(self) -> list[Reading]:
+        while self._raw:
+            self._spelled.extend(spell_out(self._raw.pop(0)))
+        return self._spelled
 
     def __iter__(self) -> Iterator[Reading]:
         return iter(self._all)

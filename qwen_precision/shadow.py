@@ -23,7 +23,7 @@ from qwen_precision.locate import Inspector, storages
 from qwen_precision.readings import Reading
 from qwen_precision.record import Reseed
 from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls
-from qwen_precision.watch import Watcher, attached
+from qwen_precision.watcher import Watcher, attached
 from qwen_precision.weights import Scratch, WeightStore
 
 
@@ -244,7 +244,7 @@ class Shadow:
                     lambda s=stream, p=prompt: finish(self.model, s.embedded, self.prompts[p].mask, s.hidden),
                 )  # fmt: skip
             self.seconds[name] += time.perf_counter() - started
-        self.scratch.release()
+        self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
         head = Head(self.model, self.store, self.scratch, self.watcher, self.collector, self.plan.near)
         head.run(hidden, [prompt.mask for prompt in self.prompts], self.plan, self.seconds, self.on_final)
         for (name, prompt), stream in self._streams.items():

@@ -90,13 +90,14 @@ class WeightStore:
 
     def row_chunks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) pieces of a two-dimensional parameter, so that a vocabulary is never held whole."""
+        if self._resident:
+            whole = self.tensor(name)
+            yield from ((start, whole[start : start + rows]) for start in range(0, len(whole), rows))
+            return
         part = self.parts(name)[0]
-        count = self._checkpoint.tensors[part].shape[0]
-        for start in range(0, count, rows):
-            if self._resident:
-                yield start, self.tensor(name)[start : start + rows]
-            else:
-                yield start, self._read_rows(part, start, min(start + rows, count)).to(self._device)
+        info = self._checkpoint.tensors[part]
+        for start in range(0, info.shape[0], rows):
+            yield start, self._read_rows(part, start, min(start + rows, info.shape[0])).to(self._device)
 
     def prefetch(self, module: nn.Module, path: str) -> None:
         """Ask the system to read a module's bytes while the current one computes."""
@@ -121,7 +122,7 @@ class WeightStore:
         info = self._checkpoint.tensors[part]
         path = self._checkpoint.folder / info.file
         with _reading(path), safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_slice(part)[start:stop]
+            tensor: Tensor = file.get_tensor(part)[start:stop]  # mapped: only these rows' pages are read
             self._check.feed(part, info.file, tensor, start)
         return tensor
 

@@ -35,6 +35,7 @@ from qwen_precision.operations import (
 )
 from qwen_precision.readings import Reading, Readings, Slots
 
+_READ, _MOVE = Kind.READ, Kind.MOVE  # looked up for every operation
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
@@ -86,6 +87,12 @@ class Watcher(TorchDispatchMode):
         inspect: called on every watched output after its reading was taken; for a close second look.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap every dispatch to keep torch.compile out of it, which costs more than the reading.
+        # Nothing is compiled inside: each operation is run as it came.
+        return False
+
     def __init__(self, inspect: Inspector | None = None) -> None:
         super().__init__()
         self.path = ""
@@ -93,9 +100,10 @@ class Watcher(TorchDispatchMode):
         self.slots = Slots()
         self._stack: list[str] = []
         self._calls: dict[tuple[str, str], int] = {}
-        # Where a reading lives: data pointer -> (elements, dtype, slot). Valid because the mode sees every
-        # operation that gives out memory, and forgets the entry when that memory gets other values.
-        self._known: dict[int, tuple[int, torch.dtype, int]] = {}
+        # The output read last, and its slot: a cast or a square of it need not be read. It is held until the
+        # next reading, so its memory cannot become another tensor's meanwhile.
+        self._last: Tensor | None = None
+        self._last_slot = 0
         # Tensors that hold intended extremes: id -> (the tensor, weakly, so that scores die in time; keep).
         self._masks: dict[int, tuple[ReferenceType[Tensor], Tensor]] = {}
 
@@ -113,7 +121,7 @@ class Watcher(TorchDispatchMode):
 
     def forget(self) -> None:
         """Drop what is known of memory and masks; call between forwards."""
-        self._known.clear()
+        self._last = None
         self._masks.clear()
         self._calls.clear()
         self._stack.clear()
@@ -141,68 +149,69 @@ class Watcher(TorchDispatchMode):
         """Run the operation as it is and take the reading of what it gave."""
         out = func(*args, **kwargs) if kwargs else func(*args)
         rule = _RULES.get(func) or _rule_for(func)
-        if rule.mutates:
-            self._known.clear()  # a write through a view changes what any pointer into it stands for
-        if self._masks:
-            keep = self._masked(func, rule, args, kwargs, out)
-            if keep is not None:
-                if rule.kind is not Kind.MOVE:
-                    self._read(func, rule, args, out, keep)
-                return out
+        if self._masks and self._masked(func, rule, args, kwargs, out):
+            return out
         kind = rule.kind
-        if kind is Kind.READ or kind is Kind.EXACT:
-            if isinstance(out, Tensor):
-                self._seen(func, rule, args, out)
+        if kind is _READ:
+            if type(out) is Tensor:
+                self._read(func, rule, args, out, None)
             else:
-                for item in out if isinstance(out, (tuple, list)) else ():
-                    if isinstance(item, Tensor):
-                        self._seen(func, rule, args, item)
-                        break  # further outputs are bookkeeping: log-sum-exp, seeds, indices
-        elif kind is Kind.MOVE:
-            self._moved(args, out)
+                self._read_first(func, rule, args, out)
+            if rule.mutates:
+                self._last = None  # it may have been written through a view
+        elif kind is _MOVE:
+            pass
+        elif kind is Kind.EXACT:
+            self._read_exact(func, rule, args, out)
         elif kind is Kind.FILL:
-            self._filled(func, rule, args, out)
-        else:
-            if self.inspect is not None and rule.op == "sort":
-                self.inspect.note_sort(out[0], out[1])
-            self._lost(out)
+            self._filled(rule, args, out)
+        elif kind is Kind.SORT and self.inspect is not None:
+            self.inspect.note_sort(out[0], out[1])
         return out
 
-    def _seen(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor) -> None:
+    def _read(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
+        """Take the reading of one output, of its entries in ``keep`` if that is given."""
         if out.dtype not in _FLOATS or not out.numel():
-            self._lost(out)
             return
-        if rule.kind is Kind.EXACT:
-            source = args[0]
-            if out is source:
-                return  # a cast to the dtype it has already
-            known = self._known.get(source.data_ptr())
-            if (
-                known is not None
-                and known[0] == out.numel()
-                and known[1] == source.dtype
-                and (rule.op == "cast" or args[1] == 2)
-            ):
-                slot = self.slots.derive(self._key(rule), known[2], out.dtype, rule.op)
-                self._known[out.data_ptr()] = (out.numel(), out.dtype, slot)
-                if self.inspect is not None:
-                    self._inspect(func, rule, args, out, None)
-                return
-        self._read(func, rule, args, out, None)
-
-    def _read(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Any, keep: Tensor | None) -> None:
-        if not isinstance(out, Tensor) or out.dtype not in _FLOATS or not out.numel():
-            return
-        flat = out if keep is None else torch.where(keep, out, torch.zeros((), dtype=out.dtype, device=out.device))
-        if not flat.is_contiguous():
-            flat = _dense(flat)
-        slot = self.slots.read(self._key(rule), flat)
-        self._known[out.data_ptr()] = (out.numel(), out.dtype, slot)
+        flat = out
+        if keep is not None:
+            flat = torch.where(keep, out, torch.zeros((), dtype=out.dtype, device=out.device))
+        elif not out.is_contiguous() and out.dim() == 4:
+            # [batch, heads, tokens, dim] lies in memory as [batch, tokens, heads, dim]: look at it that way,
+            # because looking across the grain costs three times as much.
+            swapped = out.transpose(1, 2)
+            flat = swapped if swapped.is_contiguous() else out
+        self._last_slot = self.slots.read(self.path, rule.op, flat)
+        self._last = out
         if self.inspect is not None:
             self._inspect(func, rule, args, out, keep)
 
-    def _key(self, rule: _Rule) -> tuple[str, str]:
-        return (self.path, rule.op)
+    def _read_first(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
+        """Of several outputs the first is the result; the others (log-sum-exp, seeds, indices) are bookkeeping."""
+        items = out if isinstance(out, (tuple, list)) else (out,)
+        first = next((item for item in items if isinstance(item, Tensor)), None)
+        if first is not None:
+            self._read(func, rule, args, first, None)
+
+    def _read_exact(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor) -> None:
+        """A cast or a power: derived where it is of the output read last, else read."""
+        source, last = args[0], self._last
+        if out is source:
+            return  # a cast to the dtype it has already
+        if (
+            last is not None
+            and source.data_ptr() == last.data_ptr()
+            and source.numel() == last.numel()
+            and source.dtype == last.dtype
+            and out.dtype in _FLOATS
+            and (rule.op == "cast" or args[1] == 2)
+        ):
+            self._last_slot = self.slots.derive(self.path, rule.op, self._last_slot, out.dtype)
+            self._last = out
+            if self.inspect is not None:
+                self._inspect(func, rule, args, out, None)
+        else:
+            self._read(func, rule, args, out, None)
 
     def _inspect(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
         call = self._calls.get((self.path, rule.op), 0)
@@ -210,65 +219,40 @@ class Watcher(TorchDispatchMode):
         assert self.inspect is not None
         self.inspect(Seen(self.path, rule.op, call, func, args, out, keep))
 
-    def _moved(self, args: tuple[Any, ...], out: Any) -> None:
-        """A view or a copy: all of it has the input's reading; a part of it, or a mixture, has none."""
-        source = args[0] if args and isinstance(args[0], Tensor) else None
-        if source is None or not isinstance(out, Tensor):
-            self._lost(out)
-            return
-        pointer = out.data_ptr()
-        if pointer == source.data_ptr():
-            return
-        known = self._known.get(source.data_ptr())
-        if known is not None and known[0] == out.numel() == source.numel() and known[1] == out.dtype:
-            self._known[pointer] = known
-        else:
-            self._known.pop(pointer, None)
-
-    def _lost(self, out: Any) -> None:
-        """New values at this memory that nobody looked at."""
-        for item in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(item, Tensor):
-                self._known.pop(item.data_ptr(), None)
-
     # -- intended extremes -----------------------------------------------------------------------------------
 
-    def _filled(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
+    def _filled(self, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
         keep = _kept_by_fill(rule.op, args, out)
         if keep is not None:
             self._remember_mask(out, keep)
-        self._lost(out)
 
     def _masked(
         self, func: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
-    ) -> Tensor | None:
-        """The unmasked entries of ``out`` if one of the arguments is a mask or masked, else None."""
+    ) -> bool:
+        """Whether an argument is a mask or masked and so is ``out``; then it has been read where unmasked."""
         if not isinstance(out, Tensor):
-            return None
+            return False
         keep: Tensor | None = None
         for arg in args[:3]:
             held = self._masks.get(id(arg)) if isinstance(arg, Tensor) else None
             if held is not None and held[0]() is arg:
                 keep = held[1] if keep is None else keep & held[1]
         if keep is None:
-            return None
-        if rule.kind is Kind.MOVE and out.shape != args[0].shape:
+            return False
+        moves = rule.kind is Kind.MOVE
+        if moves and out.shape != args[0].shape:
             keep = _moved_mask(func, args, kwargs, keep)
-        elif rule.kind is not Kind.MOVE and rule.op not in COMBINES_WITH_MASK:
-            return None
-        if keep is None:
-            return None
-        if rule.kind is Kind.FILL:
+        elif not moves and rule.op not in COMBINES_WITH_MASK:
+            return False
+        elif rule.kind is Kind.FILL:
             more = _kept_by_fill(rule.op, args, out)
             keep = keep if more is None else keep & more
+        if keep is None:
+            return False
         self._remember_mask(out, keep)
-        return keep
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The same elements in memory order: a transposed tensor needs no copy to be looked at."""
-    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
-    return tensor.permute(order)
+        if rule.kind is Kind.READ or (rule.kind is Kind.EXACT and out is not args[0]):
+            self._read(func, rule, args, out, keep)
+        return True
 
 
 def _kept_by_fill(op: str, args: tuple[Any, ...], out: Any) -> Tensor | None:
@@ -295,16 +279,20 @@ def _moved_mask(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None,
 
 
 @contextmanager
-def attached(model: nn.Module, watcher: Watcher, prefix: str = "") -> Iterator[None]:
+def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Hook every submodule of ``model`` for its path; unhook on the way out, whatever happened.
 
-    The hooks run even when a forward raises (``always_call``), so the stack stays true.
+    The second hook runs even when a forward raises (``always_call``), so that the stack stays true.
     """
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        watcher.pop()
+
     handles = []
     try:
-        for name, module in model.named_modules(prefix=prefix):
+        for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(_entering(watcher, name)))
-            handles.append(module.register_forward_hook(_leaving(watcher), always_call=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -312,18 +300,11 @@ def attached(model: nn.Module, watcher: Watcher, prefix: str = "") -> Iterator[N
         watcher.forget()
 
 
-def _entering(watcher: Watcher, name: str) -> Callable[..., None]:
+def _entering(watcher: Watcher, name: str) -> Callable[[nn.Module, Any], None]:
     def enter(module: nn.Module, args: Any) -> None:
         watcher.push(name)
 
     return enter
-
-
-def _leaving(watcher: Watcher) -> Callable[..., None]:
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        watcher.pop()
-
-    return leave
 
 
 @contextmanager
