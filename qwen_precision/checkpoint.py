@@ -109,9 +109,7 @@ def _check_config(raw: dict[str, Any], folder: Path) -> None:
     names = raw.get("architectures") or []
     if not isinstance(names, list) or not any(str(name).endswith("ForCausalLM") for name in names):
         found = ", ".join(map(str, names)) if isinstance(names, list) and names else "no architecture"
-        raise QprecError(
-            f"{path}: names {found}, not a causal language model (…ForCausalLM); qprec probes only those."
-        )
+        raise QprecError(f"{path}: names {found}, not a causal language model (…ForCausalLM); qprec probes only those.")
     if raw.get("quantization_config"):
         raise QprecError(f"{path}: the weights are quantised; probe the checkpoint they were made from.")
 

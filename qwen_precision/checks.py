@@ -8,125 +8,13 @@ in, divided by the largest magnitude in the reference pass (the dtype's own pass
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from qwen_precision.dtypes import DTYPES, REFERENCE, largest
+from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.facts import Facts, headroom_by_site, token_of
+from qwen_precision.findings import SEVERITIES, Finding, Headroom, Limits, Report
 from qwen_precision.names import layer_of, name_of
 from qwen_precision.record import Event, Pass, Run, Site
-
-SEVERITIES = ("info", "warning", "error")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """From where on something is worth a finding."""
-
-    near_overflow: float = 2.0
-    """Headroom below which an operation is near overflow."""
-    underflow_share: float = 0.01
-    """Share of a tensor's elements that may become zero in a dtype."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One judged fact."""
-
-    kind: str
-    severity: str
-    dtype: str
-    prompt: str | None
-    """Name of the worst prompt, or None where no prompt is involved."""
-    layer: int | None
-    module: str
-    op: str
-    name: str
-    """The operation in Qwen3's words."""
-    origin: bool
-    reference_abs_max: float | None
-    headroom: float | None
-    cause: str
-    advice: str
-    nan: int = 0
-    inf: int = 0
-    propagated: int = 0
-    """Later operations that only passed it on."""
-    token: dict[str, int | str | bool | None] | None = None
-    channel: int | None = None
-    expert: int | None = None
-    prompts: tuple[str, ...] = ()
-    """All prompts that show it."""
-    predicted: bool = False
-    """Known from the reference alone: the dtype's own stream did not get here."""
-
-
-@dataclass(frozen=True)
-class Headroom:
-    """One site's headroom in one dtype, over all prompts."""
-
-    dtype: str
-    site: int
-    abs_max: float
-    headroom: float
-    prompt: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """A judged Run."""
-
-    verdict: dict[str, str]
-    """By dtype: ok, risk, fail, or incomplete (stopped before anything was found)."""
-    findings: list[Finding]
-    headroom: dict[str, list[Headroom]]
-    """By dtype, smallest first; only sites that compute in that dtype itself."""
-    stopped: str | None
-    run: Run = field(repr=False)
-
-    def exit_code(self, fail_on: str) -> int:
-        """0 nothing at or above ``fail_on``, 1 findings, 3 the run did not finish and nothing was found."""
-        bad = {"fail": {"fail"}, "risk": {"fail", "risk"}, "never": set()}[fail_on]
-        if bad & set(self.verdict.values()):
-            return 1
-        return 3 if self.stopped else 0
-
-
-FAIL_ON = ("fail", "risk", "never")
-
-
-class _Facts:
-    """Columns of a Run by dtype and prompt, and what headroom means for each site."""
-
-    def __init__(self, run: Run, limits: Limits) -> None:
-        self.run, self.limits = run, limits
-        self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
-
-    def passes(self, dtype: str) -> list[Pass]:
-        return [each for each in self.run.passes if each.dtype == dtype]
-
-    def limit(self, dtype: str, site: int) -> float:
-        return largest(self.run.wider.get(dtype, {}).get(site, dtype))
-
-    def computes_wider(self, dtype: str, site: int) -> bool:
-        return self.run.wider.get(dtype, {}).get(site, dtype) != dtype
-
-    def magnitude(self, each: Pass, site: int) -> float | None:
-        """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.
-
-        A cast has no counterpart in the reference; its input is what ran just before, so that one's is taken.
-        """
-        reference = self.by_key.get((REFERENCE, each.prompt))
-        if reference is None or each.dtype == REFERENCE:
-            return each.abs_max[site]
-        value = reference.abs_max[site]
-        if value is None and self.run.sites[site].op == "cast":
-            value = self._before(each, reference, site)
-        return each.abs_max[site] if value is None else value
-
-    def _before(self, each: Pass, reference: Pass, site: int) -> float | None:
-        module = self.run.sites[site].module
-        ran = [s for s, value in enumerate(each.abs_max[:site]) if value is not None]
-        same = [s for s in ran if self.run.sites[s].module == module and reference.abs_max[s] is not None]
-        return reference.abs_max[same[-1]] if same else None
 
 
 def judge(run: Run, limits: Limits | None = None) -> Report:
@@ -136,10 +24,10 @@ def judge(run: Run, limits: Limits | None = None) -> Report:
         run: the facts.
         limits: from where on something is worth a finding.
     """
-    facts = _Facts(run, limits or Limits())
+    facts = Facts(run, limits or Limits())
     findings = [finding for check in CHECKS.values() for finding in check(facts)]
     findings.sort(key=_order)
-    headroom = {dtype: _headroom(facts, dtype) for dtype in run.dtypes}
+    headroom = {dtype: headroom_by_site(facts, dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
     return Report(verdict, findings, headroom, run.stopped, run)
 
@@ -162,23 +50,10 @@ def _verdict(run: Run, dtype: str, findings: list[Finding]) -> str:
     return "incomplete" if run.stopped else "ok"
 
 
-def _headroom(facts: _Facts, dtype: str) -> list[Headroom]:
-    worst: dict[int, Headroom] = {}
-    for each in facts.passes(dtype):
-        for site in range(len(facts.run.sites)):
-            value = facts.magnitude(each, site)
-            if value is None or each.abs_max[site] is None or facts.computes_wider(dtype, site):
-                continue
-            room = math.inf if value == 0 else facts.limit(dtype, site) / value if math.isfinite(value) else 0.0
-            if site not in worst or room < worst[site].headroom:
-                worst[site] = Headroom(dtype, site, value, room, each.prompt)
-    return sorted(worst.values(), key=lambda row: row.headroom)
-
-
 # -- the checks ------------------------------------------------------------------------------------------------
 
 
-def _overflow(facts: _Facts) -> Iterator[Finding]:
+def _overflow(facts: Facts) -> Iterator[Finding]:
     """An operation gave an infinity or a NaN although what went in was finite."""
     for dtype in facts.run.dtypes:
         yield from _origins(facts, dtype)
@@ -187,7 +62,7 @@ def _overflow(facts: _Facts) -> Iterator[Finding]:
         yield from _origins(facts, REFERENCE)
 
 
-def _origins(facts: _Facts, dtype: str) -> Iterator[Finding]:
+def _origins(facts: Facts, dtype: str) -> Iterator[Finding]:
     worst: dict[int, Finding] = {}
     prompts: dict[int, list[str]] = {}
     for each in facts.passes(dtype):
@@ -205,7 +80,7 @@ def _origins(facts: _Facts, dtype: str) -> Iterator[Finding]:
         yield replace(worst[site], prompts=tuple(dict.fromkeys(prompts[site])))
 
 
-def _origin_finding(facts: _Facts, each: Pass, event: Event, carried: int) -> Finding:
+def _origin_finding(facts: Facts, each: Pass, event: Event, carried: int) -> Finding:
     site = facts.run.sites[event.site]
     magnitude = facts.magnitude(each, event.site) if facts.run.reference and each.dtype != REFERENCE else None
     if magnitude is not None and not math.isfinite(magnitude):
@@ -220,7 +95,7 @@ def _origin_finding(facts: _Facts, each: Pass, event: Event, carried: int) -> Fi
         cause=_cause(each.dtype, what, magnitude, limit, event, facts.run.reference),
         advice=_advice(each.dtype, magnitude, limit),
         nan=event.nan, inf=event.inf, propagated=carried,
-        token=_token(facts.run, each, event), channel=event.channel, expert=event.expert,
+        token=token_of(facts.run, each, event), channel=event.channel, expert=event.expert,
     )  # fmt: skip
 
 
@@ -247,22 +122,7 @@ def _advice(dtype: str, magnitude: float | None, limit: float) -> str:
     return f"Run this checkpoint in fp32, or keep this operation out of {dtype}."
 
 
-def _token(run: Run, each: Pass, event: Event) -> dict[str, int | str | bool | None] | None:
-    if event.position is None or event.row is None:
-        return None
-    row = run.prompts[each.prompt].rows[event.row]
-    index = event.position - row.padding
-    padding = index < 0 or index >= len(row.ids)
-    return {
-        "position": event.position,
-        "id": None if padding else row.ids[index],
-        "text": None if padding or index >= len(row.tokens) else row.tokens[index],
-        "row": event.row,
-        "padding": padding,
-    }
-
-
-def _near_overflow(facts: _Facts) -> Iterator[Finding]:
+def _near_overflow(facts: Facts) -> Iterator[Finding]:
     """The reference comes closer to a dtype's largest finite number than the limit allows."""
     for dtype in facts.run.dtypes:
         if dtype == REFERENCE:
@@ -270,14 +130,14 @@ def _near_overflow(facts: _Facts) -> Iterator[Finding]:
         failed = {
             event.site for each in facts.passes(dtype) for event in each.events if event.nan or event.inf
         }  # fmt: skip
-        for row in _headroom(facts, dtype):
+        for row in headroom_by_site(facts, dtype):
             if row.headroom >= facts.limits.near_overflow or row.site in failed or row.headroom == 0:
                 continue
             finding = _near_finding(facts, row)
             yield _beyond(finding) if row.headroom < 1 and _came_reseeded(facts, row) else finding
 
 
-def _came_reseeded(facts: _Facts, row: Headroom) -> bool:
+def _came_reseeded(facts: Facts, row: Headroom) -> bool:
     """Whether the dtype's own stream never reached this site: it had been replaced before."""
     layer = facts.run.sites[row.site].layer
     each = facts.by_key[row.dtype, row.prompt]
@@ -294,7 +154,7 @@ def _beyond(finding: Finding) -> Finding:
     )  # fmt: skip
 
 
-def _near_finding(facts: _Facts, row: Headroom) -> Finding:
+def _near_finding(facts: Facts, row: Headroom) -> Finding:
     site = facts.run.sites[row.site]
     each = facts.by_key[row.dtype, row.prompt]
     event = next((e for e in each.events if e.site == row.site), None)
@@ -307,12 +167,12 @@ def _near_finding(facts: _Facts, row: Headroom) -> Finding:
         headroom=row.headroom,
         cause=f"The {what} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}: {row.headroom:.3g}x headroom.",
         advice=f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}.",
-        token=_token(facts.run, each, event) if event else None,
+        token=token_of(facts.run, each, event) if event else None,
         channel=event.channel if event else None, expert=event.expert if event else None, prompts=(prompt,),
     )  # fmt: skip
 
 
-def _underflow(facts: _Facts) -> Iterator[Finding]:
+def _underflow(facts: Facts) -> Iterator[Finding]:
     """A whole tensor lies below a dtype's normal range, or many weights become zero in it."""
     for dtype in facts.run.dtypes:
         if dtype == REFERENCE:
@@ -335,7 +195,7 @@ def _underflow(facts: _Facts) -> Iterator[Finding]:
                 yield _weight_finding("underflow", "warning", dtype, weight.name, text, "Use a wider dtype.")
 
 
-def _underflow_finding(facts: _Facts, each: Pass, site: Site, value: float, tiny: float) -> Finding:
+def _underflow_finding(facts: Facts, each: Pass, site: Site, value: float, tiny: float) -> Finding:
     what = name_of(site.module, site.op, site.call)
     prompt = facts.run.prompts[each.prompt].name
     return Finding(
@@ -346,7 +206,7 @@ def _underflow_finding(facts: _Facts, each: Pass, site: Site, value: float, tiny
     )  # fmt: skip
 
 
-def _weights(facts: _Facts) -> Iterator[Finding]:
+def _weights(facts: Facts) -> Iterator[Finding]:
     """A weight is damaged, or larger than a dtype's largest finite number."""
     for weight in facts.run.weights:
         where = f"{weight.name} in {weight.file}"
@@ -379,7 +239,7 @@ def _weight_finding(
     )  # fmt: skip
 
 
-def _counted(finding: Finding, facts: _Facts, dtype: str, nan: int, inf: int) -> Finding:
+def _counted(finding: Finding, facts: Facts, dtype: str, nan: int, inf: int) -> Finding:
     """With how many operations the bad weight spoiled."""
     carried = 0
     for each in facts.passes(dtype):
@@ -390,7 +250,7 @@ def _counted(finding: Finding, facts: _Facts, dtype: str, nan: int, inf: int) ->
     return replace(finding, nan=nan, inf=inf, propagated=carried)
 
 
-CHECKS: dict[str, Callable[[_Facts], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[Facts], Iterator[Finding]]] = {
     "weights": _weights,
     "overflow": _overflow,
     "near-overflow": _near_overflow,

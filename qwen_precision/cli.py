@@ -17,11 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwen_precision import __version__
-from qwen_precision.checks import FAIL_ON, Limits, Report, judge
+from qwen_precision.checks import judge
 from qwen_precision.config import ATTENTION, MEMORY, load_settings
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.record import check_writable, load, save, write_atomically
+from qwen_precision.files import check_writable, write_atomically
+from qwen_precision.findings import FAIL_ON, Limits, Report
+from qwen_precision.record import load, save
 from qwen_precision.render import RENDERERS
 
 app = typer.Typer(
@@ -60,7 +62,9 @@ def _top(
 
 @app.command()
 def probe(
-    model: Annotated[str, typer.Argument(help="A hub id (owner/name), a checkpoint folder, or the word demo.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
+    ],
     dtype: Annotated[
         list[str] | None,
         typer.Option(help="Dtype to try; repeatable. Default: all three.", metavar="|".join(DTYPES),
@@ -120,7 +124,7 @@ def probe(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run that `qprec probe -o` saved.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that `qprec probe -o` saved.")],
     format: Annotated[
         str,
         typer.Option("-f", "--format", help="How to show it.", metavar="|".join(RENDERERS),
@@ -163,7 +167,7 @@ def _render(judged: Report, name: str, fail_on: str, plain: bool = False) -> str
 
 
 def _note(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False, style="dim")
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(text, markup=False, style="dim")
 
 
 @contextmanager
@@ -180,10 +184,13 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         yield show
 
 
+_TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code and never raises for a user's mistake."""
     try:
-        result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+        result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="qprec", standalone_mode=False)
     except QprecError as error:
         _error(str(error))
         return error.exit_code
@@ -198,23 +205,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 3
     except Exception as error:
         return _from_typer(error)
+    if result == _TYPER_INTERRUPTED:
+        _error("interrupted; nothing was saved.")
+        return 3
     return result if isinstance(result, int) else 0
 
 
 def _from_typer(error: Exception) -> int:
-    """Typer's own errors (a wrong option) know how to show themselves; anything else is a bug and stays one."""
-    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if callable(show) and isinstance(code, int):
-        show()
+    """Typer's own errors (a wrong option) can say what is wrong; anything else is a bug and stays one."""
+    message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if not callable(message) or not isinstance(code, int):
+        raise error
+    if not message():  # `qprec` alone: the help was the answer
         return code
-    if type(error).__name__ == "Abort":
-        _error("interrupted; nothing was saved.")
-        return 3
-    raise error
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", "qprec")
+    _error(f"{' '.join(str(message()).split()).rstrip('.')}. See: {path} --help")
+    return code
 
 
 def _error(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"qprec: {text}", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"qprec: {text}", markup=False)
 
 
 def run() -> None:

@@ -4,6 +4,7 @@ A profile is found by path or by name; names are the files of ``configs/``, whic
 """
 
 import difflib
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,9 @@ class ProbeSettings(BaseModel):
         return value
 
 
-def one_of(names: Any) -> str:
-    """"a, b or c", for a message."""
-    names = list(names)
+def one_of(table: Iterable[str]) -> str:
+    """ "a, b or c", for a message."""
+    names: list[str] = [str(name) for name in table]
     return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
 
 

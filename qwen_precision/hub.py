@@ -41,8 +41,8 @@ def _looks_local(source: str) -> bool:
 
 def _download(source: str, revision: str | None) -> tuple[Path, str | None]:
     # Imported here: a local probe needs no HTTP client.
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     at = f" at revision {revision}" if revision else ""

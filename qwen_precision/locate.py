@@ -139,9 +139,7 @@ class Inspector:
             return "flat"
         return "unknown"
 
-    def _place(
-        self, index: list[int], seen: Seen
-    ) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+    def _place(self, index: list[int], seen: Seen) -> tuple[int | None, int | None, int | None, int | None, int | None]:
         """(row, position, channel, head, expert) of one element."""
         row = position = channel = head = expert = None
         tokens = self._tokens(torch.tensor([index], device=self.valid.device), seen)

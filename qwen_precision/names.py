@@ -57,7 +57,6 @@ def layer_of(module: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-
 def name_of(module: str, op: str, call: int) -> str:
     """What a person calls this operation, for a sentence: "SwiGLU product", "down_proj output".
 

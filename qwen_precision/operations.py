@@ -49,7 +49,7 @@ _CREATES = frozenset(
     "arange zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty "
     "new_full empty_strided scalar_tensor eye linspace rand randn randint one_hot".split()
 )
-_FILLS = frozenset("where masked_fill masked_fill_".split())
+_FILLS = frozenset(["where", "masked_fill", "masked_fill_"])
 _IGNORES = frozenset("topk argmax argmin histc cumsum _local_scalar_dense item is_nonzero equal all any".split())
 
 

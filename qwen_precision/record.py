@@ -10,14 +10,14 @@ written as the words "nan", "inf" and "-inf".
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from qwen_precision.dtypes import DTYPES, WIDER_MAX
 from qwen_precision.errors import QprecError
+from qwen_precision.files import write_atomically
 
 SCHEMA = 1
 """The schema this version writes; older ones are upgraded on loading, newer ones are refused."""
@@ -178,7 +178,7 @@ class WeightTotals(Part):
 class Run(Part):
     """One run of ``qprec probe``."""
 
-    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal[1] = Field(default=1, alias="schema")
     tool: str
     verb: Literal["probe"]
     created: str
@@ -223,49 +223,6 @@ def to_json(run: Run) -> str:
     """The record as JSON text; the same run always gives the same text."""
     plain = _plain(run.model_dump(by_alias=True))
     return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-
-
-def check_writable(path: Path, label: str = "-o") -> None:
-    """Fail before an hour of work, not after it, when the output cannot be written.
-
-    Raises:
-        QprecError: the folder is missing or not writable, or the path is a folder.
-    """
-    folder = path.parent
-    if path.is_dir():
-        raise QprecError(f"{label} {path}: is a folder; give the name of a file to write.")
-    if not folder.is_dir():
-        raise QprecError(f"{label} {path}: the folder {folder} does not exist; create it or choose another.")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise QprecError(f"{label} {path}: cannot be written; choose a place you may write to.")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it.
-
-    Raises:
-        QprecError: the file cannot be written.
-    """
-    check_writable(path)
-    name = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            name = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private (0600); a result has the permissions any new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except OSError as error:
-        raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
-    finally:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
 
 
 def save(run: Run, path: Path) -> None:
@@ -322,13 +279,18 @@ def _check_references(run: Run, path: Path) -> None:
     for number, each in enumerate(run.passes):
         if len(each.abs_max) != sites:
             refuse(f"passes.{number}.abs_max")
-        if not 0 <= each.prompt < prompts or each.dtype not in {"fp16", "bf16", "fp32"}:
+        if not 0 <= each.prompt < prompts or each.dtype not in DTYPES:
             refuse(f"passes.{number}")
         rows = len(run.prompts[each.prompt].rows)
         for event in each.events:
             if not 0 <= event.site < sites or (event.row is not None and not 0 <= event.row < rows):
                 refuse(f"passes.{number}.events")
-    if not {*run.dtypes} <= {"fp16", "bf16", "fp32"}:
+    if not {*run.dtypes} <= set(DTYPES):
         refuse("dtypes")
-    if any(not 0 <= index < sites for table in run.wider.values() for index in table):
-        refuse("wider")
+    for table in run.wider.values():
+        if any(not 0 <= site < sites or name not in {*DTYPES, *WIDER_MAX} for site, name in table.items()):
+            refuse("wider")
+    if any(total.dtype not in DTYPES for total in run.weight_totals):
+        refuse("weight_totals")
+    if any(name not in DTYPES for weight in run.weights for name in {**weight.overflow, **weight.underflow}):
+        refuse("weights")

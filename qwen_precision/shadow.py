@@ -11,7 +11,9 @@ layer is then found too, not only the first place.
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +93,12 @@ class Shadow:
         self.collector, self.progress, self.on_final = collector, progress, on_final
         self.watcher = Watcher()
         self.scratch = Scratch()
-        self.seconds: dict[str, float] = {"read and cast": 0.0, **{name: 0.0 for name in plan.dtypes}}
+        self.seconds: dict[str, float] = {"read and cast": 0.0, **dict.fromkeys(plan.dtypes, 0.0)}
         self._streams: dict[tuple[str, int], _Stream] = {}
         self._path, self._layers = decoder_layers(model)
+        # One reader ahead: maps, pages in and checks the next layer's weights while this one computes.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qprec-reader")
+        self._ahead: Future[dict[str, Tensor]] | None = None
 
     def run(self) -> None:
         """Run everything; on an exception the model has its meta weights and no hooks again."""
@@ -109,6 +114,8 @@ class Shadow:
                 self._end()
             self.progress(steps, steps, "done")
         finally:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._ahead = None
             self.scratch.clear()
             self._streams.clear()
 
@@ -126,7 +133,7 @@ class Shadow:
         for name in self.plan.dtypes:
             self.scratch.place(embed, {"weight": rows}, _torch_dtype(name))
             for index, prompt in enumerate(self.prompts):
-                hidden = self._watched(name, index, path, embed, lambda i=index: embed(compact[i]))
+                hidden = self._watched(name, index, path, embed, partial(embed, compact[index]))
                 calls = layer_calls(self.model, hidden, prompt.mask)
                 self._streams[name, index] = _Stream(hidden, hidden, calls)
         self.scratch.release()
@@ -143,9 +150,7 @@ class Shadow:
 
     def _layer(self, index: int) -> None:
         layer, path = self._layers[index], f"{self._path}.{index}"
-        sources = self._read(layer, path)
-        if index + 1 < len(self._layers):
-            self.store.prefetch(self._layers[index + 1], f"{self._path}.{index + 1}")
+        sources = self._read(index)
         for name in self.plan.dtypes:
             started = time.perf_counter()
             self.scratch.place(layer, sources, _torch_dtype(name))
@@ -154,18 +159,25 @@ class Shadow:
                 stream = self._streams[name, prompt]
                 call = stream.calls[index]
                 stream.hidden = self._watched(
-                    name, prompt, path, layer, lambda s=stream, c=call: _call(layer, s.hidden, c), call
+                    name, prompt, path, layer, partial(_call, layer, stream.hidden, call), call
                 )
                 self._reseed(name, prompt, index)
             self.seconds["read and cast"] += placed - started
             self.seconds[name] += time.perf_counter() - placed
         self.scratch.release()
 
-    def _read(self, layer: nn.Module, path: str) -> dict[str, Tensor]:
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """A layer's weights, read ahead of time; sends the reader for the next and the disk for the one after."""
         started = time.perf_counter()
-        sources = self.store.module(layer, path)
+        sources = self._ahead.result() if self._ahead is not None else self._fetch(index)
+        self._ahead = self._reader.submit(self._fetch, index + 1) if index + 1 < len(self._layers) else None
         self.seconds["read and cast"] += time.perf_counter() - started
         return sources
+
+    def _fetch(self, index: int) -> dict[str, Tensor]:
+        if index + 1 < len(self._layers):
+            self.store.prefetch(self._layers[index + 1], f"{self._path}.{index + 1}")
+        return self.store.module(self._layers[index], f"{self._path}.{index}")
 
     def _watched(
         self,
@@ -200,10 +212,10 @@ class Shadow:
         """Set the path of a part that is run by its forward, past its own hooks; declare its masks."""
         if call is None:
             return
-        self.watcher.push(path)
+        self.watcher.enter_module(path)
         for value in call.kwargs.values():
             if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
-                self.watcher.mark_mask(value)
+                self.watcher.masks.mark(value)
 
     def _reseed(self, name: str, prompt: int, index: int) -> None:
         """Replace the rows of a stream that are no longer finite by the reference's, for the next layer."""
@@ -241,7 +253,7 @@ class Shadow:
                 stream = self._streams[name, prompt]
                 hidden[name, prompt] = self._watched(
                     name, prompt, "", base,
-                    lambda s=stream, p=prompt: finish(self.model, s.embedded, self.prompts[p].mask, s.hidden),
+                    partial(finish, self.model, stream.embedded, self.prompts[prompt].mask, stream.hidden),
                 )  # fmt: skip
             self.seconds[name] += time.perf_counter() - started
         self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
@@ -266,7 +278,7 @@ def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
 
 def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

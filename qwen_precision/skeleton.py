@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from qwen_precision.errors import QprecError
 
 
-class _AllCalled(Exception):  # noqa: N818 - not an error: it ends a forward whose rest is not wanted
+class _AllCalled(Exception):
     """Every layer's stub was called."""
 
 
@@ -43,7 +43,7 @@ def build(config: PreTrainedConfig, attention: str | None) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32, **({"attn_implementation": attention} if attention else {})
             )
     except (ValueError, ImportError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
@@ -58,7 +58,7 @@ def build(config: PreTrainedConfig, attention: str | None) -> nn.Module:
 def _make_buffers(path: str, module: nn.Module) -> None:
     """Buffers (rotary frequencies) are computed by the module's constructor: construct it once for real."""
     try:
-        fresh = type(module)(config=module.config)  # type: ignore[call-arg]
+        fresh = type(module)(config=module.config)
     except (TypeError, AttributeError) as error:
         raise QprecError(f"{path}: this model keeps constants that qprec cannot make; it is not supported.") from error
     for name, buffer in fresh.named_buffers(recurse=False):
@@ -82,7 +82,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _replaced(layers: nn.ModuleList, stubs: list[Callable[..., Any]]) -> Iterator[None]:
     try:
         for layer, stub in zip(layers, stubs, strict=True):
-            layer.forward = stub  # type: ignore[method-assign]
+            layer.forward = stub
         yield
     finally:
         for layer in layers:

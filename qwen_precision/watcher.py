@@ -20,23 +20,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen_precision.operations import (
-    COMBINES_WITH_MASK,
-    Kind,
-    kind_of,
-    name_of_operator,
-    writes_in_place,
-)
+from qwen_precision.masks import FLOATS, Masks
+from qwen_precision.operations import Kind, kind_of, name_of_operator, writes_in_place
 from qwen_precision.readings import Reading, Readings, Slots
 
 _READ, _MOVE = Kind.READ, Kind.MOVE  # looked up for every operation
-_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def _rule_for(func: Any) -> _Rule:
     return rule
 
 
-class Watcher(TorchDispatchMode):
+class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """The dispatch mode and the path stack; use through ``watch`` or ``attached``.
 
     Args:
@@ -94,7 +87,7 @@ class Watcher(TorchDispatchMode):
         return False
 
     def __init__(self, inspect: Inspector | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.path = ""
         self.inspect = inspect
         self.slots = Slots()
@@ -104,17 +97,16 @@ class Watcher(TorchDispatchMode):
         # next reading, so its memory cannot become another tensor's meanwhile.
         self._last: Tensor | None = None
         self._last_slot = 0
-        # Tensors that hold intended extremes: id -> (the tensor, weakly, so that scores die in time; keep).
-        self._masks: dict[int, tuple[ReferenceType[Tensor], Tensor]] = {}
+        self.masks = Masks()
 
     # -- where: the path of the running module -------------------------------------------------------------
 
-    def push(self, path: str) -> None:
+    def enter_module(self, path: str) -> None:
         """Enter the forward of the module at ``path``."""
         self._stack.append(self.path)
         self.path = path
 
-    def pop(self) -> None:
+    def leave_module(self) -> None:
         """Leave it again."""
         if self._stack:
             self.path = self._stack.pop()
@@ -122,7 +114,7 @@ class Watcher(TorchDispatchMode):
     def forget(self) -> None:
         """Drop what is known of memory and masks; call between forwards."""
         self._last = None
-        self._masks.clear()
+        self.masks.clear()
         self._calls.clear()
         self._stack.clear()
         self.path = ""
@@ -132,15 +124,6 @@ class Watcher(TorchDispatchMode):
         self.forget()
         return self.slots.take()
 
-    def mark_mask(self, mask: Tensor) -> None:
-        """Declare an additive float mask that was made elsewhere: its extremes are intended."""
-        if mask.dtype in _FLOATS:
-            self._remember_mask(mask, mask > torch.finfo(mask.dtype).min / 2)
-
-    def _remember_mask(self, tensor: Tensor, keep: Tensor) -> None:
-        key = id(tensor)
-        self._masks[key] = (ref(tensor, lambda _: self._masks.pop(key, None)), keep)
-
     # -- what: every operation -----------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -149,7 +132,7 @@ class Watcher(TorchDispatchMode):
         """Run the operation as it is and take the reading of what it gave."""
         out = func(*args, **kwargs) if kwargs else func(*args)
         rule = _RULES.get(func) or _rule_for(func)
-        if self._masks and self._masked(func, rule, args, kwargs, out):
+        if self.masks and self._read_masked(func, rule, args, kwargs, out):
             return out
         kind = rule.kind
         if kind is _READ:
@@ -164,14 +147,14 @@ class Watcher(TorchDispatchMode):
         elif kind is Kind.EXACT:
             self._read_exact(func, rule, args, out)
         elif kind is Kind.FILL:
-            self._filled(rule, args, out)
+            self.masks.note_fill(rule.op, args, out)
         elif kind is Kind.SORT and self.inspect is not None:
             self.inspect.note_sort(out[0], out[1])
         return out
 
     def _read(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
         """Take the reading of one output, of its entries in ``keep`` if that is given."""
-        if out.dtype not in _FLOATS or not out.numel():
+        if out.dtype not in FLOATS or not out.numel():
             return
         flat = out
         if keep is not None:
@@ -203,7 +186,7 @@ class Watcher(TorchDispatchMode):
             and source.data_ptr() == last.data_ptr()
             and source.numel() == last.numel()
             and source.dtype == last.dtype
-            and out.dtype in _FLOATS
+            and out.dtype in FLOATS
             and (rule.op == "cast" or args[1] == 2)
         ):
             self._last_slot = self.slots.derive(self.path, rule.op, self._last_slot, out.dtype)
@@ -219,63 +202,16 @@ class Watcher(TorchDispatchMode):
         assert self.inspect is not None
         self.inspect(Seen(self.path, rule.op, call, func, args, out, keep))
 
-    # -- intended extremes -----------------------------------------------------------------------------------
-
-    def _filled(self, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
-        keep = _kept_by_fill(rule.op, args, out)
-        if keep is not None:
-            self._remember_mask(out, keep)
-
-    def _masked(
+    def _read_masked(
         self, func: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
     ) -> bool:
         """Whether an argument is a mask or masked and so is ``out``; then it has been read where unmasked."""
-        if not isinstance(out, Tensor):
-            return False
-        keep: Tensor | None = None
-        for arg in args[:3]:
-            held = self._masks.get(id(arg)) if isinstance(arg, Tensor) else None
-            if held is not None and held[0]() is arg:
-                keep = held[1] if keep is None else keep & held[1]
+        keep = self.masks.after(func, rule.kind, rule.op, args, kwargs, out)
         if keep is None:
             return False
-        moves = rule.kind is Kind.MOVE
-        if moves and out.shape != args[0].shape:
-            keep = _moved_mask(func, args, kwargs, keep)
-        elif not moves and rule.op not in COMBINES_WITH_MASK:
-            return False
-        elif rule.kind is Kind.FILL:
-            more = _kept_by_fill(rule.op, args, out)
-            keep = keep if more is None else keep & more
-        if keep is None:
-            return False
-        self._remember_mask(out, keep)
         if rule.kind is Kind.READ or (rule.kind is Kind.EXACT and out is not args[0]):
             self._read(func, rule, args, out, keep)
         return True
-
-
-def _kept_by_fill(op: str, args: tuple[Any, ...], out: Any) -> Tensor | None:
-    """Where a fill left the values alone, if what it filled in is an extreme on purpose."""
-    if not isinstance(out, Tensor) or out.dtype not in _FLOATS or len(args) < 3:
-        return None
-    limit = torch.finfo(out.dtype).max
-    if op == "where" and isinstance(args[2], (int, float)) and abs(args[2]) >= limit:
-        return args[0] if isinstance(args[0], Tensor) else None
-    if op == "where" and isinstance(args[1], (int, float)) and abs(args[1]) >= limit:
-        return ~args[0] if isinstance(args[0], Tensor) else None
-    if op in {"masked_fill", "masked_fill_"} and isinstance(args[2], (int, float)) and abs(args[2]) >= limit:
-        return ~args[1]
-    return None
-
-
-def _moved_mask(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, keep: Tensor) -> Tensor | None:
-    """What a slice or an expansion of a mask keeps: the same operation done to the bools."""
-    try:
-        moved = func(keep.expand(args[0].shape), *args[1:], **(kwargs or {}))
-    except (RuntimeError, TypeError):
-        return None
-    return moved if isinstance(moved, Tensor) else None
 
 
 @contextmanager
@@ -286,7 +222,7 @@ def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
-        watcher.pop()
+        watcher.leave_module()
 
     handles = []
     try:
@@ -302,7 +238,7 @@ def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
 def _entering(watcher: Watcher, name: str) -> Callable[[nn.Module, Any], None]:
     def enter(module: nn.Module, args: Any) -> None:
-        watcher.push(name)
+        watcher.enter_module(name)
 
     return enter
 

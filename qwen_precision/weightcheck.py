@@ -50,7 +50,7 @@ class WeightCheck:
             return
         self._done.add((name, start))
         self._files[name] = file
-        for piece in tensor.reshape(-1).split(_CHUNK):
+        for piece in torch.split(tensor.reshape(-1), _CHUNK):
             self._piece(self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0}), piece)
 
     def _piece(self, facts: dict[str, float], piece: Tensor) -> None:

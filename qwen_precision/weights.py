@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,7 +127,7 @@ class WeightStore:
         return tensor
 
 
-class _reading:  # noqa: N801 - reads as a verb where it is used: `with _reading(path):`
+class _reading:
     """Turns what a broken shard raises into a sentence that names it."""
 
     def __init__(self, path: Path) -> None:
@@ -199,7 +199,7 @@ def _converters(model: nn.Module) -> list[Any]:
         from transformers.core_model_loading import WeightConverter
     except ImportError:
         return []
-    return [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
+    return [each for each in get_model_conversion_mapping(cast(Any, model)) if isinstance(each, WeightConverter)]
 
 
 def _sources(parameter: str, converter: Any, names: list[str]) -> dict[str, list[str]]:

@@ -2,11 +2,12 @@
 
     python scripts/make_demo_checkpoint.py [--out qwen_precision/demo]
 
-It is trained (about two minutes on two cores, fixed seeds) to continue a handful of sentences, stored in bf16,
-and then everything that writes the residual stream is multiplied by a power of two. The norms that read the
-stream cancel the factor, so the function is the same; but the stream itself now passes 65504 in a middle
+It is trained (a quarter of a minute on two cores, fixed seeds) to continue a handful of sentences, stored in
+bf16, and then everything that writes the residual stream is multiplied by a power of two. The norms that read
+the stream cancel the factor, so the function is the same; but the stream itself now passes 65504 in a middle
 layer. As in real models the extreme is a massive activation: one channel, on the first token, out of one
-layer's down_proj (https://arxiv.org/abs/2402.17762); here the training asks for it. In the byte-level vocabulary id 0 is "!", as in Qwen's: a row of NaN logits prints "!!!!".
+layer's down_proj (https://arxiv.org/abs/2402.17762); here the training asks for it. In the byte-level
+vocabulary id 0 is "!", as in Qwen's: a row of NaN logits prints "!!!!".
 """
 
 import argparse

@@ -52,8 +52,10 @@ def make_checkpoint(
         shard: safetensors shard size, for checkpoints of several files.
     """
     import torch
+    import transformers
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     common = {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import make_checkpoint, run_probe
 
-from qwen_precision.checks import Finding, Report, judge
+from qwen_precision.checks import judge
+from qwen_precision.findings import Finding, Limits, Report
 
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
 
@@ -175,9 +176,8 @@ def test_what_only_passes_an_overflow_on_is_counted_not_listed(folders: Callable
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_overflow_at_one_token_is_placed_at_that_token(attention: str, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     from conftest import DEMO
+    from transformers import AutoTokenizer
 
     token = AutoTokenizer.from_pretrained(DEMO)("7")["input_ids"][0]
 
@@ -241,8 +241,6 @@ def test_near_overflow_is_a_risk_and_its_limit_is_a_setting(tmp_path: Path) -> N
     assert report.verdict == {"fp16": "risk", "bf16": "ok", "fp32": "ok"}
     assert report.exit_code("fail") == 0 and report.exit_code("risk") == 1
     assert first.token is not None and first.channel == 0
-
-    from qwen_precision.checks import Limits
 
     assert judge(report.run, Limits(near_overflow=1.0)).verdict["fp16"] == "ok"
 

@@ -5,7 +5,7 @@ A new format is a file here and a row in ``RENDERERS``; the command line and its
 
 from collections.abc import Callable
 
-from qwen_precision.checks import Report
+from qwen_precision.findings import Report
 from qwen_precision.render.json import render_json
 from qwen_precision.render.table import render_table
 

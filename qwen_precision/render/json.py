@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from qwen_precision.checks import Finding, Report
+from qwen_precision.findings import Finding, Report
 
 SCHEMA = 1
 

@@ -13,8 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qwen_precision.checks import Finding, Headroom, Report
 from qwen_precision.dtypes import DTYPES
+from qwen_precision.findings import Finding, Headroom, Report
 from qwen_precision.names import name_of
 from qwen_precision.render.text import number, quoted, safe
 

@@ -1,0 +1,84 @@
+"""What judging gives: findings, headroom and the report that holds them. Data only."""
+
+from dataclasses import dataclass, field
+
+from qwen_precision.record import Run
+
+SEVERITIES = ("info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on something is worth a finding."""
+
+    near_overflow: float = 2.0
+    """Headroom below which an operation is near overflow."""
+    underflow_share: float = 0.01
+    """Share of a tensor's elements that may become zero in a dtype."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judged fact."""
+
+    kind: str
+    severity: str
+    dtype: str
+    prompt: str | None
+    """Name of the worst prompt, or None where no prompt is involved."""
+    layer: int | None
+    module: str
+    op: str
+    name: str
+    """The operation in Qwen3's words."""
+    origin: bool
+    reference_abs_max: float | None
+    headroom: float | None
+    cause: str
+    advice: str
+    nan: int = 0
+    inf: int = 0
+    propagated: int = 0
+    """Later operations that only passed it on."""
+    token: dict[str, int | str | bool | None] | None = None
+    channel: int | None = None
+    expert: int | None = None
+    prompts: tuple[str, ...] = ()
+    """All prompts that show it."""
+    predicted: bool = False
+    """Known from the reference alone: the dtype's own stream did not get here."""
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """One site's headroom in one dtype, over all prompts."""
+
+    dtype: str
+    site: int
+    abs_max: float
+    headroom: float
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A judged Run."""
+
+    verdict: dict[str, str]
+    """By dtype: ok, risk, fail, or incomplete (stopped before anything was found)."""
+    findings: list[Finding]
+    headroom: dict[str, list[Headroom]]
+    """By dtype, smallest first; only sites that compute in that dtype itself."""
+    stopped: str | None
+    run: Run = field(repr=False)
+
+    def exit_code(self, fail_on: str) -> int:
+        """0 nothing at or above ``fail_on``, 1 findings, 3 the run did not finish and nothing was found."""
+        bad = {"fail": {"fail"}, "risk": {"fail", "risk"}, "never": set()}[fail_on]
+        if bad & set(self.verdict.values()):
+            return 1
+        return 3 if self.stopped else 0
+
+
+FAIL_ON = ("fail", "risk", "never")
+"""What a run may be failed on, from strict to never."""

@@ -1,0 +1,214 @@
+"""Speed and memory, as ratios measured interleaved in one run; no number here is asserted anywhere.
+
+    python scripts/bench.py [watch] [small] [large] [linear]      (default: all; `large` writes 16 GB)
+
+QPREC_BENCH_DIR says where the checkpoints are written (default: a folder in the system's temporary one);
+they are kept there for the next run. Figures are the minimum and the median of ``RUNS``.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from make_checkpoint import write
+from transformers import AutoModelForCausalLM
+
+import qwen_precision
+from qwen_precision.dtypes import DTYPES
+
+RUNS = 7
+TOKENS = 128
+FOLDER = Path(os.environ.get("QPREC_BENCH_DIR", Path(tempfile.gettempdir()) / "qprec-bench"))
+TEXT = "The quick brown fox jumps over the lazy dog. " * 64
+
+
+def checkpoint(shape: str, layers: int | None = None) -> Path:
+    """A checkpoint of a real shape, written once."""
+    folder = FOLDER / (shape if layers is None else f"{shape}-{layers}")
+    if not (folder / "tokenizer.json").exists():
+        write(shape, folder, {}, layers=layers)
+    return folder
+
+
+def interleaved(variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each variant, taken in turn: A B C A B C …, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(RUNS + 1):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def show(title: str, seconds: dict[str, list[float]]) -> None:
+    """A row a variant, as ratio to the first."""
+    first = next(iter(seconds.values()))
+    print(f"\n{title}")
+    for name, values in seconds.items():
+        low, middle = min(values), statistics.median(values)
+        ratio = f"{low / min(first):5.2f}x {middle / statistics.median(first):5.2f}x"
+        print(f"  {name:44s} min {low * 1e3:9.1f} ms  median {middle * 1e3:9.1f} ms   {ratio}")
+
+
+def watch_overhead() -> None:
+    """A resident forward: bare, with every operation watched, and with the peers that are installed."""
+    folder = checkpoint("0.6B")
+    ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+        def bare(model: torch.nn.Module = model) -> None:
+            model(ids, use_cache=False)
+
+        def watched(model: torch.nn.Module = model) -> None:
+            with qwen_precision.watch(model):
+                model(ids, use_cache=False)
+
+        with torch.inference_mode():
+            show(f"watching every operation, 0.6B, {TOKENS} tokens, {dtype}",
+                 interleaved({"bare forward": bare, "qwen_precision.watch": watched}))  # fmt: skip
+        with torch.no_grad(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+            rows = {name: interleaved({"bare": bare, name: run}) for name, run in peers(model, ids)}
+        for name, seconds in rows.items():
+            show(f"  beside it: {name}, {dtype}", seconds)
+
+
+def peers(model: torch.nn.Module, ids: torch.Tensor) -> list[tuple[str, Callable[[], object]]]:
+    """Other tools on the same forward. Each is set up anew per run only where it cannot be left on."""
+    from transformers.debug_utils import DebugUnderflowOverflow
+
+    rows: list[tuple[str, Callable[[], object]]] = []
+
+    def debug_underflow_overflow() -> None:
+        before = {part: dict(part._forward_hooks) for part in model.modules()}
+        DebugUnderflowOverflow(model)
+        try:
+            model(ids, use_cache=False)
+        finally:
+            for part, hooks in before.items():  # it never removes its hooks
+                part._forward_hooks.clear()
+                part._forward_hooks.update(hooks)
+
+    rows.append(("transformers DebugUnderflowOverflow", debug_underflow_overflow))
+    with contextlib.suppress(ImportError):
+        from torchlens import debug as torchlens_debug
+
+        rows.append(("torchlens find_nan", lambda: torchlens_debug.find_nan(model, ids)))
+    with contextlib.suppress(ImportError):
+        from msprobe.pytorch import PrecisionDebugger
+
+        folder = tempfile.mkdtemp()
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps({"task": "statistics", "dump_path": folder, "rank": [], "step": [], "level": "L0",
+                                      "statistics": {"scope": [], "list": [], "data_mode": ["all"]}}))  # fmt: skip
+        debugger = PrecisionDebugger(config_path=str(config))
+
+        def msprobe() -> None:
+            debugger.start(model)
+            model(ids, use_cache=False)
+            debugger.stop()
+            debugger.step()
+
+        rows.append(("mindstudio-probe statistics L0", msprobe))
+    return rows
+
+
+def small() -> None:
+    """Three dtypes of a 0.6B-shaped checkpoint: one probe against three plain loads and forwards."""
+    folder = checkpoint("0.6B")
+
+    def plain() -> None:
+        for dtype in DTYPES.values():
+            run = subprocess.run([sys.executable, __file__, "--plain", str(folder), dtype.torch_name], check=True)
+            assert run.returncode == 0
+
+    def ours() -> None:
+        probe(folder, TOKENS, "auto")
+
+    show(
+        "three dtypes of 0.6B, whole processes",
+        interleaved({"three plain loads and forwards": plain, "qprec probe": ours}),
+    )
+
+
+def plain_forward(folder: str, name: str) -> None:
+    """What a person would run by hand for one dtype."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :TOKENS]
+    with torch.no_grad():
+        torch.isfinite(model(ids).logits).all().item()
+
+
+def probe(folder: Path, tokens: int, memory: str) -> dict:
+    """One `qprec probe` in its own process: the saved run's seconds, and the peak memory in GB."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "run.json"
+        command = [sys.executable, "-m", "qwen_precision", "probe", str(folder), "--prompt", TEXT, "--max-tokens",
+                   str(tokens), "--memory", memory, "-o", str(out), "--fail-on", "never"]  # fmt: skip
+        code = f"import subprocess,sys,resource;r=subprocess.run({command!r},stdout=subprocess.DEVNULL);" \
+               "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss);sys.exit(r.returncode)"  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds = json.loads(out.read_text())["seconds"]
+    return {**seconds, "peak": int(done.stdout) * 1024 / 1e9}
+
+
+def large() -> None:
+    """An 8B-shaped checkpoint, streamed: wall time against the arithmetic of its three dtypes; peak memory."""
+    folder = checkpoint("8B")
+    rows = [probe(folder, 64, "streamed") for _ in range(3)]
+    for row in rows:
+        arithmetic = sum(row[name] for name in DTYPES)
+        print(f"\n8B streamed, 3 dtypes, 64 tokens: {row['total']:.1f} s, arithmetic {arithmetic:.1f} s "
+              f"({row['total'] / arithmetic:.2f}x), reading and casting {row['read and cast']:.1f} s, "
+              f"peak {row['peak']:.2f} GB")  # fmt: skip
+
+
+def linear() -> None:
+    """Cost against layers and tokens; peak memory of a streamed probe against layers."""
+    print("\nby layers (0.6B-shaped, streamed, 64 tokens)")
+    for layers in (7, 14, 28, 56):
+        row = min((probe(checkpoint("0.6B", layers), 64, "streamed") for _ in range(3)), key=lambda r: r["total"])
+        print(f"  {layers:3d} layers  {row['total']:6.2f} s  peak {row['peak']:.2f} GB")
+    print("by tokens (0.6B, resident)")
+    for tokens in (64, 128, 256, 512):
+        row = min((probe(checkpoint("0.6B"), tokens, "resident") for _ in range(3)), key=lambda r: r["total"])
+        print(f"  {tokens:4d} tokens  {row['total']:6.2f} s  peak {row['peak']:.2f} GB")
+
+
+PARTS = {"watch": watch_overhead, "small": small, "large": large, "linear": linear}
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if sys.argv[1:2] == ["--plain"]:
+        plain_forward(sys.argv[2], sys.argv[3])
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    for name in sys.argv[1:] or list(PARTS):
+        PARTS[name]()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"\n(this process's own peak: {peak:.1f} GB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A record survives the way to disk and back; anything else is refused in one sentence that names the key."""
+
+import json
+import os
+import random
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_precision.errors import QprecError
+from qwen_precision.files import write_atomically
+from qwen_precision.record import Run, load, save, to_json
+
+
+def test_a_run_survives_saving_and_loading_as_text(demo_run: Run, tmp_path: Path) -> None:
+    save(demo_run, tmp_path / "run.json")
+    assert to_json(load(tmp_path / "run.json")) == to_json(demo_run)
+
+
+def test_json_holds_words_and_no_bare_nan_or_infinity(demo_run: Run) -> None:
+    text = to_json(demo_run)
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"bare {word}"))
+    assert '"inf"' in text and '"nan"' in text
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file_and_leaves_nothing_beside_it(
+    demo_run: Run, tmp_path: Path
+) -> None:
+    save(demo_run, tmp_path / "run.json")
+    (tmp_path / "plain").touch()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["plain", "run.json"]
+    assert stat.S_IMODE((tmp_path / "run.json").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(QprecError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def changed(run: Run, change: Callable[[dict[str, Any]], None]) -> str:
+    data = json.loads(to_json(run))
+    change(data)
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.pop("schema"), ["no `schema`"]),
+        (lambda d: d.update(schema=99), ["schema 99", "upgrade"]),
+        (lambda d: d.update(surprise=1), ["surprise"]),
+        (lambda d: d.pop("passes"), ["passes"]),
+        (lambda d: d["model"].update(layers="many"), ["model.layers"]),
+        (lambda d: d["passes"][0].update(dtype="fp7"), ["passes.0"]),
+        (lambda d: d["passes"][0]["abs_max"].pop(), ["passes.0.abs_max"]),
+        (lambda d: d["passes"][0].update(prompt=99), ["passes.0"]),
+        (lambda d: d["passes"][8]["events"][0].update(site=10**6), ["passes.8.events"]),
+        (lambda d: d["passes"][8]["events"][0].update(row=7), ["passes.8.events"]),
+        (lambda d: d.update(dtypes=["fp7"]), ["dtypes"]),
+        (lambda d: d["wider"].update(fp16={"999999": "fp32"}), ["wider"]),
+        (lambda d: d["wider"].update(fp16={"0": "fp7"}), ["wider"]),
+        (lambda d: d["weight_totals"][0].update(dtype="fp7"), ["weight_totals"]),
+    ],
+)
+def test_a_damaged_record_is_refused_with_the_key_named(
+    change: Callable[[dict[str, Any]], None], words: list[str], demo_run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(changed(demo_run, change))
+    with pytest.raises(QprecError) as caught:
+        load(path)
+    assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "7", '"x"', "{", "[" * 100000, '{"schema": "1"}', "\x00"])
+def test_what_is_not_a_record_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(QprecError):
+        load(path)
+
+
+def test_bytes_that_are_not_text_and_files_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    for name in ("bytes", "missing", "."):
+        with pytest.raises(QprecError):
+            load(tmp_path / name)
+
+
+def test_a_record_damaged_at_random_never_gives_a_traceback(demo_run: Run, tmp_path: Path) -> None:
+    from qwen_precision.checks import judge
+    from qwen_precision.render import RENDERERS
+
+    text, path, dice = to_json(demo_run), tmp_path / "run.json", random.Random(0)
+    for _ in range(60):
+        data = list(text)
+        for _ in range(dice.choice([1, 3, 30])):
+            data[dice.randrange(len(data))] = dice.choice('0"{}[],:-aE\\')
+        path.write_text("".join(data))
+        try:
+            report = judge(load(path))
+        except QprecError:
+            continue
+        for render in RENDERERS.values():
+            render(report)
+
+
+def test_a_long_path_to_a_number_is_not_in_the_record(demo_run: Run) -> None:
+    """A demo record is small: one column a pass, six digits a number."""
+    assert len(to_json(demo_run)) < 150_000

@@ -1,0 +1,55 @@
+"""The static check, against the slow and obvious way: cast, cast back, compare in fp64."""
+
+import pytest
+import torch
+
+from qwen_precision.weightcheck import WeightCheck
+
+SOURCES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+TARGETS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def slow(tensor: torch.Tensor, target: torch.dtype) -> tuple[int, int, int]:
+    finite = tensor[torch.isfinite(tensor)]
+    cast = finite.to(target)
+    exact = finite.double() == cast.double()
+    return int(torch.isinf(cast).sum()), int(((cast == 0) & (finite != 0)).sum()), int((~exact).sum())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_counts_equal_casting_and_comparing_in_fp64(source: str, target: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    sizes = torch.randn(4096, generator=random, dtype=torch.float64) * torch.logspace(-12, 6, 4096, dtype=torch.float64)
+    tensor = torch.cat([sizes, torch.tensor([0.0, -0.0, 65504.0, -65504.0, 65520.0, 1e30])]).to(SOURCES[source])
+    check = WeightCheck([target])
+    check.feed("w", "f", tensor)
+    (total,) = check.totals()
+    assert (total.overflow, total.underflow, total.inexact) == slow(tensor, TARGETS[target])
+
+
+def test_every_bf16_value_there_is_gets_the_right_answer_in_fp16() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    check = WeightCheck(["fp16"])
+    check.feed("w", "f", every)
+    (total,) = check.totals()
+    assert (total.overflow, total.underflow, total.inexact) == slow(every, torch.float16)
+    (weight,) = check.weights()
+    assert weight.nan == int(torch.isnan(every).sum()) and weight.inf == 2
+
+
+def test_a_tensor_fed_in_pieces_or_twice_is_counted_once() -> None:
+    tensor = torch.linspace(-1e5, 1e5, 1000).view(10, 100)
+    whole, pieces = WeightCheck(["fp16"]), WeightCheck(["fp16"])
+    whole.feed("w", "f", tensor)
+    for start in (0, 4, 8, 4):
+        pieces.feed("w", "f", tensor[start : start + 4], start)
+    assert whole.totals() == pieces.totals() and whole.weights() == pieces.weights()
+
+
+def test_a_few_vanishing_weights_among_many_are_nothing_to_report() -> None:
+    tensor = torch.ones(100000)
+    tensor[:5] = 1e-12
+    check = WeightCheck(["fp16"])
+    check.feed("w", "f", tensor)
+    assert check.weights() == [] and check.totals()[0].underflow == 5
