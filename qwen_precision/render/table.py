@@ -16,7 +16,7 @@ from rich.text import Text
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Finding, Headroom, Report
 from qwen_precision.names import name_of
-from qwen_precision.render.text import number, quoted, safe
+from qwen_precision.render.text import count, number, quoted, safe
 
 _STYLE = {"ok": "green", "risk": "yellow", "fail": "bold red", "incomplete": "yellow"}
 _BAR = 18
@@ -61,7 +61,6 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     for dtype in report.verdict:
         if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
             yield _headroom(report, dtype)
-    yield from _wide(report)
     yield from _weights(report)
 
 
@@ -70,12 +69,12 @@ def _headline(report: Report) -> RenderableType:
     model = run.model
     lines = Text()
     lines.append("qprec", style="bold")
-    revision = f" @ {safe(model.revision, 12)}" if model.revision else ""
+    revision = f" @ {safe(model.revision[:12])}" if model.revision else ""
     size = f"{model.parameters / 1e9:.1f}B" if model.parameters >= 1e8 else f"{model.parameters / 1e6:.1f}M"
     lines.append(
         f"  {safe(model.source)}{revision}\n"
         f"{safe(model.architecture)}, {model.layers} layers, {size} parameters in {safe(model.source_dtype)}; "
-        f"{len(run.prompts)} prompts, {len(run.sites)} operations watched\n"
+        f"{count(len(run.prompts), 'prompt')}, {count(len(run.sites), 'operation')} watched\n"
     )
     for choice in run.choices:
         lines.append(f"{safe(choice.what)} {safe(choice.value)} ({safe(choice.reason)})\n", style="dim")
@@ -143,7 +142,7 @@ def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
     if place:
         yield "at", place
     if first.nan or first.inf:
-        yield "bad", f"{first.inf:,} inf, {first.nan:,} NaN; passed on by {first.propagated} later operations"
+        yield "bad", f"{first.inf:,} inf, {first.nan:,} NaN; passed on by {count(first.propagated, 'later operation')}"
     if first.prompts:
         yield "prompts", ", ".join(quoted(name) for name in first.prompts)
     if len(group) > 1:
@@ -206,23 +205,12 @@ def _headroom(report: Report, dtype: str) -> RenderableType:
     return Group(title, table, *more)
 
 
-def _wide(report: Report) -> Iterator[RenderableType]:
-    """bf16 and fp32 share a range no activation comes near: one line instead of a table."""
-    for dtype in report.verdict:
-        rows = report.headroom[dtype]
-        if DTYPES[dtype].max >= 1e30 and rows:
-            site = report.run.sites[rows[0].site]
-            name = safe(name_of(site.module, site.op, site.call))
-            layer = f"layer {site.layer}, " if site.layer is not None else ""
-            yield Text(f"\nHeadroom in {dtype}: at least {_room(rows[0].headroom)} ({layer}{name}).", style="dim")
-
-
 def _weights(report: Report) -> Iterator[RenderableType]:
     parts = []
     for total in report.run.weight_totals:
         if total.dtype in report.verdict and total.elements:
-            share = total.inexact / total.elements
-            exact = "all exact" if not total.inexact else f"{share:.2%} rounded, {total.underflow:,} become zero"
+            rounded = f"{total.inexact:,} of {total.elements:,} rounded, {total.underflow:,} of them to zero"
+            exact = rounded if total.inexact else "all exact"
             parts.append(f"{total.dtype} {exact}" + (f", {total.overflow:,} overflow" if total.overflow else ""))
     if parts:
         yield Text("\nWeights: " + "; ".join(parts) + ".", style="dim")
@@ -235,7 +223,9 @@ def _room(headroom: float | None) -> str:
         return "none"
     if not math.isfinite(headroom):
         return "all"
-    return f"{headroom:.3g}x" if headroom < 1e4 else f"{headroom:.0e}x"
+    if headroom < 1000:
+        return f"{headroom:.3g}x"
+    return f"{headroom:,.0f}x" if headroom < 1e6 else f"{headroom:.0e}x"
 
 
 def _bar(headroom: float) -> str:

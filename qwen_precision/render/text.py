@@ -37,3 +37,8 @@ def number(value: float | None) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e7:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:.2e}"
+
+
+def count(how_many: int, thing: str) -> str:
+    """A number and its noun: 1 prompt, 1,818 operations."""
+    return f"{how_many:,} {thing}" + ("" if how_many == 1 else "s")

@@ -1,0 +1,76 @@
+"""The table: golden for each kind of run, readable at 80 columns, nothing that matters cut, hostile strings inert."""
+
+from collections.abc import Callable
+
+import pytest
+from builders import HOSTILE, RUNS, healthy_run, hostile_run, many_overflows_run, overflowing_run
+
+from qwen_precision.checks import judge
+from qwen_precision.render import RENDERERS
+from qwen_precision.render.table import render_table
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_kind_of_run_looks_as_expected(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"{name}.txt", render_table(judge(RUNS[name]())))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_json_of_every_kind_of_run_is_as_expected(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"{name}.json", RENDERERS["json"](judge(RUNS[name]())))
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("name", RUNS)
+def test_no_line_is_wider_than_the_terminal(name: str, width: int) -> None:
+    text = render_table(judge(RUNS[name]()), width=width)
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_layer_and_module_are_never_cut(width: int) -> None:
+    text = render_table(judge(overflowing_run()), width=width)
+    assert "layer 31: residual add after mlp" in text
+    assert "model.layers.31" in text and "…" not in text
+
+
+def test_findings_come_before_headroom_and_the_verdict_before_both() -> None:
+    text = render_table(judge(overflowing_run()))
+    assert text.index("FAIL") < text.index("Findings in fp16") < text.index("Headroom in fp16")
+
+
+def test_a_healthy_model_shows_where_it_is_tightest() -> None:
+    text = render_table(judge(healthy_run()))
+    assert "least headroom 156x at layer 31, residual add after mlp" in " ".join(text.split())
+    rows = [line for line in text.splitlines() if "█" in line]
+    assert [float(line.split()[-2].removesuffix("x")) for line in rows] == sorted(
+        float(line.split()[-2].removesuffix("x")) for line in rows
+    )
+
+
+def test_many_findings_of_one_kind_are_one_group_with_its_layers() -> None:
+    text = render_table(judge(many_overflows_run()))
+    assert "layers 0 to 39 (40): residual add after mlp" in text
+    assert len(text.splitlines()) < 60
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
+@pytest.mark.parametrize("name", RENDERERS)
+def test_strings_from_strangers_are_inert(name: str, text: str) -> None:
+    shown = RENDERERS[name](judge(hostile_run(text)))
+    if name == "json":
+        shown = shown.replace("\\u001b", "")
+        assert "\x1b" not in shown
+        return
+    assert not {"\x1b", "\x00", "\x07", "\u202e"} & set(shown)
+    if text.startswith("[red]"):
+        assert "[red]bold[/red]" in shown
+    if text.startswith(":x:"):
+        assert ":x: :smile:" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_colour_is_written_only_when_asked_for() -> None:
+    report = judge(overflowing_run())
+    assert "\x1b[" in render_table(report, colour=True)
+    assert "\x1b" not in render_table(report)

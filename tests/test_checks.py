@@ -1,0 +1,142 @@
+"""Each check just below, at and just above its limit; origin and contagion told apart; the order of findings."""
+
+import math
+
+import pytest
+from builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overflowing_run, stopped_run
+
+from qwen_precision.checks import CHECKS, judge
+from qwen_precision.findings import Limits
+from qwen_precision.record import Reseed, Site, Weight
+
+
+def test_there_are_checks_and_each_says_what_it_does() -> None:
+    assert all(check.__doc__ for check in CHECKS.values())
+
+
+@pytest.mark.parametrize(("value", "kinds"), [(32751.9, []), (32752.0, []), (32752.1, ["near-overflow"])])
+def test_near_overflow_begins_just_below_twice_the_magnitude(value: float, kinds: list[str]) -> None:
+    values = [*HEALTHY[:4], value, HEALTHY[5]]
+    report = judge(a_run([a_pass("fp32", values), a_pass("fp16", values)], dtypes=["fp16"]))
+    assert [finding.kind for finding in report.findings] == kinds
+    assert report.verdict == {"fp16": "risk" if kinds else "ok"}
+
+
+def test_the_limit_of_near_overflow_is_a_setting() -> None:
+    report = judge(healthy_run(), Limits(near_overflow=157.0))
+    assert [(f.kind, f.layer) for f in report.findings] == [("near-overflow", 31)]
+
+
+@pytest.mark.parametrize(("value", "kinds"), [(6.2e-5, []), (2.0**-14, []), (6.1e-5, ["underflow"]), (0.0, [])])
+def test_a_tensor_below_the_normal_range_underflows(value: float, kinds: list[str]) -> None:
+    values = [value, *HEALTHY[1:]]
+    report = judge(a_run([a_pass("fp32", values), a_pass("fp16", values)], dtypes=["fp16"]))
+    assert [finding.kind for finding in report.findings] == kinds
+
+
+def test_the_first_overflow_is_named_and_what_follows_is_counted() -> None:
+    (finding,) = judge(overflowing_run()).findings[:1]
+    assert (finding.kind, finding.layer, finding.name) == ("overflow", 31, "residual add after mlp")
+    assert finding.propagated == 1 and finding.inf == 12 and finding.origin
+    assert finding.reference_abs_max == 74945.8 and finding.headroom == pytest.approx(65504 / 74945.8)
+    assert finding.token == {"position": 0, "id": 9707, "text": "Hello", "row": 0, "padding": False}
+
+
+def test_an_operation_with_bad_inputs_is_no_origin() -> None:
+    kinds = [(f.kind, f.name) for f in judge(overflowing_run()).findings]
+    assert ("nan", "logits") not in kinds and ("overflow", "logits") not in kinds
+
+
+def test_nan_from_finite_inputs_is_a_finding_of_its_own() -> None:
+    fp16 = a_pass("fp16", [*HEALTHY[:5], math.nan], [an_event(5, nan=3, inf=0, value=math.nan)])
+    report = judge(a_run([a_pass("fp32", HEALTHY), fp16], dtypes=["fp16"]))
+    (finding,) = report.findings
+    assert finding.kind == "nan" and "accumulation" in finding.cause
+
+
+def test_a_dead_reference_is_told_even_if_nobody_asked_for_fp32() -> None:
+    dead = a_pass("fp32", [*HEALTHY[:5], math.inf], [an_event(5)])
+    report = judge(a_run([dead, a_pass("fp16", HEALTHY)], dtypes=["fp16"]))
+    assert [(f.dtype, f.kind) for f in report.findings] == [("fp32", "overflow")]
+    assert "even in fp32" in report.findings[0].cause
+
+
+def test_a_wider_format_inside_an_operation_has_its_own_limit() -> None:
+    values = [*HEALTHY[:4], 5.6e9, HEALTHY[5]]
+    run = a_run([a_pass("fp32", values), a_pass("fp16", values)], dtypes=["fp16"], wider={"fp16": {4: "fp32"}})
+    report = judge(run)
+    assert report.findings == [] and all(row.site != 4 for row in report.headroom["fp16"])
+
+
+def test_a_cast_is_judged_by_what_went_into_it() -> None:
+    sites = [Site(layer=0, module="m.norm", op="mul", call=0), Site(layer=0, module="m.norm", op="cast", call=0)]
+    fp16 = a_pass("fp16", [50000.0, 50000.0])
+    run = a_run([a_pass("fp32", [50000.0, None]), fp16], sites=sites, dtypes=["fp16"], wider={"fp16": {0: "fp32"}})
+    (finding,) = judge(run).findings
+    assert finding.op == "cast" and finding.headroom == pytest.approx(65504 / 50000)
+
+
+def test_a_place_beyond_the_range_after_a_clamped_reseeding_is_an_overflow_by_itself() -> None:
+    values = [*HEALTHY[:4], 70000.0, HEALTHY[5]]
+    seeds = [Reseed(layer=31, rows=[0], clamped=True)]
+    fp16 = a_pass("fp16", [*HEALTHY[:4], 65504.0, HEALTHY[5]], reseeded=seeds)
+    (finding,) = judge(a_run([a_pass("fp32", values), fp16], dtypes=["fp16"])).findings
+    assert finding.kind == "overflow" and finding.predicted and "clamped" in finding.cause
+
+
+def test_a_dtype_that_survives_just_beyond_its_range_is_only_near_it() -> None:
+    values = [*HEALTHY[:4], 65510.0, HEALTHY[5]]
+    fp16 = a_pass("fp16", [*HEALTHY[:4], 65504.0, HEALTHY[5]])
+    (finding,) = judge(a_run([a_pass("fp32", values), fp16], dtypes=["fp16"])).findings
+    assert finding.kind == "near-overflow"
+
+
+def weight(**changes: object) -> Weight:
+    return Weight(**{
+        "name": "model.layers.31.self_attn.q_norm.weight", "file": "model-00007.safetensors", "elements": 128,
+        "nan": 0, "inf": 0, "abs_max": 70000.0, "overflow": {}, "underflow": {}, **changes,
+    })  # fmt: skip
+
+
+def test_a_weight_beyond_the_range_is_named_with_its_file() -> None:
+    report = judge(healthy_run(weights=[weight(overflow={"fp16": 2})]))
+    (finding,) = report.findings
+    assert (finding.kind, finding.dtype, finding.layer, finding.inf) == ("weight-overflow", "fp16", 31, 2)
+    assert "model-00007.safetensors" in finding.cause and finding.name == "q_norm weight"
+    assert report.verdict == {"fp32": "ok", "fp16": "fail", "bf16": "ok"}
+
+
+@pytest.mark.parametrize(("count", "kinds"), [(1, []), (2, ["underflow"])])
+def test_weights_that_vanish_count_from_a_share_on(count: int, kinds: list[str]) -> None:
+    report = judge(healthy_run(weights=[weight(underflow={"fp16": count})]))
+    assert [finding.kind for finding in report.findings] == kinds
+
+
+@pytest.mark.parametrize(
+    ("run", "codes"), [(healthy_run, (0, 0, 0)), (overflowing_run, (1, 1, 0)), (stopped_run, (3, 3, 3))]
+)
+def test_exit_codes_are_a_property_of_the_data(run, codes: tuple[int, int, int]) -> None:
+    report = judge(run())
+    assert tuple(report.exit_code(level) for level in ("fail", "risk", "never")) == codes
+
+
+def test_a_stopped_run_is_never_called_ok() -> None:
+    assert judge(stopped_run()).verdict == {"fp16": "incomplete"}
+
+
+def test_one_site_is_one_finding_that_names_all_prompts_it_fails_on() -> None:
+    from builders import a_prompt
+
+    passes = []
+    for number, size in enumerate((70000.0, 90000.0)):
+        passes.append(a_pass("fp32", [*HEALTHY[:4], size, 1.0], prompt=number))
+        passes.append(a_pass("fp16", [*HEALTHY[:4], math.inf, 1.0], [an_event(4)], prompt=number))
+    run = a_run(passes, dtypes=["fp16"], prompts=[a_prompt("one"), a_prompt("two")])
+    (finding,) = judge(run).findings
+    assert finding.prompt == "two" and finding.prompts == ("one", "two") and finding.reference_abs_max == 90000.0
+
+
+def test_headroom_is_listed_smallest_first() -> None:
+    rows = judge(healthy_run()).headroom["fp16"]
+    assert [row.headroom for row in rows] == sorted(row.headroom for row in rows)
+    assert rows[0].headroom == pytest.approx(65504 / 420) and len(rows) == len(SITES)

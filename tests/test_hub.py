@@ -1,0 +1,178 @@
+"""The hub path, against a small loopback server that speaks the hub's API."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import DEMO
+
+from qwen_precision.cli import main
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """owner/good is the demo; the others fail in the ways the hub fails."""
+
+    requested: list[str] = []
+    cut_weights = False
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        type(self).requested.append(path)
+        if "owner/gated" in path:
+            # As on the hub: the listing is public, the files are not.
+            self._list(body) if path.startswith("/api/") else self._error(403, "GatedRepo", body)
+        elif "owner/good" not in path:
+            self._error(404, "RepoNotFound", body)
+        elif path.startswith("/api/") and not path.endswith(("/revision/main", f"/revision/{COMMIT}", "owner/good")):
+            self._list(body) if "/tree/" in path else self._error(404, "RevisionNotFound", body)
+        elif path.startswith("/api/"):
+            self._list(body)
+        else:
+            self._file(path.rsplit("/", 1)[-1], body)
+
+    def _list(self, body: bool) -> None:
+        names = [entry.name for entry in sorted(DEMO.iterdir())] + ["pytorch_model.bin", "modeling_evil.py"]
+        if "/tree/" in self.path:
+            listing = [{"type": "file", "path": n, "size": 1, "oid": "0" * 40} for n in names]
+            self._send(200, json.dumps(listing).encode(), body)
+            return
+        info = {"id": "owner/good", "modelId": "owner/good", "sha": COMMIT, "private": False,
+                "siblings": [{"rfilename": name} for name in names]}  # fmt: skip
+        self._send(200, json.dumps(info).encode(), body)
+
+    def _file(self, name: str, body: bool) -> None:
+        data = (DEMO / name).read_bytes() if (DEMO / name).is_file() else b"not asked for"
+        headers = {"ETag": f'"{hash(name) & 0xFFFFFFFF:08x}"', "X-Repo-Commit": COMMIT}
+        if body and self.cut_weights and name.endswith(".safetensors"):
+            self._send(200, data, body, headers, cut=len(data) // 2)
+        else:
+            self._send(200, data, body, headers)
+
+    def _error(self, status: int, code: str, body: bool) -> None:
+        self._send(status, b'{"error": "no"}', body, {"X-Error-Code": code, "X-Error-Message": code})
+
+    def _send(
+        self, status: int, data: bytes, body: bool, headers: dict[str, str] | None = None, cut: int | None = None
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        """Silence."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    Hub.requested, Hub.cut_weights = [], False
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.chdir(tmp_path)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err.strip().splitlines()[-1]
+
+
+def test_a_hub_id_is_downloaded_and_probed_and_its_commit_recorded(hub: type[Hub], tmp_path: Path) -> None:
+    assert main(["probe", "owner/good", "--dtype", "fp16"]) == 1
+    model = json.loads((tmp_path / "qprec-run.json").read_text())["model"]
+    assert model["source"] == "owner/good" and model["revision"] == COMMIT
+
+
+def test_only_safetensors_json_and_tokenizer_files_are_fetched(hub: type[Hub]) -> None:
+    main(["probe", "owner/good", "--dtype", "bf16"])
+    files = {path.rsplit("/", 1)[-1] for path in hub.requested if "/resolve/" in path}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= files
+    assert not {name for name in files if name.endswith((".bin", ".py"))}
+
+
+def test_a_model_that_is_not_there_is_named(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "owner/missing"]) == 3
+    line = sentence(capsys)
+    assert "owner/missing" in line and "no such model" in line
+
+
+def test_a_gated_model_says_how_to_get_access(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "owner/gated"]) == 3
+    line = sentence(capsys)
+    assert "owner/gated" in line and "gated" in line and "HF_TOKEN" in line
+
+
+def test_a_missing_revision_is_named(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "owner/good", "--revision", "nonesuch"]) == 3
+    line = sentence(capsys)
+    assert "owner/good" in line and "nonesuch" in line
+
+
+def test_an_interrupted_download_says_so_and_the_same_command_goes_on(
+    hub: type[Hub], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its retries
+    hub.cut_weights = True
+    assert main(["probe", "owner/good"]) == 3
+    line = sentence(capsys)
+    assert "owner/good" in line and "same command" in line
+    hub.cut_weights = False
+    assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
+
+
+def test_without_a_network_the_sentence_says_what_to_do(
+    hub: type[Hub], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main(["probe", "owner/good"]) == 3
+    line = sentence(capsys)
+    assert "owner/good" in line and "cannot be reached" in line and "folder" in line
+
+
+def test_offline_mode_takes_what_is_in_the_cache(
+    hub: type[Hub], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
+    capsys.readouterr()
+    assert main(["probe", "owner/other"]) == 3
+    assert "owner/other" in sentence(capsys)
+
+
+def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: type[Hub], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(DEMO, tmp_path / "owner" / "good")
+    assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
+    assert hub.requested == []
