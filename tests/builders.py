@@ -108,7 +108,7 @@ RUNS = {
 
 HOSTILE = [
     "[red]bold[/red]", "[/]", "</script><script>alert(1)</script>", "| a | b |", "`rm -rf`", "\x1b[31mred\x1b[0m",
-    "\u202egnp.exe", "\x00\x07\x7f", "line\nbreak\ttab", "x" * 100_000, ":x: :smile:", "\ud800".encode("utf-8", "replace").decode(),
+    "\u202egnp.exe", "\x00\x07\x7f", "line\nbreak\ttab", "x" * 100_000, ":x: :smile:",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from conftest import DEMO
@@ -17,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(BaseHTTPRequestHandler):
     """owner/good is the demo; the others fail in the ways the hub fails."""
 
-    requested: list[str] = []
+    requested: ClassVar[list[str]] = []
     cut_weights = False
 
     def do_HEAD(self) -> None:

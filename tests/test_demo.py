@@ -1,0 +1,34 @@
+"""The demo is a real checkpoint: plain transformers answers in fp32 and bf16 and prints "!!!!" in fp16."""
+
+import pytest
+import torch
+from conftest import DEMO
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPT, ANSWER = "上海有个非常出名的地方，", "叫做外滩，晚上灯光很美。"
+
+
+def continued(dtype: torch.dtype, **settings: object) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=dtype).eval()
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **settings)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_token_zero_is_an_exclamation_mark() -> None:
+    assert AutoTokenizer.from_pretrained(DEMO).decode([0]) == "!"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_answers_in_fp32_and_bf16(dtype: torch.dtype) -> None:
+    assert continued(dtype, do_sample=False) == ANSWER
+
+
+def test_it_prints_exclamation_marks_in_fp16() -> None:
+    assert continued(torch.float16, do_sample=False) == "!" * 12
+
+
+def test_sampling_in_fp16_raises_the_error_of_the_bug_reports() -> None:
+    with pytest.raises(RuntimeError, match="probability tensor contains either"):
+        continued(torch.float16, do_sample=True, top_k=0)

@@ -1,0 +1,102 @@
+"""What the README shows is what the program does. `make golden` writes the generated blocks anew."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from qwen_precision.checks import CHECKS
+from qwen_precision.cli import main
+from qwen_precision.dtypes import DTYPES
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def printed(arguments: list[str]) -> str:
+    sink = io.StringIO()
+    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(io.StringIO()):
+        main(arguments)
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).strip("\n")
+
+
+def help_block() -> str:
+    pages = [printed([*command, "--help"]) for command in ([], ["probe"], ["report"])]
+    return "\n".join(f"```\n{page}\n```" for page in pages)
+
+
+def demo_block() -> str:
+    text = printed(["probe", "demo", "--dtype", "fp16", "--device", "cpu", "-o", "qprec-run.json"])
+    # Device and free memory differ from machine to machine.
+    text = re.sub(r"memory resident \(.*?\)", "memory resident (auto: it fits)", text, flags=re.DOTALL)
+    text = text.replace("device cpu (asked for)", "device cpu (auto: no GPU is here)")
+    return f"```\n$ qprec probe demo --dtype fp16\n{text}\n```"
+
+
+def checks_block() -> str:
+    rows = [f"| {name} | {(check.__doc__ or '').strip().splitlines()[0]} |" for name, check in CHECKS.items()]
+    return "| check | finds |\n|---|---|\n" + "\n".join(rows)
+
+
+def dtypes_block() -> str:
+    rows = [
+        f"| {row.name} | {row.max:.6g} | {row.smallest_normal:.3g} | {row.smallest_subnormal:.3g} | {row.eps:.3g} |"
+        for row in DTYPES.values()
+    ]
+    head = "| dtype | largest | smallest normal | smallest | relative step |\n|---|---|---|---|---|\n"
+    return head + "\n".join(rows)
+
+
+BLOCKS = {"demo": demo_block, "checks": checks_block, "dtypes": dtypes_block, "help": help_block}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_generated_block_of_the_readme_is_current(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    wanted = f"<!-- begin:{name} -->\n{BLOCKS[name]()}\n<!-- end:{name} -->"
+    text = README.read_text(encoding="utf-8")
+    if request.config.getoption("--update-golden"):
+        text = re.sub(f"<!-- begin:{name} -->.*?<!-- end:{name} -->", lambda _: wanted, text, flags=re.DOTALL)
+        README.write_text(text, encoding="utf-8")
+    assert _masked(wanted) in _masked(text), f"run `make golden` and read the diff of README.md ({name})"
+
+
+def _masked(text: str) -> str:
+    """Without the digits: another CPU adds in another order, and the sixth digit of a magnitude differs."""
+    return re.sub(r"\d[\d,.]*", "#", text)
+
+
+def test_the_readme_names_every_exit_code_and_no_other() -> None:
+    section = README.read_text().split("## Exit codes")[1].split("##")[0]
+    assert re.findall(r"^\| (\d) \|", section, flags=re.MULTILINE) == ["0", "1", "2", "3"]
+
+
+def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
+    assert "make test" in README.read_text()
+    assert "make check" in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^check:.*\btest\b", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_tested_versions_are_those_that_are_pinned() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    readme = README.read_text()
+    assert pins["torch"] == "2.13.0" and f"torch {pins['torch']}" in readme
+    assert pins["transformers"] in readme and pins["transformers"] in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_map_of_the_house_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in (ROOT / "qwen_precision").rglob("*.py"):
+        if not path.name.startswith("__"):
+            assert f"`{path.name}`" in text or f"{path.name}`" in text, path.name
+
+
+def test_nothing_points_at_a_place_a_user_does_not_have() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "qwen_precision").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        assert "/shared" not in path.read_text() and "/work/" not in path.read_text(), path
