@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qwen_precision.errors import QprecError
 
@@ -50,7 +50,7 @@ class Checkpoint:
     source: str
     """What the user typed."""
     revision: str | None
-    config: PreTrainedConfig
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     tensors: dict[str, TensorInfo]
 
@@ -114,13 +114,13 @@ def _check_config(raw: dict[str, Any], folder: Path) -> None:
         raise QprecError(f"{path}: the weights are quantised; probe the checkpoint they were made from.")
 
 
-def _load_config(folder: Path) -> PreTrainedConfig:
+def _load_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the broken value leads to
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QprecError(f"{folder / 'config.json'}: transformers cannot read it: {first}") from error
-    if not isinstance(config, PreTrainedConfig):
+    if not isinstance(config, PretrainedConfig):
         raise QprecError(f"{folder / 'config.json'}: transformers cannot read it.")
     return config
 

@@ -51,8 +51,9 @@ class Inspector:
     ratio: float
     weights: set[int]
     found: list[Located] = field(default_factory=list)
-    # Fused experts work on rows sorted by expert; the sort tells which row is whose.
-    _sorted: tuple[Tensor, Tensor] | None = None
+    # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
+    _picked: Tensor | None = None
+    _experts: Tensor | None = None
 
     def __call__(self, seen: Seen) -> None:
         """Look at one operation."""
@@ -75,9 +76,16 @@ class Inspector:
             )
         )  # fmt: skip
 
-    def note_sort(self, values: Tensor, indices: Tensor) -> None:
-        """Remember the order in which fused experts process their rows."""
-        self._sorted = (values, indices)
+    def note_sort(self, values: Tensor) -> None:
+        """Remember which expert each row goes to, where fused experts sort their rows."""
+        self._experts = values
+
+    def note_index(self, args: tuple[Any, ...]) -> None:
+        """Remember which token each row is, where rows are picked from all tokens."""
+        source, indices = args[0], args[1]
+        for axis, index in enumerate(indices):
+            if index is not None and index.dim() == 1 and source.shape[axis] == self.valid.numel():
+                self._picked = index
 
     def _inputs(self, seen: Seen) -> tuple[bool, bool]:
         activations = weights = True
@@ -115,9 +123,8 @@ class Inspector:
         length = self.valid.shape[1]
         if layout == "flat":
             return places[:, 0] // length, places[:, 0] % length
-        if layout == "sorted" and self._sorted is not None:
-            per_token = self._sorted[1].numel() // self.valid.numel()
-            token = self._sorted[1][places[:, 0]] // max(per_token, 1)
+        if layout == "picked" and self._picked is not None:
+            token = self._picked[places[:, 0]]
             return token // length, token % length
         return None
 
@@ -133,8 +140,8 @@ class Inspector:
             return "btx"
         if len(shape) >= 1 and shape[0] == rows * length and "experts" not in seen.path:
             return "flat"
-        if "experts" in seen.path and self._sorted is not None and shape[:1] == self._sorted[1].shape:
-            return "sorted"
+        if "experts" in seen.path and self._picked is not None and shape[:1] == self._picked.shape:
+            return "picked"
         if len(shape) >= 1 and shape[0] == rows * length:
             return "flat"
         return "unknown"
@@ -150,8 +157,8 @@ class Inspector:
             channel = index[-1]
         if len(index) == 4:
             head = index[1] if layout == "bhtx" else index[2]
-        if layout == "sorted" and self._sorted is not None:
-            expert = int(self._sorted[0][index[0]])
+        if layout == "picked" and self._experts is not None and self._experts.shape == seen.out.shape[:1]:
+            expert = int(self._experts[index[0]])
         elif (parts := seen.path.split(".experts.")) and len(parts) == 2:
             number = parts[1].split(".")[0]
             expert = int(number) if number.isdigit() else None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qwen_precision.errors import QprecError
 
@@ -31,7 +31,7 @@ class LayerCall:
     kwargs: dict[str, Any]
 
 
-def build(config: PreTrainedConfig, attention: str | None) -> nn.Module:
+def build(config: PretrainedConfig, attention: str | None) -> nn.Module:
     """The model in evaluation mode with weights on the meta device and real buffers.
 
     Args:

@@ -52,8 +52,11 @@ class Inspector(Protocol):
     def __call__(self, seen: Seen) -> None:
         """Look at one operation."""
 
-    def note_sort(self, values: Tensor, indices: Tensor) -> None:
-        """See a sort: fused experts order their rows by one."""
+    def note_sort(self, values: Tensor) -> None:
+        """See the result of a sort: fused experts order their rows by expert."""
+
+    def note_index(self, args: tuple[Any, ...]) -> None:
+        """See an indexing: experts pick their rows from the tokens by one."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,14 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             if rule.mutates:
                 self._last = None  # it may have been written through a view
         elif kind is _MOVE:
-            pass
+            if self.inspect is not None and rule.op == "index":
+                self.inspect.note_index(args)
         elif kind is Kind.EXACT:
             self._read_exact(func, rule, args, out)
         elif kind is Kind.FILL:
             self.masks.note_fill(rule.op, args, out)
         elif kind is Kind.SORT and self.inspect is not None:
-            self.inspect.note_sort(out[0], out[1])
+            self.inspect.note_sort(out[0])
         return out
 
     def _read(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:

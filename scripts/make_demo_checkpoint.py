@@ -146,7 +146,11 @@ def main() -> None:
         path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
     path = folder / "tokenizer_config.json"
     data = json.loads(path.read_text())
-    data["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
+    # The names that transformers 4 and 5 both know.
+    data["tokenizer_class"] = "PreTrainedTokenizerFast"
+    data["additional_special_tokens"] = data.pop("extra_special_tokens", ["<|im_start|>"])
+    data.pop("backend", None)
+    data["model_max_length"] = 512
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
     for path in folder.iterdir():
         path.chmod(0o644)
