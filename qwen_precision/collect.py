@@ -29,6 +29,7 @@ class Collector:
     def __init__(self) -> None:
         self.sites: dict[tuple[str, str, int], int] = {}
         self.wider: dict[str, dict[int, str]] = {}
+        self.casts: dict[int, int] = {}
         self._columns: dict[tuple[str, int], _Column] = {}
 
     def column(self, dtype: str, prompt: int) -> _Column:
@@ -38,11 +39,15 @@ class Collector:
     def add(self, dtype: str, prompt: int, readings: list[Reading], fold: bool = False) -> None:
         """Take readings in; ``fold`` makes one site of calls that are slices of one operation."""
         column = self.column(dtype, prompt).abs_max
+        before_site: int | None = None
         for reading in readings:
             site = self._site(reading.module, reading.op, 0 if fold else reading.call)
             value, before = rounded(reading.abs_max), column.get(site)
             if before is None or math.isnan(value) or value > before:
                 column[site] = value if before is None or not math.isnan(before) else before
+            if reading.op == "cast" and before_site is not None:
+                self.casts.setdefault(site, before_site)
+            before_site = site
             computed = short_name(reading.dtype)
             if computed != dtype:
                 self.wider.setdefault(dtype, {})[site] = computed
@@ -52,15 +57,8 @@ class Collector:
         events = self.column(dtype, prompt).events
         for each in found:
             site = self._site(each.path, each.op, 0 if fold else each.call)
-            events.setdefault(
-                site,
-                Event(
-                    site=site, nan=each.nan, inf=each.inf, elements=each.elements, value=rounded(each.value),
-                    clean_inputs=each.clean_inputs, clean_weights=each.clean_weights, row=each.row,
-                    position=each.position, channel=each.channel, head=each.head, expert=each.expert,
-                    in_padding=each.in_padding,
-                ),
-            )  # fmt: skip
+            value = rounded(each.event.value)
+            events.setdefault(site, each.event.model_copy(update={"site": site, "value": value}))
 
     def _site(self, module: str, op: str, call: int) -> int:
         return self.sites.setdefault((module, op, call), len(self.sites))

@@ -29,21 +29,15 @@ class Facts:
     def magnitude(self, each: Pass, site: int) -> float | None:
         """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.
 
-        A cast has no counterpart in the reference; its input is what ran just before, so that one's is taken.
+        A cast has no counterpart in the reference, which has nothing to cast: its input's is taken.
         """
         reference = self.by_key.get((REFERENCE, each.prompt))
         if reference is None or each.dtype == REFERENCE:
             return each.abs_max[site]
         value = reference.abs_max[site]
-        if value is None and self.run.sites[site].op == "cast":
-            value = self._before(each, reference, site)
+        if value is None and site in self.run.casts:
+            value = reference.abs_max[self.run.casts[site]]
         return each.abs_max[site] if value is None else value
-
-    def _before(self, each: Pass, reference: Pass, site: int) -> float | None:
-        module = self.run.sites[site].module
-        ran = [s for s, value in enumerate(each.abs_max[:site]) if value is not None]
-        same = [s for s in ran if self.run.sites[s].module == module and reference.abs_max[s] is not None]
-        return reference.abs_max[same[-1]] if same else None
 
 
 def headroom_by_site(facts: Facts, dtype: str) -> list[Headroom]:

@@ -7,20 +7,15 @@ holds ``[tokens, vocabulary]`` of a long prompt.
 """
 
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.collect import Collector
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.locate import Inspector, Located, storages
-from qwen_precision.watcher import Watcher
+from qwen_precision.measure import Measure
+from qwen_precision.plan import FinalHook, Plan
 from qwen_precision.weights import Scratch, WeightStore
-
-if TYPE_CHECKING:
-    from qwen_precision.shadow import FinalHook, Plan
 
 LOGITS_BYTES = 1 << 30
 """Logits of more bytes than this are computed a piece of the tokens at a time."""
@@ -29,27 +24,18 @@ LOGITS_BYTES = 1 << 30
 class Head:
     """Runs lm_head for every dtype and prompt, watched."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        store: WeightStore,
-        scratch: Scratch,
-        watcher: Watcher,
-        collector: Collector,
-        near: float,
-    ) -> None:
+    def __init__(self, model: nn.Module, store: WeightStore, scratch: Scratch, measure: Measure) -> None:
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        self._store, self._scratch, self._watcher = store, scratch, watcher
-        self._collector, self._near = collector, near
+        self._store, self._scratch, self._measure = store, scratch, measure
         self._path = next(name for name, module in model.named_modules() if module is self._head)
 
     def run(
         self,
         hidden: dict[tuple[str, int], Tensor],
         masks: list[Tensor],
-        plan: "Plan",
+        plan: Plan,
         seconds: dict[str, float],
-        on_final: "FinalHook | None",
+        on_final: FinalHook | None,
     ) -> None:
         """Compute logits of all positions; keep the likeliest next token of each row.
 
@@ -95,33 +81,15 @@ class Head:
         logits = states
         for begin in range(0, states.shape[1], step):
             piece = states[:, begin : begin + step]
-            logits = self._watched(key, piece, valid[:, begin : begin + step], start, begin)
-        return logits
-
-    def _watched(self, key: tuple[str, int], piece: Tensor, valid: Tensor, start: int, begin: int) -> Tensor:
-        dtype, prompt = key
-        with self._watcher:
-            logits: Tensor = self._head(piece)
-        readings = self._watcher.take()
-        self._collector.add(dtype, prompt, readings, fold=True)
-        limit = torch.finfo(logits.dtype).max
-        if any(not (reading.abs_max * self._near < limit) for reading in readings):
-            inspector = Inspector(valid, self._near, storages(self._head))
-            self._watcher.inspect = inspector
-            try:
-                with self._watcher:
-                    self._head(piece)
-            finally:
-                self._watcher.inspect = None
-            self._watcher.take()
-            moved = [_moved(each, start, begin) for each in inspector.found]
-            self._collector.add_located(dtype, prompt, moved, fold=True)
+            logits = self._measure.run(
+                key, valid[:, begin : begin + step], self._head, partial(self._head, piece), slice_at=(begin, start)
+            )
         return logits
 
     def _write(self, best: dict[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
         for (dtype, prompt), (values, ids) in best.items():
             finite = torch.isfinite(values).tolist()
-            column = self._collector.column(dtype, prompt)
+            column = self._measure.collector.column(dtype, prompt)
             column.top1 = [token if fine else None for token, fine in zip(ids.tolist(), finite, strict=True)]
 
 
@@ -137,12 +105,3 @@ def _better(before: tuple[Tensor, Tensor] | None, last: Tensor, start: int) -> t
     keep_nan = torch.isnan(before[0])
     take = take & ~keep_nan
     return torch.where(take, values, before[0]), torch.where(take, ids, before[1])
-
-
-def _moved(each: Located, start: int, begin: int) -> Located:
-    """A place within a slice as a place in the whole: vocabulary rows and positions shifted."""
-    return replace(
-        each,
-        channel=None if each.channel is None else each.channel + start,
-        position=None if each.position is None else each.position + begin,
-    )

@@ -7,34 +7,34 @@ passes a NaN on.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qwen_precision.record import Event
 from qwen_precision.watcher import Seen
 
 
 @dataclass(frozen=True)
 class Located:
-    """A close look at one operation; the fields are those of ``record.Event`` without the site."""
+    """A close look at one operation."""
 
     path: str
     op: str
     call: int
-    nan: int
-    inf: int
-    elements: int
-    value: float
-    clean_inputs: bool
-    clean_weights: bool
-    row: int | None
-    position: int | None
-    channel: int | None
-    head: int | None
-    expert: int | None
-    in_padding: bool
+    event: Event
+    """As it goes into the record, but for the number of its site."""
+
+    def shifted(self, position: int, channel: int) -> "Located":
+        """A place within a slice as a place in the whole."""
+        event = self.event
+        moved = {
+            "position": None if event.position is None else event.position + position,
+            "channel": None if event.channel is None else event.channel + channel,
+        }
+        return replace(self, event=event.model_copy(update=moved))
 
 
 @dataclass
@@ -69,12 +69,13 @@ class Inspector:
         index, in_padding = self._extreme(bad if count else magnitude == magnitude.max(), seen)
         value = math.nan if nan else (math.inf if count else float(magnitude.max()))
         clean_inputs, clean_weights = self._inputs(seen)
-        self.found.append(
-            Located(
-                seen.path, seen.op, seen.call, nan, count - nan, out.numel(), value, clean_inputs, clean_weights,
-                *self._place(index, seen), in_padding,
-            )
+        row, position, channel, head, expert = self._place(index, seen)
+        event = Event(
+            site=0, nan=nan, inf=count - nan, elements=out.numel(), value=value, clean_inputs=clean_inputs,
+            clean_weights=clean_weights, row=row, position=position, channel=channel, head=head, expert=expert,
+            in_padding=in_padding,
         )  # fmt: skip
+        self.found.append(Located(seen.path, seen.op, seen.call, event))
 
     def note_sort(self, values: Tensor) -> None:
         """Remember which expert each row goes to, where fused experts sort their rows."""

@@ -19,9 +19,10 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.hub import locate
 from qwen_precision.machine import choose_device, choose_memory, environment
+from qwen_precision.plan import Encoded, FinalHook, Plan
 from qwen_precision.prompts import PromptSpec, tokenise
 from qwen_precision.record import Choice, Model, Prompt, Run
-from qwen_precision.shadow import Encoded, FinalHook, Plan, Shadow
+from qwen_precision.shadow import Shadow
 from qwen_precision.skeleton import build, decoder_layers
 from qwen_precision.weightcheck import WeightCheck
 from qwen_precision.weights import WeightStore
@@ -67,7 +68,7 @@ def probe(
         specs: the prompts.
         revision: of a hub id.
         progress: called with (steps done, steps in all, what is being done).
-        on_final: see ``shadow.FinalHook``.
+        on_final: see ``plan.FinalHook``.
 
     Raises:
         QprecError: nothing could be measured. What dies later (Ctrl-C, memory, a broken shard) gives a Run
@@ -130,7 +131,7 @@ def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | Non
     store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
     _move_buffers(job.model, job.device)
     rows = 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
-    plan = Plan(job.passes, job.settings.near_overflow, job.resident, rows)
+    plan = Plan(job.passes, job.settings.near_overflow, rows)
     encoded = [_encode(prompt, job.checkpoint, job.device) for prompt in job.prompts]
     shadow = Shadow(job.model, store, encoded, plan, job.collector, progress, on_final)
     try:
@@ -190,6 +191,7 @@ def _record(job: _Job, source: str, stopped: str | None) -> Run:
         reference=job.settings.reference,
         sites=job.collector.site_parts(),
         wider=job.collector.wider,
+        casts=job.collector.casts,
         passes=job.collector.passes(),
         weights=job.check.weights(),
         weight_totals=job.check.totals(),

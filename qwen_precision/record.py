@@ -197,6 +197,8 @@ class Run(Part):
     sites: list[Site]
     wider: dict[str, dict[int, str]]
     """By dtype: sites whose output is in another format than the dtype (norms compute in fp32)."""
+    casts: dict[int, int]
+    """By site of a cast: the site of what ran just before, whose output it casts."""
     passes: list[Pass]
     weights: list[Weight]
     """Only tensors with something to say; the rest is in ``weight_totals``."""
@@ -290,6 +292,8 @@ def _check_references(run: Run, path: Path) -> None:
     for table in run.wider.values():
         if any(not 0 <= site < sites or name not in {*DTYPES, *WIDER_MAX} for site, name in table.items()):
             refuse("wider")
+    if any(not (0 <= site < sites and 0 <= source < sites) for site, source in run.casts.items()):
+        refuse("casts")
     if any(total.dtype not in DTYPES for total in run.weight_totals):
         refuse("weight_totals")
     if any(name not in DTYPES for weight in run.weights for name in {**weight.overflow, **weight.underflow}):

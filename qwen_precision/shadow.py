@@ -21,22 +21,12 @@ from torch import Tensor, nn
 from qwen_precision.collect import Collector
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.head import Head
-from qwen_precision.locate import Inspector, storages
-from qwen_precision.readings import Reading
+from qwen_precision.measure import Measure
+from qwen_precision.plan import Encoded, FinalHook, Plan
 from qwen_precision.record import Reseed
 from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls
 from qwen_precision.watcher import Watcher, attached
 from qwen_precision.weights import Scratch, WeightStore
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A prompt as the model takes it."""
-
-    ids: Tensor
-    """``[batch, tokens]`` int64, padded on the left."""
-    mask: Tensor
-    """``[batch, tokens]`` int64, 1 at tokens and 0 at padding."""
 
 
 @dataclass
@@ -49,23 +39,6 @@ class _Stream:
     reseeded_rows: set[int] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a shadow run shall do."""
-
-    dtypes: list[str]
-    """Passes in order; the reference, if it is among them, first."""
-    near: float
-    """Locate an operation whose headroom is below this."""
-    resident: bool
-    vocabulary_rows: int
-    """Rows of the vocabulary that lm_head takes at once; 0 for all."""
-
-
-FinalHook = Callable[[str, int, Tensor, Tensor | None], None]
-"""Called with dtype, prompt, final hidden states and (if computed whole) logits; for tests and comparisons."""
-
-
 class Shadow:
     """One shadow run over all prompts and dtypes.
 
@@ -76,7 +49,7 @@ class Shadow:
         plan: which dtypes, and how.
         collector: takes the readings; holds what was measured also when the run dies.
         progress: called with (steps done, steps in all, what is being done).
-        on_final: see ``FinalHook``.
+        on_final: see ``plan.FinalHook``.
     """
 
     def __init__(
@@ -92,6 +65,7 @@ class Shadow:
         self.model, self.store, self.prompts, self.plan = model, store, prompts, plan
         self.collector, self.progress, self.on_final = collector, progress, on_final
         self.watcher = Watcher()
+        self.measure = Measure(self.watcher, collector, plan.near)
         self.scratch = Scratch()
         self.seconds: dict[str, float] = {"read and cast": 0.0, **dict.fromkeys(plan.dtypes, 0.0)}
         self._streams: dict[tuple[str, int], _Stream] = {}
@@ -188,25 +162,8 @@ class Shadow:
         forward: Callable[[], Tensor],
         call: LayerCall | None = None,
     ) -> Tensor:
-        """Run a part with every operation watched; look again, closely, at what was not finite or near a limit."""
-        self.watcher.forget()
-        self._enter(path, call)
-        with self.watcher:
-            out = forward()
-        readings = self.watcher.take()
-        self.collector.add(name, prompt, readings)
-        if suspicious(readings, self.plan.near):
-            inspector = Inspector(self.prompts[prompt].mask.bool(), self.plan.near, storages(module))
-            self._enter(path, call)
-            self.watcher.inspect = inspector
-            try:
-                with self.watcher:
-                    forward()
-            finally:
-                self.watcher.inspect = None
-            self.watcher.take()
-            self.collector.add_located(name, prompt, inspector.found)
-        return out
+        valid = self.prompts[prompt].mask.bool()
+        return self.measure.run((name, prompt), valid, module, forward, partial(self._enter, path, call))
 
     def _enter(self, path: str, call: LayerCall | None) -> None:
         """Set the path of a part that is run by its forward, past its own hooks; declare its masks."""
@@ -257,17 +214,12 @@ class Shadow:
                 )  # fmt: skip
             self.seconds[name] += time.perf_counter() - started
         self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
-        head = Head(self.model, self.store, self.scratch, self.watcher, self.collector, self.plan.near)
+        head = Head(self.model, self.store, self.scratch, self.measure)
         head.run(hidden, [prompt.mask for prompt in self.prompts], self.plan, self.seconds, self.on_final)
         for (name, prompt), stream in self._streams.items():
             column = self.collector.column(name, prompt)
             for row in stream.reseeded_rows & set(range(len(column.top1))):
                 column.top1[row] = None  # what follows a re-seeded stream is not what this dtype would print
-
-
-def suspicious(readings: list[Reading], near: float) -> bool:
-    """Whether any reading is not finite or has less headroom than ``near``."""
-    return any(not (reading.abs_max * near < torch.finfo(reading.dtype).max) for reading in readings)
 
 
 def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:

@@ -71,7 +71,9 @@ def test_a_wider_format_inside_an_operation_has_its_own_limit() -> None:
 def test_a_cast_is_judged_by_what_went_into_it() -> None:
     sites = [Site(layer=0, module="m.norm", op="mul", call=0), Site(layer=0, module="m.norm", op="cast", call=0)]
     fp16 = a_pass("fp16", [50000.0, 50000.0])
-    run = a_run([a_pass("fp32", [50000.0, None]), fp16], sites=sites, dtypes=["fp16"], wider={"fp16": {0: "fp32"}})
+    run = a_run(
+        [a_pass("fp32", [50000.0, None]), fp16], sites=sites, dtypes=["fp16"], wider={"fp16": {0: "fp32"}}, casts={1: 0}
+    )
     (finding,) = judge(run).findings
     assert finding.op == "cast" and finding.headroom == pytest.approx(65504 / 50000)
 

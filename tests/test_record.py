@@ -70,6 +70,7 @@ def changed(run: Run, change: Callable[[dict[str, Any]], None]) -> str:
         (lambda d: d.update(dtypes=["fp7"]), ["dtypes"]),
         (lambda d: d["wider"].update(fp16={"999999": "fp32"}), ["wider"]),
         (lambda d: d["wider"].update(fp16={"0": "fp7"}), ["wider"]),
+        (lambda d: d.update(casts={"0": 999999}), ["casts"]),
         (lambda d: d["weight_totals"][0].update(dtype="fp7"), ["weight_totals"]),
     ],
 )
