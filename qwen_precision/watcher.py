@@ -143,8 +143,6 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
                 self._read(func, rule, args, out, None)
             else:
                 self._read_first(func, rule, args, out)
-            if rule.mutates:
-                self._last = None  # it may have been written through a view
         elif kind is _MOVE:
             if self.inspect is not None and rule.op == "index":
                 self.inspect.note_index(args)
@@ -154,6 +152,8 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             self.masks.note_fill(rule.op, args, out)
         elif kind is Kind.SORT and self.inspect is not None:
             self.inspect.note_sort(out[0])
+        if rule.mutates:
+            self._last = None  # what was read last may just have been written over, through whatever view
         return out
 
     def _read(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:

@@ -176,6 +176,17 @@ def test_every_place_that_overflows_by_itself_is_found_not_only_the_first(tmp_pa
     assert found == [(0, "SwiGLU product"), (2, "SwiGLU product")]
 
 
+def test_a_place_in_a_slice_of_the_logits_is_told_as_a_place_in_the_whole(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_precision.probe.SLICE_BYTES", 4 * 64 * 50)  # 50 vocabulary rows at a time
+    monkeypatch.setattr("qwen_precision.head.LOGITS_BYTES", 50 * 2 * 2)  # two tokens of fp16 logits at a time
+    report = judge(run_probe(folders("lm_head output"), TEXTS, memory="streamed"))
+    (first,) = errors(report, "fp16")
+    assert (first.name, first.channel) == ("logits", 77)
+    assert first.token is not None and first.token["position"] == 0
+
+
 def test_what_only_passes_an_overflow_on_is_counted_not_listed(folders: Callable[[str], Path]) -> None:
     report = judge(run_probe(folders("SwiGLU product"), TEXTS))
     (only,) = errors(report, "fp16")

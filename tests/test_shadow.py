@@ -139,6 +139,20 @@ def test_a_vocabulary_taken_in_slices_gives_the_same_likeliest_tokens(
         assert a.abs_max[logits[0]] == pytest.approx(b.abs_max[logits[0]], rel=1e-2)
 
 
+def test_a_model_that_works_between_its_layers_is_refused_not_misread(healthy: Path) -> None:
+    from transformers import AutoConfig
+
+    from qwen_precision.errors import QprecError
+    from qwen_precision.skeleton import build, layer_calls
+
+    model = build(AutoConfig.from_pretrained(healthy), None)
+    embedded, mask = torch.ones(1, 4, 64), torch.ones(1, 4, dtype=torch.int64)
+    assert len(layer_calls(model, embedded, mask)) == 3
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(QprecError, match="between its layers"):
+        layer_calls(model, embedded, mask)
+
+
 def test_logits_of_a_long_prompt_are_computed_in_pieces(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_probe(healthy)
     monkeypatch.setattr("qwen_precision.head.LOGITS_BYTES", 512 * 4 * 3)  # three tokens of fp32 logits

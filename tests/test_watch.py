@@ -101,17 +101,39 @@ def test_derived_readings_of_casts_and_squares_are_exact(dtype: torch.dtype) -> 
             assert by_op[op, call] == out.double().abs().max().item()
 
 
-def test_a_value_written_in_place_is_not_confused_with_the_one_read_before() -> None:
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: y[:, 1:].mul_(1000.0),
+        lambda y: y.copy_(torch.tensor([[1.0, 2000.0]])),
+        lambda y: y.masked_fill_(torch.tensor([[False, True]]), 2000.0),
+        lambda y: y.index_copy_(1, torch.tensor([1]), torch.tensor([[2000.0]])),
+    ],
+    ids=["through a view", "copy", "fill", "index"],
+)
+def test_a_value_written_in_place_is_not_confused_with_the_one_read_before(write: Callable) -> None:
     class InPlace(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = x * 1.0
-            y[:, 1:].mul_(1000.0)
+            write(y)
             return y.to(torch.float64)
 
     model = InPlace()
     with torch.inference_mode(), qwen_precision.watch(model) as readings:
         model(torch.tensor([[1.0, 2.0]]))
     assert [r.abs_max for r in readings if r.op == "cast"] == [2000.0]
+
+
+@pytest.mark.parametrize("exponent", [2, 3, 0.5, -1])
+def test_only_the_square_is_derived_other_powers_are_read(exponent: float) -> None:
+    class Power(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 1.0).pow(exponent)
+
+    model, x = Power(), torch.tensor([0.25, 3.0])
+    with torch.inference_mode(), qwen_precision.watch(model) as readings:
+        out = model(x)
+    assert [r.abs_max for r in readings if r.op == "pow"] == [out.abs().max().item()]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
