@@ -63,21 +63,20 @@ def _overflow(facts: Facts) -> Iterator[Finding]:
 
 
 def _origins(facts: Facts, dtype: str) -> Iterator[Finding]:
-    worst: dict[int, Finding] = {}
+    worst: dict[int, tuple[int, Finding]] = {}
     prompts: dict[int, list[str]] = {}
     for each in facts.passes(dtype):
-        bad = [site for site, value in enumerate(each.abs_max) if value is not None and not math.isfinite(value)]
-        events = {event.site: event for event in each.events if event.nan or event.inf}
-        origins = [s for s in bad if s in events and events[s].clean_inputs and events[s].clean_weights]
-        for number, site in enumerate(origins):
-            following = origins[number + 1] if number + 1 < len(origins) else math.inf
-            carried = sum(1 for other in bad if site < other < following)
-            finding = _origin_finding(facts, each, events[site], carried)
-            prompts.setdefault(site, []).append(facts.run.prompts[each.prompt].name)
-            if site not in worst or (finding.reference_abs_max or 0) > (worst[site].reference_abs_max or 0):
-                worst[site] = finding
-    for site in sorted(worst):
-        yield replace(worst[site], prompts=tuple(dict.fromkeys(prompts[site])))
+        events = sorted((e for e in each.events if e.nan or e.inf), key=lambda event: event.step)
+        origins = [number for number, e in enumerate(events) if e.clean_inputs and e.clean_weights]
+        for number, following in zip(origins, [*origins[1:], len(events)], strict=False):
+            event = events[number]
+            finding = _origin_finding(facts, each, event, following - number - 1)
+            prompts.setdefault(event.site, []).append(facts.run.prompts[each.prompt].name)
+            before = worst.get(event.site)
+            if before is None or (finding.reference_abs_max or 0) > (before[1].reference_abs_max or 0):
+                worst[event.site] = (event.step, finding)
+    for site, (_, finding) in sorted(worst.items(), key=lambda item: item[1][0]):
+        yield replace(finding, prompts=tuple(dict.fromkeys(prompts[site])))
 
 
 def _origin_finding(facts: Facts, each: Pass, event: Event, carried: int) -> Finding:
@@ -123,18 +122,22 @@ def _advice(dtype: str, magnitude: float | None, limit: float) -> str:
 
 
 def _near_overflow(facts: Facts) -> Iterator[Finding]:
-    """The reference comes closer to a dtype's largest finite number than the limit allows."""
+    """The reference comes closer to a dtype's largest finite number than the limit allows, or passes it."""
     for dtype in facts.run.dtypes:
         if dtype == REFERENCE:
             continue
-        failed = {
-            event.site for each in facts.passes(dtype) for event in each.events if event.nan or event.inf
-        }  # fmt: skip
+        events = [event for each in facts.passes(dtype) for event in each.events if event.nan or event.inf]
+        origins = {event.site for event in events if event.clean_inputs and event.clean_weights}
+        carried = {event.site for event in events} - origins
         for row in headroom_by_site(facts, dtype):
-            if row.headroom >= facts.limits.near_overflow or row.site in failed or row.headroom == 0:
+            if row.headroom >= facts.limits.near_overflow or row.headroom == 0 or row.site in origins:
                 continue
-            finding = _near_finding(facts, row)
-            yield _beyond(finding) if row.headroom < 1 and _came_reseeded(facts, row) else finding
+            unreached = row.site in carried or _came_reseeded(facts, row)
+            if row.headroom >= 1 or not unreached:
+                if row.site not in carried:
+                    yield _near_finding(facts, row)
+            elif not _only_carries(facts, row):
+                yield _beyond(_near_finding(facts, row))
 
 
 def _came_reseeded(facts: Facts, row: Headroom) -> bool:
@@ -144,12 +147,24 @@ def _came_reseeded(facts: Facts, row: Headroom) -> bool:
     return any(seed.layer <= (math.inf if layer is None else layer) for seed in each.reseeded)
 
 
+def _only_carries(facts: Facts, row: Headroom) -> bool:
+    """Whether a sum is beyond the range because one of its parts is: the stream, or the product just before."""
+    sites, reference = facts.run.sites, facts.by_key.get((REFERENCE, row.prompt))
+    if sites[row.site].op != "add" or reference is None:
+        return sites[row.site].op == "cast"
+    limit = facts.limit(row.dtype, row.site)
+    before = range(row.site - 1, -1, -1)
+    stream = next((s for s in before if sites[s].op == "add" and sites[s].module.rpartition(".")[2].isdigit()), None)
+    product = next((s for s in before if sites[s].op in {"linear", "matmul", "grouped_mm", "sum"}), None)
+    return any(part is not None and (reference.abs_max[part] or 0) > limit for part in (stream, product))
+
+
 def _beyond(finding: Finding) -> Finding:
     """Out of range by itself, had the stream got here."""
     return replace(
         finding, kind="overflow", severity="error", predicted=True,
         cause=f"The {finding.name} reaches {finding.reference_abs_max:.6g} in fp32, beyond {finding.dtype}; "
-        f"the {finding.dtype} stream itself had failed before and came here clamped.",
+        f"the {finding.dtype} stream itself had failed before and did not get here.",
         advice=_advice(finding.dtype, math.inf, 0.0),
     )  # fmt: skip
 

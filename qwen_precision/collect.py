@@ -9,6 +9,8 @@ from qwen_precision.readings import Reading
 from qwen_precision.record import Event, Pass, Reseed, Site
 from qwen_precision.weightcheck import short_name
 
+_STEPS_A_PART = 1_000_000  # more operations than any part (a layer, the head) of a model has
+
 
 def rounded(value: float) -> float:
     """Six significant digits: more than fp16 and bf16 have, and half the bytes in the file."""
@@ -21,6 +23,7 @@ class _Column:
     events: dict[int, Event] = field(default_factory=dict)
     reseeded: list[Reseed] = field(default_factory=list)
     top1: list[int | None] = field(default_factory=list)
+    parts: int = 0
 
 
 class Collector:
@@ -38,6 +41,7 @@ class Collector:
 
     def add(self, dtype: str, prompt: int, readings: list[Reading], fold: bool = False) -> None:
         """Take readings in; ``fold`` makes one site of calls that are slices of one operation."""
+        self.column(dtype, prompt).parts += 1
         column = self.column(dtype, prompt).abs_max
         before_site: int | None = None
         for reading in readings:
@@ -54,11 +58,12 @@ class Collector:
 
     def add_located(self, dtype: str, prompt: int, found: list[Located], fold: bool = False) -> None:
         """Take close looks in; of several at one site the first stays."""
-        events = self.column(dtype, prompt).events
+        column = self.column(dtype, prompt)
         for each in found:
             site = self._site(each.path, each.op, 0 if fold else each.call)
-            value = rounded(each.event.value)
-            events.setdefault(site, each.event.model_copy(update={"site": site, "value": value}))
+            step = column.parts * _STEPS_A_PART + each.event.step
+            update = {"site": site, "value": rounded(each.event.value), "step": step}
+            column.events.setdefault(site, each.event.model_copy(update=update))
 
     def _site(self, module: str, op: str, call: int) -> int:
         return self.sites.setdefault((module, op, call), len(self.sites))

@@ -54,26 +54,31 @@ class Inspector:
     # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
     _picked: Tensor | None = None
     _experts: Tensor | None = None
+    _step: int = 0
 
     def __call__(self, seen: Seen) -> None:
         """Look at one operation."""
+        self._step += 1
         out = seen.out
         bad = ~torch.isfinite(out)
         if seen.keep is not None:
             bad = bad & seen.keep
         magnitude = out.abs() if seen.keep is None else torch.where(seen.keep, out, torch.zeros_like(out)).abs()
-        count = int(bad.sum())
-        if count == 0 and float(magnitude.max()) * self.ratio < torch.finfo(out.dtype).max:
+        failed = bool(bad.any())
+        if not failed and float(magnitude.max()) * self.ratio < torch.finfo(out.dtype).max:
             return
-        nan = int((torch.isnan(out) & bad).sum())
-        index, in_padding = self._extreme(bad if count else magnitude == magnitude.max(), seen)
-        value = math.nan if nan else (math.inf if count else float(magnitude.max()))
-        clean_inputs, clean_weights = self._inputs(seen)
+        clean_rows = self._clean_rows(seen)
+        own = bad & clean_rows.view(-1, *[1] * (out.dim() - 1)) if out.dim() else bad
+        clean = not failed or (bool(own.any()) and not seen.spoiled)
+        hits = (own if clean else bad) if failed else magnitude == magnitude.max()
+        nan, count = int((torch.isnan(out) & hits).sum()), int(hits.sum()) if failed else 0
+        index, in_padding = self._extreme(hits, seen)
         row, position, channel, head, expert = self._place(index, seen)
         event = Event(
-            site=0, nan=nan, inf=count - nan, elements=out.numel(), value=value, clean_inputs=clean_inputs,
-            clean_weights=clean_weights, row=row, position=position, channel=channel, head=head, expert=expert,
-            in_padding=in_padding,
+            site=0, step=self._step, nan=nan if failed else 0, inf=count - nan if failed else 0,
+            elements=out.numel(), value=(math.nan if nan else math.inf) if failed else float(magnitude.max()),
+            clean_inputs=clean, clean_weights=self._clean_weights(seen), row=row, position=position,
+            channel=channel, head=head, expert=expert, in_padding=in_padding,
         )  # fmt: skip
         self.found.append(Located(seen.path, seen.op, seen.call, event))
 
@@ -88,31 +93,57 @@ class Inspector:
             if index is not None and index.dim() == 1 and source.shape[axis] == self.valid.numel():
                 self._picked = index
 
-    def _inputs(self, seen: Seen) -> tuple[bool, bool]:
-        activations = weights = True
+    def _clean_rows(self, seen: Seen) -> Tensor:
+        """By leading index of the output (a row of the batch, a token, an expert's row): were its inputs finite?
+
+        One row's NaN does not excuse another row's overflow. An input that is not split in the same rows
+        (a position table, a score of all) counts for all of them.
+        """
+        count = seen.out.shape[0] if seen.out.dim() else 1
+        clean = torch.ones(count, dtype=torch.bool, device=seen.out.device)
         for arg in _tensors(seen.args):
-            if not arg.is_floating_point() or arg is seen.out:
+            if not arg.is_floating_point() or arg is seen.out or self._is_weight(arg):
                 continue
             # Infinities in a mask or in masked scores are intended.
-            kept = arg if seen.keep is None else _only(arg, seen.keep)
-            fine = bool(torch.isfinite(kept).all())
-            if arg.untyped_storage().data_ptr() in self.weights:
-                weights = weights and fine
-            else:
-                activations = activations and fine
-        return activations, weights
+            fine = torch.isfinite(arg if seen.keep is None else _only(arg, seen.keep))
+            same_rows = arg.dim() > 0 and arg.shape[0] == count
+            clean &= fine.flatten(1).all(dim=1) if same_rows and arg.dim() > 1 else fine if same_rows else fine.all()
+        return clean
+
+    def _clean_weights(self, seen: Seen) -> bool:
+        """Were the weights finite in this dtype; of fused experts, those that had any row?"""
+        for arg in _tensors(seen.args):
+            if arg.is_floating_point() and self._is_weight(arg):
+                used = arg[torch.unique(self._experts)] if arg.dim() == 3 and self._experts is not None else arg
+                if not bool(torch.isfinite(used).all()):
+                    return False
+        return True
+
+    def _is_weight(self, arg: Tensor) -> bool:
+        return arg.untyped_storage().data_ptr() in self.weights
 
     def _extreme(self, hits: Tensor, seen: Seen) -> tuple[list[int], bool]:
         """The first hit at a real token if there is one, else the first; and whether all are padding."""
-        places = hits.nonzero()
-        tokens = self._tokens(places, seen)
-        if tokens is None:
-            return places[0].tolist(), False
-        rows, positions = tokens
-        real = self.valid[rows, positions]
-        if bool(real.any()):
-            return places[int(real.to(torch.int8).argmax())].tolist(), False
-        return places[0].tolist(), True
+        real = self._real(seen)
+        if real is not None:
+            at_tokens = hits & real
+            if bool(at_tokens.any()):
+                return _first(at_tokens), False
+        return _first(hits), real is not None
+
+    def _real(self, seen: Seen) -> Tensor | None:
+        """Which entries belong to real tokens, broadcastable to the output; None where that cannot be told."""
+        layout, dims = self._layout(seen), seen.out.dim()
+        if layout == "btx":
+            return self.valid.view(*self.valid.shape, *[1] * (dims - 2))
+        if layout == "bhtx":
+            return self.valid[:, None, :, None]
+        flat = self.valid.flatten()
+        if layout == "picked" and self._picked is not None:
+            flat = flat[self._picked]
+        elif layout != "flat":
+            return None
+        return flat.view(-1, *[1] * (dims - 1))
 
     def _tokens(self, places: Tensor, seen: Seen) -> tuple[Tensor, Tensor] | None:
         """(rows, positions) of element indices, from the shape of the tensor they index."""
@@ -174,6 +205,16 @@ def _tensors(args: Any) -> list[Tensor]:
         elif isinstance(arg, (tuple, list)):
             found.extend(item for item in arg if isinstance(item, Tensor))
     return found
+
+
+def _first(hits: Tensor) -> list[int]:
+    """Index of the first true element; in memory of one byte an element, however many are true."""
+    flat = int(hits.contiguous().view(torch.uint8).flatten().argmax())
+    index = []
+    for extent in reversed(hits.shape):
+        index.append(flat % extent)
+        flat //= extent
+    return index[::-1]
 
 
 def _only(arg: Tensor, keep: Tensor) -> Tensor:

@@ -78,15 +78,22 @@ def _kept_by_fill(op: str, args: tuple[Any, ...], out: Any) -> Tensor | None:
     """Where a fill left the values alone, if what it filled in is an extreme on purpose."""
     if not isinstance(out, Tensor) or out.dtype not in FLOATS or len(args) < 3:
         return None
+    mask = args[0] if op == "where" else args[1]
+    if not isinstance(mask, Tensor):
+        return None
     limit = torch.finfo(out.dtype).max
-    if op == "where" and isinstance(args[2], (int, float)) and abs(args[2]) >= limit:
-        return args[0] if isinstance(args[0], Tensor) else None
-    if op == "where" and isinstance(args[1], (int, float)) and abs(args[1]) >= limit:
-        return ~args[0] if isinstance(args[0], Tensor) else None
-    if op in {"masked_fill", "masked_fill_"} and isinstance(args[2], (int, float)) and abs(args[2]) >= limit:
-        mask: Tensor = args[1]
+    if _is_extreme(args[2], limit):
+        return mask if op == "where" else ~mask
+    if op == "where" and _is_extreme(args[1], limit):
         return ~mask
     return None
+
+
+def _is_extreme(value: Any, limit: float) -> bool:
+    """Whether a fill value (a number, or the 0-d tensor that autograd's path makes of one) is at the limit."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and value.is_floating_point() and abs(float(value)) >= limit
+    return isinstance(value, (int, float)) and abs(value) >= limit
 
 
 def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, keep: Tensor) -> Tensor | None:

@@ -43,14 +43,14 @@ _MOVES = frozenset(
     "view reshape contiguous clone transpose permute expand unsqueeze squeeze flatten unflatten t alias detach "
     "slice select index index_select gather take_along_dim cat stack split split_with_sizes chunk unbind repeat "
     "repeat_interleave narrow neg flip roll _unsafe_view as_strided movedim swapaxes expand_as view_as lift_fresh "
-    "dropout constant_pad_nd copy_ index_copy_ index_put_ slice_scatter select_scatter tril triu".split()
+    "dropout constant_pad_nd tril triu".split()
 )
 _CREATES = frozenset(
     "arange zeros ones empty full zeros_like ones_like empty_like full_like new_zeros new_ones new_empty "
-    "new_full empty_strided scalar_tensor eye linspace rand randn randint one_hot".split()
+    "new_full empty_strided new_empty_strided scalar_tensor eye linspace rand randn randint one_hot".split()
 )
 _FILLS = frozenset(["where", "masked_fill", "masked_fill_"])
-_IGNORES = frozenset("topk argmax argmin histc cumsum _local_scalar_dense item is_nonzero equal all any".split())
+_IGNORES = frozenset("topk argmax argmin histc _local_scalar_dense item is_nonzero equal all any".split())
 
 
 def name_of_operator(func: Any) -> str:

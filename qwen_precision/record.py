@@ -105,6 +105,8 @@ class Event(Part):
 
     site: int
     """Index into ``sites``."""
+    step: int
+    """Orders the events of a pass as they ran; sites are in the order in which any pass first met them."""
     nan: int
     inf: int
     elements: int

@@ -39,11 +39,12 @@ class Seen:
     path: str
     op: str
     call: int
-    func: Any
     args: tuple[Any, ...]
     out: Tensor
     keep: Tensor | None
     """Entries that are not masked on purpose (broadcastable bool), or None for all."""
+    spoiled: bool = False
+    """Whether the tensor that the operation writes into was not finite before."""
 
 
 class Inspector(Protocol):
@@ -101,6 +102,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self._last: Tensor | None = None
         self._last_slot = 0
         self.masks = Masks()
+        self._spoiled = False
 
     # -- where: the path of the running module -------------------------------------------------------------
 
@@ -133,8 +135,10 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation as it is and take the reading of what it gave."""
-        out = func(*args, **kwargs) if kwargs else func(*args)
         rule = _RULES.get(func) or _rule_for(func)
+        if self.inspect is not None:
+            self._spoiled = rule.mutates and _has_bad(args[0])
+        out = func(*args, **kwargs) if kwargs else func(*args)
         if self.masks and self._read_masked(func, rule, args, kwargs, out):
             return out
         kind = rule.kind
@@ -204,7 +208,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         call = self._calls.get((self.path, rule.op), 0)
         self._calls[self.path, rule.op] = call + 1
         assert self.inspect is not None
-        self.inspect(Seen(self.path, rule.op, call, func, args, out, keep))
+        self.inspect(Seen(self.path, rule.op, call, args, out, keep, self._spoiled))
 
     def _read_masked(
         self, func: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
@@ -216,6 +220,10 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if rule.kind is Kind.READ or (rule.kind is Kind.EXACT and out is not args[0]):
             self._read(func, rule, args, out, keep)
         return True
+
+
+def _has_bad(target: Any) -> bool:
+    return isinstance(target, Tensor) and target.is_floating_point() and not bool(torch.isfinite(target).all())
 
 
 @contextmanager

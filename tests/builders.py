@@ -32,7 +32,8 @@ def a_prompt(name: str = "plain", text: str = "Hello there", **changes: Any) -> 
 def an_event(site: int, **changes: Any) -> Event:
     return Event(
         **{
-            "site": site, "nan": 0, "inf": 12, "elements": 8192, "value": float("inf"), "clean_inputs": True,
+            "site": site, "step": site, "nan": 0, "inf": 12, "elements": 8192, "value": float("inf"),
+            "clean_inputs": True,
             "clean_weights": True, "row": 0, "position": 0, "channel": 35, "head": None, "expert": None,
             "in_padding": False, **changes,
         }

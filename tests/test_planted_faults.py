@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_checkpoint, run_probe
+from conftest import DEMO, edit_json, make_checkpoint, run_probe
+from transformers import AutoTokenizer
 
 from qwen_precision.checks import judge
 from qwen_precision.findings import Finding, Limits, Report
@@ -187,6 +188,72 @@ def test_a_place_in_a_slice_of_the_logits_is_told_as_a_place_in_the_whole(
     assert first.token is not None and first.token["position"] == 0
 
 
+def test_a_second_overflow_behind_the_first_in_the_same_layer_is_found(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        swiglu_product(model)
+        attention = model.model.layers[1].self_attn
+        attention.v_proj.weight.zero_()
+        attention.v_proj.weight[:, 3] = 10.0
+        attention.o_proj.weight.zero_()
+        attention.o_proj.weight[3, 0] = 2000.0
+
+    report = judge(run_probe(make_checkpoint(tmp_path, edit=plant), TEXTS))
+    found = [(finding.layer, finding.name, finding.predicted) for finding in errors(report, "fp16")]
+    assert found == [(1, "o_proj output", False), (1, "SwiGLU product", True)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_one_row_of_a_batch_does_not_hide_what_overflows_in_another(attention: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    early, late = (tokenizer(text)["input_ids"][0] for text in "79")
+
+    def plant(model: Any) -> None:
+        embed = model.model.embed_tokens.weight
+        embed[:, 3] = embed[:, 5] = 0.0
+        embed[early, 3] = embed[late, 5] = 100.0
+        block = model.model.layers[1]
+        one_unit(model, 1, 5, 400.0, 400.0)  # "9": the SwiGLU product
+        block.self_attn.v_proj.weight.zero_()
+        block.self_attn.v_proj.weight[:, 3] = 10.0  # "7": o_proj, earlier in the same layer
+        block.self_attn.o_proj.weight.zero_()
+        block.self_attn.o_proj.weight[9, 0] = 2000.0
+
+    folder = make_checkpoint(tmp_path, edit=plant)
+    (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["7", "9"]}\n')
+    report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention=attention))
+    found = [(f.name, f.token["id"]) for f in errors(report, "fp16") if f.token is not None]
+    assert found == [("o_proj output", early), ("SwiGLU product", late)]
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+def test_an_expert_is_named_also_when_only_a_later_prompt_uses_it(experts: str, tmp_path: Path) -> None:
+    token = AutoTokenizer.from_pretrained(DEMO)("7")["input_ids"][0]
+
+    def plant(model: Any) -> None:
+        expert_product(model)
+        model.model.embed_tokens.weight[:, 3] = 0.0
+        model.model.embed_tokens.weight[token, 3] = 100.0
+
+    folder = make_checkpoint(tmp_path, moe=True, edit=plant)
+    edit_json(folder / "config.json", experts_implementation=experts)
+    first = errors(judge(run_probe(folder, ["Hello there", "7"])), "fp16")[0]
+    assert first.op == "mul" and "experts" in first.module and first.prompts == ("prompt 2",)
+
+
+def test_a_bad_weight_of_an_expert_that_nobody_uses_hides_nothing(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        expert_product(model)
+        experts = model.model.layers[1].mlp.experts
+        weight = experts.gate_up_proj[2] if hasattr(experts, "gate_up_proj") else experts[2].gate_proj.weight
+        weight[0, 0] = 70000.0
+        gate = model.model.layers[1].mlp.gate.weight
+        gate[2, 3] = -10.0
+
+    report = judge(run_probe(make_checkpoint(tmp_path, moe=True, dtype="float32", edit=plant), ["a", "b"]))
+    kinds = [(finding.kind, finding.op) for finding in errors(report, "fp16")]
+    assert ("weight-overflow", "weight") in kinds and ("overflow", "mul") in kinds
+
+
 def test_what_only_passes_an_overflow_on_is_counted_not_listed(folders: Callable[[str], Path]) -> None:
     report = judge(run_probe(folders("SwiGLU product"), TEXTS))
     (only,) = errors(report, "fp16")
@@ -195,9 +262,6 @@ def test_what_only_passes_an_overflow_on_is_counted_not_listed(folders: Callable
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_overflow_at_one_token_is_placed_at_that_token(attention: str, tmp_path: Path) -> None:
-    from conftest import DEMO
-    from transformers import AutoTokenizer
-
     token = AutoTokenizer.from_pretrained(DEMO)("7")["input_ids"][0]
 
     def plant(model: Any) -> None:
@@ -224,12 +288,12 @@ def _save_then(plant: Callable[[Any], None], tmp_path: Path, dtype: str = "float
 
 def test_a_weight_that_fp16_cannot_hold_is_found_without_blaming_an_operation(tmp_path: Path) -> None:
     def plant(model: Any) -> None:
-        model.model.layers[1].self_attn.v_proj.weight[2, 3] = 70000.0
+        model.model.layers[0].self_attn.v_proj.weight[2, 3] = 70000.0
         model.model.embed_tokens.weight[:, 3] = 1e-3
 
     report = _save_then(plant, tmp_path)
     (first,) = [finding for finding in errors(report, "fp16") if finding.kind.startswith("weight")]
-    assert (first.kind, first.module, first.layer) == ("weight-overflow", "model.layers.1.self_attn.v_proj", 1)
+    assert (first.kind, first.module, first.layer) == ("weight-overflow", "model.layers.0.self_attn.v_proj", 0)
     assert first.name == "v_proj weight" and first.inf == 1 and first.propagated > 0
     assert errors(report, "fp16")[0] == first
     assert not [finding for finding in errors(report, "fp16") if finding.module == first.module and finding != first]

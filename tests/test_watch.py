@@ -202,6 +202,18 @@ def test_a_tied_weight_is_one_module_path_each(healthy_tied: Path) -> None:
     assert [r.module for r in readings if r.module == "lm_head"] == ["lm_head"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__)
+def test_the_mask_of_eager_attention_is_no_reading_under_any_autograd_mode(
+    mode: Callable, dtype: torch.dtype, healthy: Path
+) -> None:
+    model = load(healthy, dtype, "eager")
+    with mode(), qwen_precision.watch(model) as readings:
+        model(input_ids=IDS, attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
+    assert readings.worst(1)[0].abs_max < 100
+    assert readings.first_nonfinite() is None
+
+
 @pytest.mark.parametrize("filler", [float("-inf"), torch.finfo(torch.float16).min])
 @pytest.mark.parametrize("how", ["where", "masked_fill", "masked_fill_"])
 def test_masks_and_masked_scores_are_judged_on_their_unmasked_entries(how: str, filler: float) -> None:
