@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from qwen_precision.errors import QprecError
+from qwen_precision.errors import QprecError, in_one_line
 
 FLOAT_TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 """Weight formats that can be probed, by safetensors' name."""
@@ -118,8 +118,7 @@ def _load_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the broken value leads to
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QprecError(f"{folder / 'config.json'}: transformers cannot read it: {first}") from error
+        raise QprecError(f"{folder / 'config.json'}: transformers cannot read it: {in_one_line(error)}") from error
     if not isinstance(config, PretrainedConfig):
         raise QprecError(f"{folder / 'config.json'}: transformers cannot read it.")
     return config
@@ -129,8 +128,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above: any broken tokenizer file
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json): {first}") from error
+        raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json): {in_one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json).")
     return tokenizer
@@ -139,13 +137,13 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _index(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the folder, from the index file or the single file."""
     index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():  # transformers takes the single file where both are there
+        return _read_header(single)
     if index_path.is_file():
         weight_map = _read_json(index_path, "").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise QprecError(f"{index_path}: has no weight_map; download the checkpoint again.")
         return _from_index(folder, index_path, {str(name): str(file) for name, file in weight_map.items()})
-    if single.is_file():
-        return _read_header(single)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         raise QprecError(

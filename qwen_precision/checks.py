@@ -207,7 +207,7 @@ def _underflow(facts: Facts) -> Iterator[Finding]:
             share = count / max(weight.elements, 1)
             if share > facts.limits.underflow_share and dtype in facts.run.dtypes:
                 text = f"{count} of {weight.elements} elements of {weight.name} ({share:.1%}) become zero in {dtype}."
-                yield _weight_finding("underflow", "warning", dtype, weight.name, text, "Use a wider dtype.")
+                yield _weight_finding("underflow", "warning", dtype, weight.parameter, text, "Use a wider dtype.")
 
 
 def _underflow_finding(facts: Facts, each: Pass, site: Site, value: float, tiny: float) -> Finding:
@@ -229,7 +229,7 @@ def _weights(facts: Facts) -> Iterator[Finding]:
             text = f"{where} holds {weight.nan} NaN and {weight.inf} infinite elements."
             advice = "The checkpoint is damaged: compare the file's hash with the hub's and download it again."
             for dtype in facts.run.dtypes:
-                found = _weight_finding("weight-nonfinite", "error", dtype, weight.name, text, advice)
+                found = _weight_finding("weight-nonfinite", "error", dtype, weight.parameter, text, advice)
                 yield _counted(found, facts, dtype, weight.nan, weight.inf)
         for dtype, count in weight.overflow.items():
             if dtype not in facts.run.dtypes:
@@ -237,7 +237,9 @@ def _weights(facts: Facts) -> Iterator[Finding]:
             limit = DTYPES[dtype].max
             text = f"{where} has {count} elements up to {weight.abs_max:.6g}; {dtype} ends at {limit:.6g}."
             advice = f"Keep this tensor in fp32, or run the checkpoint in a dtype other than {dtype}."
-            found = _weight_finding("weight-overflow", "error", dtype, weight.name, text, advice, weight.abs_max, limit)
+            found = _weight_finding(
+                "weight-overflow", "error", dtype, weight.parameter, text, advice, weight.abs_max, limit
+            )
             yield _counted(found, facts, dtype, 0, count)
 
 
@@ -245,11 +247,11 @@ def _weight_finding(
     kind: str, severity: str, dtype: str, name: str, cause: str, advice: str,
     largest_value: float | None = None, limit: float | None = None,
 ) -> Finding:  # fmt: skip
-    module = name.rpartition(".")[0]
+    module, _, leaf = name.rpartition(".")
     short = module.rpartition(".")[2] or name
     return Finding(
         kind=kind, severity=severity, dtype=dtype, prompt=None, layer=layer_of(module), module=module,
-        op="weight", name=f"{short} weight", origin=True, reference_abs_max=largest_value,
+        op="weight", name=f"{short} {leaf}", origin=True, reference_abs_max=largest_value,
         headroom=limit / largest_value if limit and largest_value else None, cause=cause, advice=advice,
     )  # fmt: skip
 

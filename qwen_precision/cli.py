@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,14 +111,14 @@ def probe(
     from qwen_precision.prompts import read_prompts
 
     specs = read_prompts(prompt or [], settings.prompts)
-    check_writable(output)
+    check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
     from qwen_precision.probe import probe as measure
 
     with _progress() as progress:
         run = measure(model, settings, specs, revision, progress)
     save(run, output)
     report = judge(run, _limits(run.settings))
-    sys.stdout.write(_render(report, "table", settings.fail_on))
+    _result(_render(report, "table", settings.fail_on))
     _note(f"saved {output}; show it again with: qprec report {shlex.quote(str(output))}")
     raise typer.Exit(report.exit_code(settings.fail_on))
 
@@ -138,10 +139,12 @@ def report(
 ) -> None:  # fmt: skip
     """Show a saved run again: verdict, NaN and inf findings, headroom. Measures nothing."""
     record = load(run)
+    if output is not None:
+        check_writable(output, [run])
     judged = judge(record, _limits(record.settings))
     text = _render(judged, format, fail_on, plain=output is not None)
     if output is None:
-        sys.stdout.write(text)
+        _result(text)
     else:
         write_atomically(output, text)
         _note(f"wrote {output}")
@@ -161,9 +164,28 @@ def _limits(settings: dict[str, Any]) -> Limits:
 def _render(judged: Report, name: str, fail_on: str, plain: bool = False) -> str:
     if name != "table":
         return RENDERERS[name](judged, fail_on)
-    terminal = sys.stdout.isatty() and not plain
+    terminal = sys.stdout is not None and sys.stdout.isatty() and not plain
     width = shutil.get_terminal_size((80, 24)).columns if terminal or "COLUMNS" in os.environ else 80
-    return RENDERERS[name](judged, fail_on, width=width, colour=terminal and not os.environ.get("NO_COLOR"))
+    return RENDERERS[name](judged, fail_on, width=width, colour=_colour(terminal))
+
+
+def _colour(terminal: bool) -> bool:
+    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _result(text: str) -> None:
+    """Write to stdout, and notice here if that cannot be done."""
+    if sys.stdout is None:
+        raise QprecError("stdout is closed; give -o FILE to write to a file.")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets ? instead of nothing
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise QprecError(f"stdout: cannot be written ({error.strerror}).") from error
 
 
 def _note(text: str) -> None:
@@ -215,7 +237,10 @@ def _from_typer(error: Exception) -> int:
     """Typer's own errors (a wrong option) can say what is wrong; anything else is a bug and stays one."""
     message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if not callable(message) or not isinstance(code, int):
-        raise error
+        # Exit code 1 would say "findings" to a CI server, so a crash has the code of a run that could not be.
+        traceback.print_exception(error)
+        _error(f"this is a bug in qprec {__version__}; please report it with the lines above.")
+        return 3
     if not message():  # `qprec` alone: the help was the answer
         return code
     context = getattr(error, "ctx", None)
@@ -226,8 +251,3 @@ def _from_typer(error: Exception) -> int:
 
 def _error(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"qprec: {text}", markup=False)
-
-
-def run() -> None:
-    """Entry point of the ``qprec`` script."""
-    sys.exit(main())

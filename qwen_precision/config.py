@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qwen_precision.dtypes import DTYPES
+from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.errors import UsageError
 
 ATTENTION = ("sdpa", "eager")
@@ -99,8 +99,11 @@ def load_settings(profile: str | None, flags: dict[str, Any]) -> ProbeSettings:
         near = difflib.get_close_matches(str(unknown[0]), ProbeSettings.model_fields, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(ProbeSettings.model_fields)}."
         raise UsageError(f"{source}unknown key {unknown[0]!r}; {hint}")
+    merged = {**data, **given}
+    if merged.get("reference") is False and "dtypes" not in merged:
+        merged["dtypes"] = [name for name in DTYPES if name != REFERENCE]  # nobody asked for the costly one
     try:
-        return ProbeSettings.model_validate({**data, **given})
+        return ProbeSettings.model_validate(merged)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0])
@@ -133,7 +136,7 @@ def read_yaml(path: Path, label: str, expected: str) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"{label}: cannot read {path} ({why}); expected {expected}.") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise UsageError(f"{label}: {path}{place} is not valid YAML; expected {expected}.") from error

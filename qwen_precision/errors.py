@@ -15,3 +15,9 @@ class UsageError(QprecError):
     """The request itself is wrong: an unknown dtype, an empty prompt, a bad profile key."""
 
     exit_code = 2
+
+
+def in_one_line(error: BaseException, longest: int = 300) -> str:
+    """Somebody else's exception as a part of a sentence: its kind, and its text on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:longest]}" if text else type(error).__name__

@@ -2,33 +2,57 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from qwen_precision.errors import QprecError
 
 
-def check_writable(path: Path, label: str = "-o") -> None:
+def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o") -> None:
     """Fail before an hour of work, not after it, when the output cannot be written.
 
+    Args:
+        path: the file to write; an existing one is replaced.
+        inputs: what the command reads; writing over it, or into a checkpoint's folder, is refused.
+        label: the option's name, for the sentence.
+
     Raises:
-        QprecError: the folder is missing or not writable, or the path is a folder.
+        QprecError: the folder is missing or not writable, or the path is a folder or an input.
     """
-    folder = path.parent
-    if path.is_dir():
+    real = Path(os.path.realpath(path))
+    folder = real.parent
+    if real.is_dir():
         raise QprecError(f"{label} {path}: is a folder; give the name of a file to write.")
     if not folder.is_dir():
         raise QprecError(f"{label} {path}: the folder {folder} does not exist; create it or choose another.")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if not os.access(folder, os.W_OK) or (real.exists() and not os.access(real, os.W_OK)):
         raise QprecError(f"{label} {path}: cannot be written; choose a place you may write to.")
+    for each in inputs:
+        source = Path(os.path.realpath(each))
+        if real == source or (source.is_dir() and (source / "config.json").exists() and source in real.parents):
+            raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it.
+    """Write a file whole or not at all: beside it first, then renamed over it. A link is followed.
+
+    What is not a regular file (a pipe, ``/dev/null``) is written into, never replaced.
 
     Raises:
         QprecError: the file cannot be written.
     """
     check_writable(path)
+    real = Path(os.path.realpath(path))
+    try:
+        if real.exists() and not real.is_file():
+            real.write_text(text, encoding="utf-8")
+        else:
+            _replace(real, text)
+    except OSError as error:
+        raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def _replace(path: Path, text: str) -> None:
     name = None
     try:
         with tempfile.NamedTemporaryFile(
@@ -43,8 +67,6 @@ def write_atomically(path: Path, text: str) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except OSError as error:
-        raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
     finally:
         if name is not None and os.path.exists(name):
             os.unlink(name)

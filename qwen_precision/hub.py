@@ -6,7 +6,7 @@ Only safetensors, JSON and tokenizer files are fetched; pickles and code are not
 import os
 from pathlib import Path
 
-from qwen_precision.errors import QprecError
+from qwen_precision.errors import QprecError, UsageError
 
 DEMO = Path(__file__).parent / "demo"
 """The checkpoint that ships in the package."""
@@ -23,9 +23,13 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     Raises:
         QprecError: nothing of that name here or on the hub, no access, no network.
     """
-    if source == "demo":
+    if source == "demo" and not revision:
         return DEMO, None
+    if not source:
+        raise UsageError("MODEL: is empty; give a hub id (owner/name), a checkpoint folder or `demo`.")
     path = Path(source).expanduser()
+    if revision and (path.exists() or _looks_local(source)):
+        raise UsageError(f"--revision {revision}: only a model on the hub has revisions; {source} is a folder.")
     if path.exists():
         if not path.is_dir():
             raise QprecError(f"{source}: is a file; give the checkpoint's folder.")

@@ -54,7 +54,9 @@ def choose_memory(asked: str, device: torch.device, weight_bytes: int, working_b
     free = free_bytes(device)
     need = weight_bytes + working_bytes
     fits = need <= _SHARE * free
-    reason = f"auto: needs {need / 2**30:.1f} GiB, {_SHARE:.0%} of the {free / 2**30:.1f} GiB free on {device}"
+    size = f"{need / 2**30:.1f} GiB" if need >= 2**30 else f"{need / 2**20:.0f} MiB"
+    relation = "at most" if fits else "more than"
+    reason = f"auto: needs {size}, {relation} {_SHARE:.0%} of the {free / 2**30:.1f} GiB free on {device}"
     return fits, Choice(what="memory", value="resident" if fits else "streamed", reason=reason)
 
 

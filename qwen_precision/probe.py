@@ -91,9 +91,9 @@ def _prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], 
         specs, checkpoint.tokenizer, checkpoint.config.vocab_size, context, settings.max_tokens
     )
     model = build(checkpoint.config, settings.attention)
-    passes = ([REFERENCE] if settings.reference else []) + [d for d in settings.dtypes if d != REFERENCE]
-    if not settings.reference and REFERENCE in settings.dtypes:
-        passes.insert(0, REFERENCE)
+    # Asked for as a dtype, fp32 is run anyway, and then it serves as the reference too.
+    reference = settings.reference or REFERENCE in settings.dtypes
+    passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
     resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
     choices = [device_choice, memory, _attention(model, settings), *_notes(checkpoint, left_out)]
     check = WeightCheck(passes)
@@ -188,7 +188,7 @@ def _record(job: _Job, source: str, stopped: str | None) -> Run:
         choices=job.choices,
         prompts=job.prompts,
         dtypes=job.settings.dtypes,
-        reference=job.settings.reference,
+        reference=REFERENCE in job.passes,
         sites=job.collector.site_parts(),
         wider=job.collector.wider,
         casts=job.collector.casts,

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_precision.config import configs_folder, read_yaml
-from qwen_precision.errors import UsageError
+from qwen_precision.errors import QprecError, UsageError, in_one_line
 from qwen_precision.record import Prompt, Row
 
 _EXPECTED = "a YAML list of texts (or name/text, name/chat, name/batch), or a text file with a prompt a line"
@@ -54,8 +54,12 @@ def read_prompts(texts: Sequence[str], file: str | None) -> list[PromptSpec]:
         for text in texts:
             if not text:
                 raise UsageError("--prompt: is empty; a prompt needs at least one character.")
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise UsageError("--prompt: is not valid text in this terminal's encoding; put it into a UTF-8 file.")
         names = [f"prompt {number}" for number in range(1, len(texts) + 1)] if len(texts) > 1 else ["prompt"]
         return [PromptSpec(name=name, text=text) for name, text in zip(names, texts, strict=True)]
+    if file is not None and not file:
+        raise UsageError(f"--prompts: is empty; expected {_EXPECTED}.")
     path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
     if file and path.suffix.lower() not in {".yaml", ".yml"}:
         return _from_lines(path)
@@ -133,12 +137,17 @@ def tokenise(
 
 
 def _ids(spec: PromptSpec, text: str, tokenizer: Any) -> list[int]:
-    if spec.chat is None:
-        return list(tokenizer(text)["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    if spec.chat is not None:
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program from a stranger; jinja raises what it likes
+            raise QprecError(
+                f"prompt {spec.name!r}: the checkpoint's chat template fails ({in_one_line(error)}); "
+                "give prompts without a chat turn (--prompt or --prompts)."
+            ) from error
+    return list(tokenizer(text, add_special_tokens=spec.chat is None)["input_ids"])
 
 
 def _check(name: str, ids: list[int], vocabulary: int, context: int | None) -> None:

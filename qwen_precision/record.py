@@ -61,8 +61,8 @@ class Model(Part):
     layers: int
     hidden_size: int
     vocabulary: int
-    parameters: int
-    weight_bytes: int
+    parameters: Annotated[int, Field(ge=0, le=2**53)]
+    weight_bytes: Annotated[int, Field(ge=0, le=2**53)]
     source_dtype: str
     """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32)."""
     tied_embeddings: bool
@@ -154,6 +154,9 @@ class Weight(Part):
     """A tensor of the checkpoint that some dtype cannot hold, or that is damaged."""
 
     name: str
+    """In the files."""
+    parameter: str
+    """The model's parameter it is, or is a part of."""
     file: str
     elements: int
     nan: int
@@ -164,6 +167,8 @@ class Weight(Part):
     """Elements beyond the largest finite number, by dtype."""
     underflow: dict[str, int]
     """Non-zero elements that become zero, by dtype."""
+    inexact: dict[str, int]
+    """Elements whose value changes in any way, by dtype."""
 
 
 class WeightTotals(Part):
@@ -298,5 +303,9 @@ def _check_references(run: Run, path: Path) -> None:
         refuse("casts")
     if any(total.dtype not in DTYPES for total in run.weight_totals):
         refuse("weight_totals")
-    if any(name not in DTYPES for weight in run.weights for name in {**weight.overflow, **weight.underflow}):
+    if any(
+        name not in DTYPES
+        for weight in run.weights
+        for name in {**weight.overflow, **weight.underflow, **weight.inexact}
+    ):
         refuse("weights")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from qwen_precision.errors import QprecError
+from qwen_precision.errors import QprecError, in_one_line
 
 
 class _AllCalled(Exception):
@@ -46,13 +46,27 @@ def build(config: PretrainedConfig, attention: str | None) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32, **({"attn_implementation": attention} if attention else {})
             )
-    except (ValueError, ImportError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QprecError(f"config.json: transformers cannot build this model: {first}") from error
+    except Exception as error:  # whatever the broken value in the config leads to
+        raise QprecError(f"config.json: transformers cannot build this model: {in_one_line(error)}") from error
+    _check_head(model)
     for path, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _make_buffers(path, module)
     return model.eval()
+
+
+_LOGIT_SCALES = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
+"""Config keys of models that change the logits after lm_head, and the value that changes nothing."""
+
+
+def _check_head(model: nn.Module) -> None:
+    """lm_head's output must be the logits: it is run on its own here."""
+    name = type(model).__name__
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise QprecError(f"{name}: has no lm_head that transformers can point at; it is not supported.")
+    for key, neutral in _LOGIT_SCALES.items():
+        if getattr(model.config, key, neutral) not in (neutral, None):
+            raise QprecError(f"{name}: changes the logits after lm_head ({key}); it is not supported.")
 
 
 def _make_buffers(path: str, module: nn.Module) -> None:
@@ -105,8 +119,8 @@ def layer_calls(model: nn.Module, embedded: Tensor, mask: Tensor) -> list[LayerC
     state: dict[str, Tensor] = {}
 
     def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if calls and hidden is not state["out"]:
-            raise QprecError(f"{type(model).__name__}: works between its layers; it is not supported.")
+        if hidden is not state.get("out", embedded):
+            raise QprecError(f"{type(model).__name__}: works before or between its layers; it is not supported.")
         calls.append(LayerCall(args, kwargs))
         if len(calls) == len(layers):
             raise _AllCalled  # what follows needs the final norm's weights, which are not here yet

@@ -42,14 +42,28 @@ class WeightCheck:
         self._totals = {name: [0, 0, 0, 0] for name in self.dtypes}  # elements, overflow, underflow, inexact
         self._tensors: dict[str, dict[str, float]] = {}
         self._files: dict[str, str] = {}
-        self._done: set[tuple[str, int]] = set()
+        self._parameters: dict[str, str] = {}
+        self._rows_done: dict[str, int] = {}
 
-    def feed(self, name: str, file: str, tensor: Tensor, start: int = 0) -> None:
-        """Check one tensor, or the rows of it from ``start`` on; what was checked before is passed over."""
-        if (name, start) in self._done:
+    def feed(self, name: str, file: str, tensor: Tensor, start: int = 0, parameter: str | None = None) -> None:
+        """Check one tensor, or the rows of it from ``start`` on; rows that were checked before are passed over.
+
+        Args:
+            name: in the files.
+            file: which one.
+            tensor: all of it, or rows that begin where those fed before ended (or earlier).
+            start: number of the first row.
+            parameter: the model's parameter it is (a part of), where that has another name.
+        """
+        done = self._rows_done.get(name, 0)
+        rows = tensor.shape[0] if tensor.dim() else 1
+        if start + rows <= done:
             return
-        self._done.add((name, start))
+        self._rows_done[name] = start + rows
+        if tensor.dim():
+            tensor = tensor[max(0, done - start) :]
         self._files[name] = file
+        self._parameters[name] = parameter or name
         for piece in torch.split(tensor.reshape(-1), _CHUNK):
             self._piece(self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0}), piece)
 
@@ -85,8 +99,10 @@ class WeightCheck:
             if nan or inf or overflow or share >= 0.001:
                 found.append(
                     Weight(
-                        name=name, file=self._files[name], elements=int(facts["elements"]), nan=nan, inf=inf,
+                        name=name, parameter=self._parameters[name], file=self._files[name],
+                        elements=int(facts["elements"]), nan=nan, inf=inf,
                         abs_max=facts["abs_max"], overflow=overflow, underflow=underflow,
+                        inexact={d: int(facts[f"inexact {d}"]) for d in self.dtypes if facts.get(f"inexact {d}")},
                     )
                 )  # fmt: skip
         return found

@@ -78,10 +78,11 @@ class WeightStore:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter; expert weights that the model keeps fused are put together here."""
+        name = self._tied.get(name, name)
         if name in self._kept:
             return self._kept[name]
         parts = self.parts(name)
-        read = {part: self._read(part) for part in parts}
+        read = {part: self._read(part, name) for part in parts}
         tensor = self._fused.join(name, read) if self._fused.has(name) else read[parts[0]]
         tensor = tensor.to(self._device)
         if self._resident:
@@ -97,7 +98,7 @@ class WeightStore:
         part = self.parts(name)[0]
         info = self._checkpoint.tensors[part]
         for start in range(0, info.shape[0], rows):
-            yield start, self._read_rows(part, start, min(start + rows, info.shape[0])).to(self._device)
+            yield start, self._read_rows(part, name, start, min(start + rows, info.shape[0])).to(self._device)
 
     def prefetch(self, module: nn.Module, path: str) -> None:
         """Ask the system to read a module's bytes while the current one computes."""
@@ -109,21 +110,21 @@ class WeightStore:
                 with (self._checkpoint.folder / info.file).open("rb") as file:
                     os.posix_fadvise(file.fileno(), info.start, info.size, os.POSIX_FADV_WILLNEED)
 
-    def _read(self, part: str) -> Tensor:
+    def _read(self, part: str, name: str) -> Tensor:
         info = self._checkpoint.tensors[part]
         path = self._checkpoint.folder / info.file
         with _reading(path), safe_open(path, framework="pt") as file:
             # The pages are mapped, not copied, and unmapped when the tensor goes: nothing is held twice.
             tensor: Tensor = file.get_tensor(part)
-            self._check.feed(part, info.file, tensor)
+            self._check.feed(part, info.file, tensor, parameter=name)
         return tensor
 
-    def _read_rows(self, part: str, start: int, stop: int) -> Tensor:
+    def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
         info = self._checkpoint.tensors[part]
         path = self._checkpoint.folder / info.file
         with _reading(path), safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(part)[start:stop]  # mapped: only these rows' pages are read
-            self._check.feed(part, info.file, tensor, start)
+            self._check.feed(part, info.file, tensor, start, self._tied.get(name, name))
         return tensor
 
 

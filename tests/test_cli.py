@@ -347,11 +347,11 @@ def test_a_shard_that_breaks_half_way_leaves_what_was_read(
 
     original = weights.WeightStore._read
 
-    def failing(self: weights.WeightStore, part: str) -> torch.Tensor:
+    def failing(self: weights.WeightStore, part: str, name: str) -> torch.Tensor:
         if "layers.2" in part:
             with weights._reading(broken / "model.safetensors"):
                 raise OSError("Input/output error")
-        return original(self, part)
+        return original(self, part, name)
 
     monkeypatch.setattr(weights.WeightStore, "_read", failing)
     assert main(["probe", "./model", "-o", "run.json"]) == 3
@@ -466,6 +466,104 @@ def test_the_version_is_shown(capsys: Capture) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"qprec {__version__}\n"
+
+
+def test_an_output_that_is_an_input_is_refused_and_the_input_stays(broken: Path, demo_run, capsys: Capture) -> None:
+    from qwen_precision.record import save
+
+    save(demo_run, Path("run.json"))
+    Path("prompts.txt").write_text("Hello\n")
+    for arguments, kept in [
+        (["probe", "./model", "-o", "model/model.safetensors"], broken / "model.safetensors"),
+        (["probe", "./model", "-o", "model/new.json"], broken / "config.json"),
+        (["probe", "demo", "--prompts", "prompts.txt", "-o", "prompts.txt"], Path("prompts.txt")),
+        (["report", "run.json", "-o", "run.json"], Path("run.json")),
+    ]:
+        before = kept.read_bytes()
+        assert main(arguments) == 3
+        assert "would write over" in sentence(capsys)
+        assert kept.read_bytes() == before
+    assert not (broken / "new.json").exists()
+
+
+def test_an_output_that_is_a_link_is_followed_and_a_pipe_is_never_replaced(demo_run, capsys: Capture) -> None:
+    import os
+    import threading
+
+    from qwen_precision.record import save
+
+    save(demo_run, Path("run.json"))
+    Path("link").symlink_to("target.txt")
+    assert main(["report", "run.json", "-o", "link"]) == 1
+    assert Path("link").is_symlink() and "FAIL" in Path("target.txt").read_text()
+    os.mkfifo("pipe")
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(Path("pipe").read_text()))
+    reader.start()
+    assert main(["report", "run.json", "-o", "pipe"]) == 1
+    reader.join(10)
+    assert Path("pipe").is_fifo() and "FAIL" in got[0]
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('only system turns') }}", "{% if %}"])
+def test_a_chat_template_that_fails_is_one_sentence(template: str, broken: Path, capsys: Capture) -> None:
+    (broken / "chat_template.jinja").write_text(template)
+    assert main(["probe", "./model"]) == 3
+    line = sentence(capsys)
+    assert "'chat'" in line and "chat template" in line and "--prompt" in line
+
+
+def test_a_crash_is_not_taken_for_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def crash(*args: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr("qwen_precision.cli.judge", crash)
+    assert main(["probe", "demo", "--dtype", "bf16", "--prompt", "Hello"]) == 3
+    err = capsys.readouterr().err
+    assert "boom" in err and "bug in qprec" in err
+
+
+def test_a_single_file_beside_an_index_is_what_is_probed_as_in_transformers(tmp_path: Path, capsys: Capture) -> None:
+    make_checkpoint(tmp_path / "old", shard="100KB")
+    make_checkpoint(tmp_path / "new", num_hidden_layers=3, edit=lambda model: model.model.norm.weight.mul_(2.0))
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "old" / "model.safetensors")
+    for name in ("old", "new"):
+        assert main(["probe", f"./{name}", "--dtype", "bf16", "-o", f"{name}.json"]) == 0
+    old, new = (json.loads(Path(f"{name}.json").read_text())["passes"] for name in ("old", "new"))
+    assert old == new
+
+
+def test_a_model_that_scales_its_logits_is_refused_not_misjudged(broken: Path, capsys: Capture) -> None:
+    edit_json(broken / "config.json", logit_scale=0.5)
+    assert main(["probe", "./model"]) == 3
+    assert "logit_scale" in sentence(capsys)
+
+
+def test_a_revision_of_a_folder_is_refused(capsys: Capture) -> None:
+    Path("model").mkdir()
+    assert main(["probe", "./model", "--revision", "main"]) == 2
+    assert "--revision main" in sentence(capsys)
+
+
+def test_no_reference_leaves_fp32_out_unless_it_is_asked_for(capsys: Capture) -> None:
+    assert main(["probe", "demo", "--no-reference", "--prompt", "Hello"]) == 1
+    data = json.loads(Path("qprec-run.json").read_text())
+    assert {each["dtype"] for each in data["passes"]} == {"fp16", "bf16"} and data["reference"] is False
+    assert main(["probe", "demo", "--no-reference", "--dtype", "fp32", "--dtype", "fp16", "--prompt", "Hello"]) == 1
+    assert json.loads(Path("qprec-run.json").read_text())["reference"] is True
+
+
+def test_a_terminal_without_unicode_still_gets_the_table(demo_run, tmp_path: Path) -> None:
+    import os
+
+    from qwen_precision.record import save
+
+    save(demo_run, tmp_path / "run.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen_precision", "report", str(tmp_path / "run.json")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "down_proj output" in done.stdout and done.stderr == ""
 
 
 def test_an_interrupt_before_anything_was_read_is_one_sentence(

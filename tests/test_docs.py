@@ -28,11 +28,11 @@ def help_block() -> str:
 
 
 def demo_block() -> str:
-    text = printed(["probe", "demo", "--dtype", "fp16", "--device", "cpu", "-o", "qprec-run.json"])
+    text = printed(["probe", "demo", "--device", "cpu", "-o", "qprec-run.json"])
     # Device and free memory differ from machine to machine.
     text = re.sub(r"memory resident \(.*?\)", "memory resident (auto: it fits)", text, flags=re.DOTALL)
     text = text.replace("device cpu (asked for)", "device cpu (auto: no GPU is here)")
-    return f"```\n$ qprec probe demo --dtype fp16\n{text}\n```"
+    return f"```\n$ qprec probe demo\n{text}\n```"
 
 
 def checks_block() -> str:

@@ -47,6 +47,18 @@ def test_a_tensor_fed_in_pieces_or_twice_is_counted_once() -> None:
     assert whole.totals() == pieces.totals() and whole.weights() == pieces.weights()
 
 
+def test_pieces_of_other_sizes_are_not_counted_twice() -> None:
+    """A tied embedding is gathered in some steps and multiplied with, as lm_head, in others."""
+    tensor = torch.linspace(-1e5, 1e5, 1000).view(10, 100)
+    check = WeightCheck(["fp16"])
+    for step in (4, 3):
+        for start in range(0, 10, step):
+            check.feed("w", "f", tensor[start : start + step], start)
+    whole = WeightCheck(["fp16"])
+    whole.feed("w", "f", tensor)
+    assert check.totals() == whole.totals()
+
+
 def test_a_few_vanishing_weights_among_many_are_nothing_to_report() -> None:
     tensor = torch.ones(100000)
     tensor[:5] = 1e-12
