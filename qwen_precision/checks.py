@@ -94,7 +94,7 @@ def _origin_finding(facts: Facts, each: Pass, event: Event, carried: int) -> Fin
         cause=_cause(each.dtype, what, magnitude, limit, event, facts.run.reference),
         advice=_advice(each.dtype, magnitude, limit),
         nan=event.nan, inf=event.inf, propagated=carried,
-        token=token_of(facts.run, each, event), channel=event.channel, expert=event.expert,
+        token=token_of(facts.run, each, event), channel=event.channel, head=event.head, expert=event.expert,
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def _near_finding(facts: Facts, row: Headroom) -> Finding:
         cause=f"The {what} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}: {row.headroom:.3g}x headroom.",
         advice=f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}.",
         token=token_of(facts.run, each, event) if event else None,
-        channel=event.channel if event else None, expert=event.expert if event else None, prompts=(prompt,),
+        channel=event.channel if event else None, head=event.head if event else None, expert=event.expert if event else None, prompts=(prompt,),
     )  # fmt: skip
 
 

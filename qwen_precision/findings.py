@@ -42,6 +42,7 @@ class Finding:
     """Later operations that only passed it on."""
     token: dict[str, int | str | bool | None] | None = None
     channel: int | None = None
+    head: int | None = None
     expert: int | None = None
     prompts: tuple[str, ...] = ()
     """All prompts that show it."""

@@ -129,6 +129,10 @@ def _notes(checkpoint: Checkpoint, left_out: list[str]) -> list[Choice]:
 def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | None:
     """Run the shadow; gives why it stopped early, or None."""
     store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
+    unused = store.unused(job.model)
+    if unused:
+        value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
+        job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
     _move_buffers(job.model, job.device)
     rows = 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
     plan = Plan(job.passes, job.settings.near_overflow, rows)

@@ -72,6 +72,11 @@ class WeightStore:
             return [name.removeprefix(self._prefix)]
         return self._fused.parts(name)
 
+    def unused(self, model: nn.Module) -> list[str]:
+        """Tensors of the files that no parameter of the model is made of."""
+        used = {part for name, _ in model.named_parameters() for part in self.parts(name)}
+        return [name for name in self._checkpoint.tensors if name not in used and name not in self._tied]
+
     def module(self, module: nn.Module, path: str) -> dict[str, Tensor]:
         """All parameters of one module, in the files' dtype, on the device; keys are relative names."""
         return {name: self.tensor(f"{path}.{name}") for name, _ in module.named_parameters()}

@@ -79,7 +79,7 @@ def test_the_report_as_json_has_the_promised_keys(capsys: Capture) -> None:
     )
     assert set(promised.split()) <= set(first)
     assert (first["kind"], first["layer"], first["module"]) == ("overflow", 3, "model.layers.3.mlp.down_proj")
-    assert first["token"]["position"] == 0 and first["channel"] == 42
+    assert first["token"]["position"] == 0 and first["channel"] == 42 and first["head"] is None
 
 
 @pytest.mark.parametrize(
@@ -537,6 +537,12 @@ def test_a_model_that_scales_its_logits_is_refused_not_misjudged(broken: Path, c
     edit_json(broken / "config.json", logit_scale=0.5)
     assert main(["probe", "./model"]) == 3
     assert "logit_scale" in sentence(capsys)
+
+
+def test_tensors_that_the_config_does_not_ask_for_are_told(broken: Path, capsys: Capture) -> None:
+    edit_json(broken / "config.json", num_hidden_layers=5, layer_types=["full_attention"] * 5)
+    assert main(["probe", "./model"]) == 1
+    assert "tensors not used model.layers.5" in capsys.readouterr().out
 
 
 def test_a_revision_of_a_folder_is_refused(capsys: Capture) -> None:

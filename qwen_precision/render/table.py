@@ -159,6 +159,8 @@ def _place(finding: Finding) -> str:
         text = "padding" if token["padding"] else f"id {token['id']} {quoted(str(token['text']))}"
         row = f" of row {token['row']}" if token.get("row") else ""
         parts.append(f"token {token['position']}{row} ({text})")
+    if finding.head is not None:
+        parts.append(f"head {finding.head}")
     if finding.channel is not None:
         parts.append(f"channel {finding.channel}")
     if finding.expert is not None:
