@@ -172,19 +172,23 @@ def _beyond(finding: Finding) -> Finding:
 def _near_finding(facts: Facts, row: Headroom) -> Finding:
     site = facts.run.sites[row.site]
     each = facts.by_key[row.dtype, row.prompt]
-    event = next((e for e in each.events if e.site == row.site), None)
+    # The place of a NaN that was only passed on says nothing about where this operation is largest.
+    event = next((e for e in each.events if e.site == row.site and not (e.nan or e.inf)), None)
     what = name_of(site.module, site.op, site.call)
     limit = facts.limit(row.dtype, row.site)
     prompt = facts.run.prompts[row.prompt].name
-    return Finding(
+    finding = Finding(
         kind="near-overflow", severity="warning", dtype=row.dtype, prompt=prompt, layer=site.layer,
         module=site.module, op=site.op, name=what, origin=True, reference_abs_max=row.abs_max,
         headroom=row.headroom,
         cause=f"The {what} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}: {row.headroom:.3g}x headroom.",
         advice=f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}.",
-        token=token_of(facts.run, each, event) if event else None,
-        channel=event.channel if event else None, head=event.head if event else None, expert=event.expert if event else None, prompts=(prompt,),
+        prompts=(prompt,),
     )  # fmt: skip
+    if event is None:
+        return finding
+    token = token_of(facts.run, each, event)
+    return replace(finding, token=token, channel=event.channel, head=event.head, expert=event.expert)
 
 
 def _underflow(facts: Facts) -> Iterator[Finding]:
