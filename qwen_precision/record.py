@@ -151,7 +151,7 @@ class Pass(Part):
 
 
 class Weight(Part):
-    """A tensor of the checkpoint that some dtype cannot hold, or that is damaged."""
+    """A tensor of the checkpoint that is damaged, or that some dtype does not hold exactly."""
 
     name: str
     """In the files."""
@@ -208,7 +208,7 @@ class Run(Part):
     """By site of a cast: the site of what ran just before, whose output it casts."""
     passes: list[Pass]
     weights: list[Weight]
-    """Only tensors with something to say; the rest is in ``weight_totals``."""
+    """Tensors that are damaged or inexact in some dtype; every other is exact in all of them."""
     weight_totals: list[WeightTotals]
     seconds: dict[str, float]
     """Wall time by part: reading, arithmetic of each dtype, everything."""

@@ -88,21 +88,20 @@ class WeightCheck:
                 facts[f"{what} {name}"] = facts.get(f"{what} {name}", 0) + count
 
     def weights(self) -> list[Weight]:
-        """The tensors with something to say: damaged, or with elements a dtype turns into inf or zero."""
+        """The tensors that are damaged or that some dtype changes; all others are exact everywhere."""
         found = []
         for name, facts in self._tensors.items():
             overflow = {d: int(facts[f"overflow {d}"]) for d in self.dtypes if facts.get(f"overflow {d}")}
             underflow = {d: int(facts[f"underflow {d}"]) for d in self.dtypes if facts.get(f"underflow {d}")}
+            inexact = {d: int(facts[f"inexact {d}"]) for d in self.dtypes if facts.get(f"inexact {d}")}
             nan, inf = int(facts.get("nan", 0)), int(facts.get("inf", 0))
-            share = max(underflow.values(), default=0) / max(facts["elements"], 1)
-            # A few vanishing weights among millions are in every checkpoint and change nothing.
-            if nan or inf or overflow or share >= 0.001:
+            if nan or inf or overflow or inexact:
                 found.append(
                     Weight(
                         name=name, parameter=self._parameters[name], file=self._files[name],
                         elements=int(facts["elements"]), nan=nan, inf=inf,
                         abs_max=facts["abs_max"], overflow=overflow, underflow=underflow,
-                        inexact={d: int(facts[f"inexact {d}"]) for d in self.dtypes if facts.get(f"inexact {d}")},
+                        inexact=inexact,
                     )
                 )  # fmt: skip
         return found

@@ -59,9 +59,12 @@ def test_pieces_of_other_sizes_are_not_counted_twice() -> None:
     assert check.totals() == whole.totals()
 
 
-def test_a_few_vanishing_weights_among_many_are_nothing_to_report() -> None:
+def test_every_tensor_that_a_dtype_changes_is_listed_and_no_other() -> None:
     tensor = torch.ones(100000)
     tensor[:5] = 1e-12
     check = WeightCheck(["fp16"])
     check.feed("w", "f", tensor)
-    assert check.weights() == [] and check.totals()[0].underflow == 5
+    check.feed("exact", "f", torch.ones(10))
+    (weight,) = check.weights()
+    assert (weight.name, weight.underflow, weight.inexact) == ("w", {"fp16": 5}, {"fp16": 5})
+    assert check.totals()[0].underflow == 5
