@@ -42,6 +42,14 @@ def test_the_first_overflow_is_named_and_what_follows_is_counted() -> None:
     assert finding.token == {"position": 0, "id": 9707, "text": "Hello", "row": 0, "padding": False}
 
 
+def test_origins_are_listed_in_the_order_they_ran_not_in_the_order_of_their_sites() -> None:
+    """An expert that only a later prompt uses has a higher site than operations that run after it."""
+    fp16 = a_pass("fp16", [*HEALTHY[:3], math.inf, math.inf, 1.0], [an_event(3, step=9), an_event(4, step=2)])
+    reference = [*HEALTHY[:3], 80000.0, 90000.0, 1.0]
+    report = judge(a_run([a_pass("fp32", reference), fp16], dtypes=["fp16"]))
+    assert [f.name for f in report.findings] == ["residual add after mlp", "down_proj output"]
+
+
 def test_an_operation_with_bad_inputs_is_no_origin() -> None:
     kinds = [(f.kind, f.name) for f in judge(overflowing_run()).findings]
     assert ("nan", "logits") not in kinds and ("overflow", "logits") not in kinds

@@ -231,12 +231,14 @@ def test_an_expert_is_named_also_when_only_a_later_prompt_uses_it(experts: str, 
 
     def plant(model: Any) -> None:
         expert_product(model)
+        model.model.layers[1].mlp.gate.weight[6, 3] = 9.0  # the second choice, added to the sum after the first
         model.model.embed_tokens.weight[:, 3] = 0.0
         model.model.embed_tokens.weight[token, 3] = 100.0
 
     folder = make_checkpoint(tmp_path, moe=True, edit=plant)
     edit_json(folder / "config.json", experts_implementation=experts)
-    first = errors(judge(run_probe(folder, ["Hello there", "7"])), "fp16")[0]
+    first, *others = errors(judge(run_probe(folder, ["Hello there", "7"])), "fp16")
+    assert not [finding for finding in others if finding.op == "index_add_"]  # it only adds to what was bad
     assert first.op == "mul" and "experts" in first.module and first.prompts == ("prompt 2",)
 
 

@@ -48,6 +48,19 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path: Path, monkeypatc
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_the_new_text_only_ever_arrives_by_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def refuse(source: str, target: Path) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(QprecError, match="Permission denied"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
 def changed(run: Run, change: Callable[[dict[str, Any]], None]) -> str:
     data = json.loads(to_json(run))
     change(data)

@@ -174,6 +174,28 @@ def test_hooks_and_modes_are_gone_after_an_exception_and_what_was_read_stays(
     assert again[len(again) - 1].module == "lm_head"
 
 
+def test_paths_stay_true_after_an_error_that_the_model_catches_itself() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError
+
+    class Catches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Fails()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return self.inner(x)
+            except ValueError:
+                return x * 2.0
+
+    model = Catches()
+    with torch.inference_mode(), qwen_precision.watch(model) as readings:
+        model(torch.ones(2))
+    assert [(reading.module, reading.op) for reading in readings] == [("", "mul")]
+
+
 def test_hooks_and_modes_are_gone_after_success(healthy: Path) -> None:
     model = load(healthy)
     with torch.inference_mode(), qwen_precision.watch(model):
