@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
-from qwen_precision.facts import Facts, headroom_by_site, token_of
+from qwen_precision.facts import Facts, token_of
 from qwen_precision.findings import SEVERITIES, Finding, Headroom, Limits, Report
 from qwen_precision.names import layer_of, name_of
 from qwen_precision.record import Event, Pass, Run, Site
@@ -27,7 +27,7 @@ def judge(run: Run, limits: Limits | None = None) -> Report:
     facts = Facts(run, limits or Limits())
     findings = [finding for check in CHECKS.values() for finding in check(facts)]
     findings.sort(key=_order)
-    headroom = {dtype: headroom_by_site(facts, dtype) for dtype in run.dtypes}
+    headroom = {dtype: facts.headroom(dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
     return Report(verdict, findings, headroom, run.stopped, run)
 
@@ -129,7 +129,7 @@ def _near_overflow(facts: Facts) -> Iterator[Finding]:
         events = [event for each in facts.passes(dtype) for event in each.events if event.nan or event.inf]
         origins = {event.site for event in events if event.clean_inputs and event.clean_weights}
         carried = {event.site for event in events} - origins
-        for row in headroom_by_site(facts, dtype):
+        for row in facts.headroom(dtype):
             if row.headroom >= facts.limits.near_overflow or row.headroom == 0 or row.site in origins:
                 continue
             unreached = row.site in carried or _came_reseeded(facts, row)
@@ -198,14 +198,10 @@ def _underflow(facts: Facts) -> Iterator[Finding]:
             continue
         tiny = DTYPES[dtype].smallest_normal
         seen: set[int] = set()
-        for each in facts.passes(dtype):
-            for index, site in enumerate(facts.run.sites):
-                value = facts.magnitude(each, index)
-                if value is None or each.abs_max[index] is None or facts.computes_wider(dtype, index):
-                    continue
-                if 0 < value < tiny and index not in seen:
-                    seen.add(index)
-                    yield _underflow_finding(facts, each, site, value, tiny)
+        for each, index, value in facts.judged(dtype):
+            if 0 < value < tiny and index not in seen:
+                seen.add(index)
+                yield _underflow_finding(facts, each, facts.run.sites[index], value, tiny)
     for weight in facts.run.weights:
         for dtype, count in weight.underflow.items():
             share = count / max(weight.elements, 1)
@@ -264,10 +260,11 @@ def _counted(finding: Finding, facts: Facts, dtype: str, nan: int, inf: int) -> 
     """With how many operations the bad weight spoiled."""
     carried = 0
     for each in facts.passes(dtype):
-        dirty = [e.site for e in each.events if (e.nan or e.inf) and not e.clean_weights]
-        if any(facts.run.sites[site].module == finding.module for site in dirty):
-            bad = [s for s, value in enumerate(each.abs_max) if value is not None and not math.isfinite(value)]
-            carried = max(carried, sum(1 for site in bad if site >= min(dirty)))
+        bad = [event for event in each.events if event.nan or event.inf]
+        dirty = [event for event in bad if not event.clean_weights]
+        if any(facts.run.sites[event.site].module == finding.module for event in dirty):
+            first = min(event.step for event in dirty)
+            carried = max(carried, sum(1 for event in bad if event.step >= first))
     return replace(finding, nan=nan, inf=inf, propagated=carried)
 
 

@@ -189,7 +189,7 @@ def _result(text: str) -> None:
 
 
 def _note(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(text, markup=False, style="dim")
+    _stderr().print(text, markup=False, style="dim")
 
 
 @contextmanager
@@ -213,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code and never raises for a user's mistake."""
     try:
         result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="qprec", standalone_mode=False)
+        if result == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
     except QprecError as error:
         _error(str(error))
         return error.exit_code
@@ -227,9 +229,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 3
     except Exception as error:
         return _from_typer(error)
-    if result == _TYPER_INTERRUPTED:
-        _error("interrupted; nothing was saved.")
-        return 3
     return result if isinstance(result, int) else 0
 
 
@@ -250,4 +249,8 @@ def _from_typer(error: Exception) -> int:
 
 
 def _error(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"qprec: {text}", markup=False)
+    _stderr().print(f"qprec: {text}", markup=False)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

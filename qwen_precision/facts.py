@@ -1,6 +1,7 @@
 """A Run as the checks look at it: columns by dtype and prompt, limits by site, headroom by site."""
 
 import math
+from collections.abc import Iterator
 
 from qwen_precision.dtypes import REFERENCE, largest
 from qwen_precision.findings import Headroom, Limits
@@ -13,6 +14,7 @@ class Facts:
     def __init__(self, run: Run, limits: Limits) -> None:
         self.run, self.limits = run, limits
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
+        self._headroom: dict[str, list[Headroom]] = {}
 
     def passes(self, dtype: str) -> list[Pass]:
         """All passes of a dtype, prompt by prompt."""
@@ -39,19 +41,24 @@ class Facts:
             value = reference.abs_max[self.run.casts[site]]
         return each.abs_max[site] if value is None else value
 
+    def judged(self, dtype: str) -> Iterator[tuple[Pass, int, float]]:
+        """(pass, site, magnitude) wherever a site ran and computes in the dtype itself."""
+        for each in self.passes(dtype):
+            for site in range(len(self.run.sites)):
+                value = self.magnitude(each, site)
+                if value is not None and each.abs_max[site] is not None and not self.computes_wider(dtype, site):
+                    yield each, site, value
 
-def headroom_by_site(facts: Facts, dtype: str) -> list[Headroom]:
-    """The least headroom of every site that computes in the dtype itself, smallest first."""
-    worst: dict[int, Headroom] = {}
-    for each in facts.passes(dtype):
-        for site in range(len(facts.run.sites)):
-            value = facts.magnitude(each, site)
-            if value is None or each.abs_max[site] is None or facts.computes_wider(dtype, site):
-                continue
-            room = math.inf if value == 0 else facts.limit(dtype, site) / value if math.isfinite(value) else 0.0
-            if site not in worst or room < worst[site].headroom:
-                worst[site] = Headroom(dtype, site, value, room, each.prompt)
-    return sorted(worst.values(), key=lambda row: row.headroom)
+    def headroom(self, dtype: str) -> list[Headroom]:
+        """The least headroom of every site that computes in the dtype itself, smallest first."""
+        if dtype not in self._headroom:
+            worst: dict[int, Headroom] = {}
+            for each, site, value in self.judged(dtype):
+                room = math.inf if value == 0 else self.limit(dtype, site) / value if math.isfinite(value) else 0.0
+                if site not in worst or room < worst[site].headroom:
+                    worst[site] = Headroom(dtype, site, value, room, each.prompt)
+            self._headroom[dtype] = sorted(worst.values(), key=lambda row: row.headroom)
+        return self._headroom[dtype]
 
 
 def token_of(run: Run, each: Pass, event: Event) -> dict[str, int | str | bool | None] | None:

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.dtypes import DTYPES
 from qwen_precision.measure import Measure
 from qwen_precision.plan import FinalHook, Plan
+from qwen_precision.skeleton import path_of
+from qwen_precision.weightcheck import torch_dtype
 from qwen_precision.weights import Scratch, WeightStore
 
 LOGITS_BYTES = 1 << 30
@@ -27,7 +28,7 @@ class Head:
     def __init__(self, model: nn.Module, store: WeightStore, scratch: Scratch, measure: Measure) -> None:
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self._store, self._scratch, self._measure = store, scratch, measure
-        self._path = next(name for name, module in model.named_modules() if module is self._head)
+        self._path = path_of(model, self._head)
 
     def run(
         self,
@@ -55,7 +56,7 @@ class Head:
         for start, rows in self._store.row_chunks(name, step):
             for dtype in plan.dtypes:
                 started = time.perf_counter()
-                self._scratch.place(self._head, {"weight": rows}, getattr(torch, DTYPES[dtype].torch_name))
+                self._scratch.place(self._head, {"weight": rows}, torch_dtype(dtype))
                 seconds["read and cast"] += time.perf_counter() - started
                 started = time.perf_counter()
                 for key, states in hidden.items():

@@ -145,19 +145,17 @@ class Inspector:
             return None
         return flat.view(-1, *[1] * (dims - 1))
 
-    def _tokens(self, places: Tensor, seen: Seen) -> tuple[Tensor, Tensor] | None:
-        """(rows, positions) of element indices, from the shape of the tensor they index."""
-        layout = self._layout(seen)
-        if layout == "btx":
-            return places[:, 0], places[:, 1]
-        if layout == "bhtx":
-            return places[:, 0], places[:, 2]
+    def _token(self, index: list[int], layout: str) -> tuple[int, int] | None:
+        """(row, position) of one element, from how the tensor it lies in is laid out."""
         length = self.valid.shape[1]
+        if layout == "btx":
+            return index[0], index[1]
+        if layout == "bhtx":
+            return index[0], index[2]
         if layout == "flat":
-            return places[:, 0] // length, places[:, 0] % length
+            return divmod(index[0], length)
         if layout == "picked" and self._picked is not None:
-            token = self._picked[places[:, 0]]
-            return token // length, token % length
+            return divmod(int(self._picked[index[0]]), length)
         return None
 
     def _layout(self, seen: Seen) -> str:
@@ -180,11 +178,9 @@ class Inspector:
 
     def _place(self, index: list[int], seen: Seen) -> tuple[int | None, int | None, int | None, int | None, int | None]:
         """(row, position, channel, head, expert) of one element."""
-        row = position = channel = head = expert = None
-        tokens = self._tokens(torch.tensor([index], device=self.valid.device), seen)
-        if tokens is not None:
-            row, position = int(tokens[0][0]), int(tokens[1][0])
+        channel = head = expert = None
         layout = self._layout(seen)
+        row, position = self._token(index, layout) or (None, None)
         if len(index) > 1 and seen.out.shape[-1] > 1:
             channel = index[-1]
         if len(index) == 4:

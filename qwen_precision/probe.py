@@ -142,12 +142,10 @@ def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | Non
         shadow.run()
     except KeyboardInterrupt:
         return "interrupted"
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, on the CPU a bare one
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(str(error)):
+            raise
         return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
-    except RuntimeError as error:
-        if _NO_MEMORY.search(str(error)):
-            return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
-        raise
     except QprecError as error:
         return str(error)
     finally:

@@ -216,21 +216,22 @@ class Run(Part):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, populate_by_name=True)
 
 
-def _plain(value: Any) -> Any:
+def in_words(value: Any) -> Any:
+    """Plain JSON values: NaN and infinity as words, every key a string."""
     if isinstance(value, float):
         if math.isfinite(value):
             return value
         return "nan" if value != value else ("inf" if value > 0 else "-inf")
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): in_words(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [in_words(item) for item in value]
     return value
 
 
 def to_json(run: Run) -> str:
     """The record as JSON text; the same run always gives the same text."""
-    plain = _plain(run.model_dump(by_alias=True))
+    plain = in_words(run.model_dump(by_alias=True))
     return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 

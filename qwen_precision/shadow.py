@@ -24,8 +24,9 @@ from qwen_precision.head import Head
 from qwen_precision.measure import Measure
 from qwen_precision.plan import Encoded, FinalHook, Plan
 from qwen_precision.record import Reseed
-from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls
+from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls, path_of
 from qwen_precision.watcher import Watcher, attached
+from qwen_precision.weightcheck import torch_dtype
 from qwen_precision.weights import Scratch, WeightStore
 
 
@@ -98,14 +99,14 @@ class Shadow:
     def _embed(self) -> None:
         """Token embeddings, from only the rows that the prompts use."""
         embed: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
-        path = _path_of(self.model, embed)
+        path = path_of(self.model, embed)
         used, places = torch.unique(torch.cat([prompt.ids.flatten() for prompt in self.prompts]), return_inverse=True)
         rows = self._gather(f"{path}.weight", used)
         compact = [part.view_as(prompt.ids) for part, prompt in zip(
             places.split([prompt.ids.numel() for prompt in self.prompts]), self.prompts, strict=True)]  # fmt: skip
         embed.padding_idx = None  # it only matters to gradients, and would point outside the few rows
         for name in self.plan.dtypes:
-            self.scratch.place(embed, {"weight": rows}, _torch_dtype(name))
+            self.scratch.place(embed, {"weight": rows}, torch_dtype(name))
             for index, prompt in enumerate(self.prompts):
                 hidden = self._watched(name, index, path, embed, partial(embed, compact[index]))
                 calls = layer_calls(self.model, hidden, prompt.mask)
@@ -127,7 +128,7 @@ class Shadow:
         sources = self._read(index)
         for name in self.plan.dtypes:
             started = time.perf_counter()
-            self.scratch.place(layer, sources, _torch_dtype(name))
+            self.scratch.place(layer, sources, torch_dtype(name))
             placed = time.perf_counter()
             for prompt in range(len(self.prompts)):
                 stream = self._streams[name, prompt]
@@ -205,7 +206,7 @@ class Shadow:
             started = time.perf_counter()
             for child, part in norms:
                 path = f"{self.model.base_model_prefix}.{child}"
-                self.scratch.place(part, self.store.module(part, path), _torch_dtype(name))
+                self.scratch.place(part, self.store.module(part, path), torch_dtype(name))
             for prompt in range(len(self.prompts)):
                 stream = self._streams[name, prompt]
                 hidden[name, prompt] = self._watched(
@@ -227,12 +228,3 @@ def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     out = layer.forward(hidden, *call.args, **call.kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
-
-
-def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(str(name) for name, module in model.named_modules() if module is wanted)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, DTYPES[name].torch_name)
-    return found

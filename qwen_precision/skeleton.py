@@ -92,6 +92,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return f"{model.base_model_prefix}.layers", layers
 
 
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Where a module lies in the model."""
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
+
+
 @contextmanager
 def _replaced(layers: nn.ModuleList, stubs: list[Callable[..., Any]]) -> Iterator[None]:
     try:

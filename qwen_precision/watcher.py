@@ -80,8 +80,7 @@ def _rule_for(func: Any) -> _Rule:
 class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """The dispatch mode and the path stack; use through ``watch`` or ``attached``.
 
-    Args:
-        inspect: called on every watched output after its reading was taken; for a close second look.
+    ``inspect``, where it is set, is called on every watched output after its reading was taken.
     """
 
     @classmethod
@@ -90,10 +89,10 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         # Nothing is compiled inside: each operation is run as it came.
         return False
 
-    def __init__(self, inspect: Inspector | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.path = ""
-        self.inspect = inspect
+        self.inspect: Inspector | None = None
         self.slots = Slots()
         self._stack: list[str] = []
         self._calls: dict[tuple[str, str], int] = {}
@@ -144,14 +143,14 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         kind = rule.kind
         if kind is _READ:
             if type(out) is Tensor:
-                self._read(func, rule, args, out, None)
+                self._read(rule, args, out, None)
             else:
-                self._read_first(func, rule, args, out)
+                self._read_first(rule, args, out)
         elif kind is _MOVE:
             if self.inspect is not None and rule.op == "index":
                 self.inspect.note_index(args)
         elif kind is Kind.EXACT:
-            self._read_exact(func, rule, args, out)
+            self._read_exact(rule, args, out)
         elif kind is Kind.FILL:
             self.masks.note_fill(rule.op, args, out)
         elif kind is Kind.SORT and self.inspect is not None:
@@ -160,7 +159,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             self._last = None  # what was read last may just have been written over, through whatever view
         return out
 
-    def _read(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
+    def _read(self, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
         """Take the reading of one output, of its entries in ``keep`` if that is given."""
         if out.dtype not in FLOATS or not out.numel():
             return
@@ -175,16 +174,16 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self._last_slot = self.slots.read(self.path, rule.op, flat)
         self._last = out
         if self.inspect is not None:
-            self._inspect(func, rule, args, out, keep)
+            self._inspect(rule, args, out, keep)
 
-    def _read_first(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
+    def _read_first(self, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
         """Of several outputs the first is the result; the others (log-sum-exp, seeds, indices) are bookkeeping."""
         items = out if isinstance(out, (tuple, list)) else (out,)
         first = next((item for item in items if isinstance(item, Tensor)), None)
         if first is not None:
-            self._read(func, rule, args, first, None)
+            self._read(rule, args, first, None)
 
-    def _read_exact(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor) -> None:
+    def _read_exact(self, rule: _Rule, args: tuple[Any, ...], out: Tensor) -> None:
         """A cast or a power: derived where it is of the output read last, else read."""
         source, last = args[0], self._last
         if out is source:
@@ -200,11 +199,11 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             self._last_slot = self.slots.derive(self.path, rule.op, self._last_slot, out.dtype)
             self._last = out
             if self.inspect is not None:
-                self._inspect(func, rule, args, out, None)
+                self._inspect(rule, args, out, None)
         else:
-            self._read(func, rule, args, out, None)
+            self._read(rule, args, out, None)
 
-    def _inspect(self, func: Any, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
+    def _inspect(self, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
         call = self._calls.get((self.path, rule.op), 0)
         self._calls[self.path, rule.op] = call + 1
         assert self.inspect is not None
@@ -218,7 +217,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if keep is None:
             return False
         if rule.kind is Kind.READ or (rule.kind is Kind.EXACT and out is not args[0]):
-            self._read(func, rule, args, out, keep)
+            self._read(rule, args, out, keep)
         return True
 
 

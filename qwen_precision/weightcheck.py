@@ -30,6 +30,12 @@ def short_name(dtype: torch.dtype) -> str:
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for qprec's word."""
+    found: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return found
+
+
 class WeightCheck:
     """Collects what each tensor has to say; feed every piece of every tensor once.
 
@@ -137,14 +143,14 @@ def _doubtful(piece: Tensor) -> Tensor:
 
 def _cast_losses(piece: Tensor, name: str) -> tuple[int, int, int]:
     """(overflow, underflow to zero, inexact) counts of finite elements cast to a dtype."""
-    source, target = short_name(piece.dtype), DTYPES[name]
+    source = short_name(piece.dtype)
     if source == name or (source in {"bf16", "fp16"} and name == "fp32") or not piece.numel():
         return 0, 0, 0
     if source == "bf16" and name == "fp16":
         piece = _doubtful(piece)
         if not piece.numel():
             return 0, 0, 0
-    cast = piece.to(getattr(torch, target.torch_name))
+    cast = piece.to(torch_dtype(name))
     back = cast.to(piece.dtype) if _SIGNIFICANT_BITS[source] >= _SIGNIFICANT_BITS[name] else cast
     wide = torch.promote_types(piece.dtype, back.dtype)
     inexact = int((back.to(wide) != piece.to(wide)).sum())

@@ -1,7 +1,7 @@
 """Write a checkpoint of a real shape with random weights, for tests and benchmarks; sharded, in bf16.
 
-    python scripts/make_checkpoint.py 0.6B /tmp/qwen3-0.6b
-    python scripts/make_checkpoint.py 8B /tmp/qwen3-8b --outlier model.layers.6.mlp.down_proj.weight=300
+    python scripts/make_checkpoint.py 0.6B ./qwen3-0.6b
+    python scripts/make_checkpoint.py 8B ./qwen3-8b --outlier model.layers.6.mlp.down_proj.weight=300
 
 The shapes are those of the published configs. Tensors are made and written one shard at a time, so an 8B
 checkpoint (16 GB) needs about 3 GB of memory. The tokenizer is the demo's.

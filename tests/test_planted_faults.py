@@ -148,22 +148,24 @@ def test_a_planted_overflow_is_named_exactly_and_only_in_fp16(
         assert not errors(report, dtype) and report.verdict[dtype] == "ok"
 
 
-def test_a_residual_add_overflows_although_both_of_its_parts_are_finite(folders: Callable[[str], Path]) -> None:
-    run = run_probe(folders("residual add"), TEXTS)
-    sites = {(site.module, site.op, site.call): index for index, site in enumerate(run.sites)}
+def fp16_readings(run: Any) -> dict[tuple[str, str, int], float | None]:
+    """Magnitudes of the first prompt in fp16 by (module, operation, call)."""
     (fp16,) = [each for each in run.passes if each.dtype == "fp16" and each.prompt == 0]
-    assert fp16.abs_max[sites["model.layers.1", "add", 0]] < 65504
-    assert fp16.abs_max[sites["model.layers.1.mlp.down_proj", "linear", 0]] < 65504
-    assert fp16.abs_max[sites["model.layers.1", "add", 1]] == float("inf")
+    return {(site.module, site.op, site.call): value for site, value in zip(run.sites, fp16.abs_max, strict=True)}
+
+
+def test_a_residual_add_overflows_although_both_of_its_parts_are_finite(folders: Callable[[str], Path]) -> None:
+    fp16 = fp16_readings(run_probe(folders("residual add"), TEXTS))
+    assert fp16["model.layers.1", "add", 0] < 65504
+    assert fp16["model.layers.1.mlp.down_proj", "linear", 0] < 65504
+    assert fp16["model.layers.1", "add", 1] == float("inf")
 
 
 def test_a_swiglu_product_overflows_although_both_of_its_factors_are_finite(folders: Callable[[str], Path]) -> None:
-    run = run_probe(folders("SwiGLU product"), TEXTS)
-    sites = {(site.module, site.op, site.call): index for index, site in enumerate(run.sites)}
-    (fp16,) = [each for each in run.passes if each.dtype == "fp16" and each.prompt == 0]
-    assert fp16.abs_max[sites["model.layers.1.mlp.act_fn", "silu", 0]] < 1000
-    assert fp16.abs_max[sites["model.layers.1.mlp.up_proj", "linear", 0]] < 1000
-    assert fp16.abs_max[sites["model.layers.1.mlp", "mul", 0]] == float("inf")
+    fp16 = fp16_readings(run_probe(folders("SwiGLU product"), TEXTS))
+    assert fp16["model.layers.1.mlp.act_fn", "silu", 0] < 1000
+    assert fp16["model.layers.1.mlp.up_proj", "linear", 0] < 1000
+    assert fp16["model.layers.1.mlp", "mul", 0] == float("inf")
 
 
 def test_every_place_that_overflows_by_itself_is_found_not_only_the_first(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ A new format is a file here and a row in ``RENDERERS``; the command line and its
 
 from collections.abc import Callable
 
-from qwen_precision.findings import Report
 from qwen_precision.render.json import render_json
 from qwen_precision.render.table import render_table
 
@@ -14,4 +13,4 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "json": render_json,
 }
 
-__all__ = ["RENDERERS", "Report", "render_json", "render_table"]
+__all__ = ["RENDERERS"]

@@ -5,7 +5,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from qwen_precision.findings import Finding, Report
+from qwen_precision.findings import Report
+from qwen_precision.record import in_words
 
 SCHEMA = 1
 
@@ -18,22 +19,17 @@ def render_json(report: Report, fail_on: str = "fail") -> str:
         "verdict": report.verdict,
         "stopped": report.stopped,
         "model": report.run.model.model_dump(),
-        "findings": [_finding(finding) for finding in report.findings],
+        "findings": [asdict(finding) for finding in report.findings],
     }
-    return json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(in_words(_rounded(data)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
-    return asdict(finding)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, float):
+def _rounded(value: Any) -> Any:
+    """Six digits: what the record has."""
+    if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_rounded(item) for item in value]
     return value
