@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qwen_precision.errors import QprecError, in_one_line
+from qwen_precision.record import Model
 
 FLOAT_TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 """Weight formats that can be probed, by safetensors' name."""
@@ -71,6 +72,24 @@ class Checkpoint:
         for info in self.tensors.values():
             count[info.dtype] = count.get(info.dtype, 0) + info.elements
         return max(count, key=lambda name: count[name])
+
+
+def model_part(checkpoint: Checkpoint, source: str, architecture: str, layers: int) -> Model:
+    """What the record says of a checkpoint.
+
+    Args:
+        checkpoint: a checked checkpoint.
+        source: what the user typed.
+        architecture: class of the model.
+        layers: how many decoder layers it has.
+    """
+    config = checkpoint.config
+    return Model(
+        source=source, revision=checkpoint.revision, architecture=architecture, layers=layers,
+        hidden_size=config.hidden_size, vocabulary=config.vocab_size, parameters=checkpoint.parameters,
+        weight_bytes=checkpoint.weight_bytes, source_dtype=checkpoint.source_dtype,
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+    )  # fmt: skip
 
 
 def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> Checkpoint:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from qwen_precision import textchecks
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.facts import Facts, token_of
 from qwen_precision.findings import SEVERITIES, Finding, Headroom, Limits, Report
@@ -33,8 +34,10 @@ def judge(run: Run, limits: Limits | None = None) -> Report:
 
 
 def _order(finding: Finding) -> tuple[int, bool, float]:
-    """Errors in the order of the forward, so that the first is the first; then warnings, tightest first."""
+    """Errors in the order of the forward, or of the steps, so that the first is the first; then by headroom."""
     severity = -SEVERITIES.index(finding.severity)
+    if finding.step is not None:
+        return severity, False, finding.step
     if finding.severity != "error":
         return severity, False, finding.headroom if finding.headroom is not None else 0.0
     before_layers = finding.layer is None and "embed" in finding.module
@@ -273,5 +276,10 @@ CHECKS: dict[str, Callable[[Facts], Iterator[Finding]]] = {
     "overflow": _overflow,
     "near-overflow": _near_overflow,
     "underflow": _underflow,
+    "nonfinite-logits": textchecks.nonfinite_logits,
+    "sampling-error": textchecks.sampling_error,
+    "degenerate-text": textchecks.degenerate_text,
+    "masked-row": textchecks.masked_rows,
+    "advice": textchecks.advice,
 }
 """A check is a row here: a function from the facts to findings."""

@@ -1,31 +1,29 @@
-"""The command line: parse, call one verb, write, return an exit code. Torch is imported by ``probe`` alone.
+"""The command line: parse, call one verb, write, return an exit code. Torch is imported inside the verbs that need it.
 
 Results go to stdout; progress, warnings and the next command to try go to stderr.
 """
 
 import os
 import shlex
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qwen_precision import __version__
+from qwen_precision import __version__, terminal
 from qwen_precision.checks import judge
-from qwen_precision.config import ATTENTION, MEMORY, load_settings
+from qwen_precision.config import ATTENTION, MEMORY, load_generate_settings, load_settings
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import check_writable, write_atomically
-from qwen_precision.findings import FAIL_ON, Limits, Report
-from qwen_precision.record import load, save
+from qwen_precision.findings import FAIL_ON, Limits
+from qwen_precision.guardsettings import ON_FAILURE, load_guards
+from qwen_precision.record import Run, load, save
 from qwen_precision.render import RENDERERS
+from qwen_precision.textchecks import next_command
 
 app = typer.Typer(
     name="qprec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -46,6 +44,24 @@ def one_of(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], 
     return check
 
 
+DEFAULT_PROMPT = "上海有个非常出名的地方，"
+"""What ``generate`` continues when nothing else is given: the prompt of the first bug reports."""
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention implementation. Default: what transformers chooses.",
+        metavar="|".join(ATTENTION),
+        callback=one_of(ATTENTION, "attention implementation"),
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"qprec {__version__}")
@@ -63,9 +79,7 @@ def _top(
 
 @app.command()
 def probe(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
-    ],
+    model: ModelArgument,
     dtype: Annotated[
         list[str] | None,
         typer.Option(help="Dtype to try; repeatable. Default: all three.", metavar="|".join(DTYPES),
@@ -74,12 +88,8 @@ def probe(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. Default: a built-in set.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, or one a line.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Cut every prompt to so many tokens.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.")] = None,
-    attn: Annotated[
-        str | None,
-        typer.Option(help="Attention implementation. Default: what transformers chooses.",
-                     metavar="|".join(ATTENTION), callback=one_of(ATTENTION, "attention implementation")),
-    ] = None,
+    device: DeviceOption = None,
+    attn: AttentionOption = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Keep all weights, or one layer at a time. Default: auto, by the memory that is free.",
@@ -89,7 +99,7 @@ def probe(
         bool, typer.Option("--no-reference", help="Leave the fp32 reference out: no headroom is predicted.")
     ] = False,
     config: Annotated[str | None, typer.Option(help="A YAML profile, by file or name. Flags win over it.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: RevisionOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-run.json"),
     fail_on: Annotated[
         str | None,
@@ -101,31 +111,110 @@ def probe(
 
     Runs the checkpoint in fp32, and in each dtype beside it, with every operation watched.
     """
-    if prompt is not None and prompts is not None:
-        raise UsageError("--prompt and --prompts: give one of the two.")
     flags = {
         "dtypes": dtype or None, "prompts": prompts, "max_tokens": max_tokens, "device": device,
         "attention": attn, "memory": memory, "reference": False if no_reference else None, "fail_on": fail_on,
     }  # fmt: skip
     settings = load_settings(config, flags)
-    from qwen_precision.prompts import read_prompts
-
-    specs = read_prompts(prompt or [], settings.prompts)
+    specs = _specs(prompt, settings.prompts if prompt is None or prompts else None, [])
     check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
     from qwen_precision.probe import probe as measure
 
-    with _progress() as progress:
+    with terminal.progress() as (progress, _):
         run = measure(model, settings, specs, revision, progress)
     save(run, output)
+    _show(run, output, settings.fail_on)
+
+
+def _specs(texts: list[str] | None, file: str | None, instead: list[str]) -> Any:
+    """Prompts from the flags; ``instead`` where none is given, and if that is empty the built-in set."""
+    if texts is not None and file is not None:
+        raise UsageError("--prompt and --prompts: give one of the two.")
+    from qwen_precision.prompts import read_prompts
+
+    return read_prompts(texts or ([] if file is not None else instead), file)
+
+
+def _show(run: Run, path: Path, fail_on: str) -> NoReturn:
+    """The table, what to do next, and the exit code of a run that was just made."""
     report = judge(run, _limits(run.settings))
-    _result(_render(report, "table", settings.fail_on))
-    _note(f"saved {output}; show it again with: qprec report {shlex.quote(str(output))}")
-    raise typer.Exit(report.exit_code(settings.fail_on))
+    terminal.result(terminal.render(report, "table", fail_on))
+    terminal.note(f"saved {path}; show it again with: qprec report {shlex.quote(str(path))}")
+    command = next_command(report)
+    if command is not None:
+        terminal.note(f"find where it starts with: {command}")
+    raise typer.Exit(report.exit_code(fail_on))
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype to generate in. Default: fp16.", metavar="|".join(DTYPES),
+                     callback=one_of(DTYPES, "dtype")),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable: they make one batch.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, or one a line.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Put each prompt into the chat template, or take it as it is.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    do_sample: Annotated[
+        bool | None, typer.Option("--do-sample/--greedy", help="Draw each token, or take the likeliest.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep so many of the likeliest tokens; 0 for all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens of this share of the likeliest's.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 for none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers. Default: 0.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    guards: Annotated[
+        str | None, typer.Option(help="A guard profile, by name (default, strict, observe, off) or file.")
+    ] = None,
+    no_guards: Annotated[bool, typer.Option("--no-guards", help="As transformers does it; the same as off.")] = False,
+    on_failure: Annotated[
+        str | None,
+        typer.Option(help="What to do with a row that failed.", metavar="|".join(ON_FAILURE),
+                     callback=one_of(ON_FAILURE, "way")),
+    ] = None,
+    probe_run: Annotated[Path | None, typer.Option(help="A probe of the same checkpoint, for advice.")] = None,
+    device: DeviceOption = None,
+    attn: AttentionOption = None,
+    revision: RevisionOption = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-gen.json"),
+    fail_on: Annotated[
+        str,
+        typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level")),
+    ] = "fail",
+) -> None:  # fmt: skip
+    """Generate text in one dtype, with guards against NaN and overflow; says what they saw and did.
+
+    Sampling options default to the checkpoint's generation_config.json.
+    """
+    if no_guards and (guards is not None or on_failure is not None):
+        raise UsageError("--no-guards: goes with neither --guards nor --on-failure; give one of them.")
+    settings = load_generate_settings({
+        "dtype": dtype, "prompts": prompts, "chat": chat, "max_new_tokens": max_new_tokens, "do_sample": do_sample,
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
+        "repetition_penalty": repetition_penalty, "device": device, "attention": attn,
+    })  # fmt: skip
+    chosen = load_guards("off" if no_guards else guards if guards is not None else "default", on_failure)
+    specs = _specs(prompt, prompts, [DEFAULT_PROMPT])
+    inputs = [model, prompts, probe_run, *([guards] if guards and Path(guards).suffix else [])]
+    check_writable(output, [Path(each) for each in inputs if each])
+    from qwen_precision.generate import generate as run_it
+
+    with terminal.streaming() if stream else terminal.progress() as (progress, on_token):
+        run = run_it(model, settings, chosen, specs, revision, probe_run, progress, on_token)
+    save(run, output)
+    _show(run, output, fail_on)
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that `qprec probe -o` saved.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that `qprec probe` or `qprec generate` saved.")],
     format: Annotated[
         str,
         typer.Option("-f", "--format", help="How to show it.", metavar="|".join(RENDERERS),
@@ -137,17 +226,17 @@ def report(
         typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level")),
     ] = "fail",
 ) -> None:  # fmt: skip
-    """Show a saved run again: verdict, NaN and inf findings, headroom. Measures nothing."""
+    """Show a saved run again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing."""
     record = load(run)
     if output is not None:
         check_writable(output, [run])
     judged = judge(record, _limits(record.settings))
-    text = _render(judged, format, fail_on, plain=output is not None)
+    text = terminal.render(judged, format, fail_on, plain=output is not None)
     if output is None:
-        _result(text)
+        terminal.result(text)
     else:
         write_atomically(output, text)
-        _note(f"wrote {output}")
+        terminal.note(f"wrote {output}")
     raise typer.Exit(judged.exit_code(fail_on))
 
 
@@ -161,51 +250,6 @@ def _limits(settings: dict[str, Any]) -> Limits:
     )
 
 
-def _render(judged: Report, name: str, fail_on: str, plain: bool = False) -> str:
-    if name != "table":
-        return RENDERERS[name](judged, fail_on)
-    terminal = sys.stdout is not None and sys.stdout.isatty() and not plain
-    width = shutil.get_terminal_size((80, 24)).columns if terminal or "COLUMNS" in os.environ else 80
-    return RENDERERS[name](judged, fail_on, width=width, colour=_colour(terminal))
-
-
-def _colour(terminal: bool) -> bool:
-    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def _result(text: str) -> None:
-    """Write to stdout, and notice here if that cannot be done."""
-    if sys.stdout is None:
-        raise QprecError("stdout is closed; give -o FILE to write to a file.")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets ? instead of nothing
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise QprecError(f"stdout: cannot be written ({error.strerror}).") from error
-
-
-def _note(text: str) -> None:
-    _stderr().print(text, markup=False, style="dim")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr; nothing at all where stderr is not a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("opening the checkpoint", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        yield show
-
-
 _TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it
 
 
@@ -216,10 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
     except QprecError as error:
-        _error(str(error))
+        terminal.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _error("interrupted; nothing was saved.")
+        terminal.error("interrupted; nothing was saved.")
         return 3
     except BrokenPipeError:
         # The reader of a pipe (head, a pager) went away: that is its right. Nothing may be flushed at exit.
@@ -238,19 +282,11 @@ def _from_typer(error: Exception) -> int:
     if not callable(message) or not isinstance(code, int):
         # Exit code 1 would say "findings" to a CI server, so a crash has the code of a run that could not be.
         traceback.print_exception(error)
-        _error(f"this is a bug in qprec {__version__}; please report it with the lines above.")
+        terminal.error(f"this is a bug in qprec {__version__}; please report it with the lines above.")
         return 3
     if not message():  # `qprec` alone: the help was the answer
         return code
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "qprec")
-    _error(f"{' '.join(str(message()).split()).rstrip('.')}. See: {path} --help")
+    terminal.error(f"{' '.join(str(message()).split()).rstrip('.')}. See: {path} --help")
     return code
-
-
-def _error(text: str) -> None:
-    _stderr().print(f"qprec: {text}", markup=False)
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.errors import UsageError
+from qwen_precision.findings import FAIL_ON
 
 ATTENTION = ("sdpa", "eager")
 MEMORY = ("auto", "resident", "streamed")
@@ -40,32 +41,75 @@ class ProbeSettings(BaseModel):
     @classmethod
     def _known_dtypes(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name not in DTYPES:
-                raise ValueError(f"unknown dtype {name!r}; expected {one_of(DTYPES)}")
+            known(name, DTYPES, "dtype")
         if not value:
             raise ValueError(f"at least one dtype is needed; expected {one_of(DTYPES)}")
         return list(dict.fromkeys(value))
 
-    @field_validator("memory")
+    @field_validator("memory", "attention", "fail_on")
     @classmethod
-    def _known_memory(cls, value: str) -> str:
-        if value not in MEMORY:
-            raise ValueError(f"unknown mode {value!r}; expected {one_of(MEMORY)}")
+    def _known_word(cls, value: str | None, info: ValidationInfo) -> str | None:
+        table, what = {
+            "memory": (MEMORY, "mode"), "attention": (ATTENTION, "implementation"), "fail_on": (FAIL_ON, "level"),
+        }[str(info.field_name)]  # fmt: skip
+        return None if value is None else known(value, table, what)
+
+
+class GenerateSettings(BaseModel):
+    """What a generation can be told beside its guards; every field is also a flag. None: as the checkpoint says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dtype: str = "fp16"
+    prompts: str | None = None
+    chat: bool = False
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    do_sample: bool | None = None
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    device: str = "auto"
+    attention: str | None = None
+
+    @field_validator("dtype", "attention")
+    @classmethod
+    def _known_word(cls, value: str | None, info: ValidationInfo) -> str | None:
+        table, what = (DTYPES, "dtype") if info.field_name == "dtype" else (ATTENTION, "implementation")
+        return None if value is None else known(value, table, what)
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(f"should be above 0, not {value:g}; for the likeliest token at every step use --greedy")
         return value
 
-    @field_validator("attention")
-    @classmethod
-    def _known_attention(cls, value: str | None) -> str | None:
-        if value is not None and value not in ATTENTION:
-            raise ValueError(f"unknown implementation {value!r}; expected {one_of(ATTENTION)}")
-        return value
 
-    @field_validator("fail_on")
-    @classmethod
-    def _known_fail_on(cls, value: str) -> str:
-        if value not in ("fail", "risk", "never"):
-            raise ValueError(f"unknown level {value!r}; expected fail, risk or never")
-        return value
+def load_generate_settings(flags: dict[str, Any]) -> GenerateSettings:
+    """Settings from the flags that were given (None means not given).
+
+    Raises:
+        UsageError: a wrong value; the flag is named.
+    """
+    try:
+        return GenerateSettings.model_validate({key: value for key, value in flags.items() if value is not None})
+    except ValidationError as error:
+        key, message = first_error(error)
+        raise UsageError(f"{flag_of(key)}: {message}.") from error
+
+
+def known(value: str, table: Iterable[str], what: str) -> str:
+    """``value``, if it is in the table.
+
+    Raises:
+        ValueError: it is not; pydantic makes a finding of it that names the key.
+    """
+    if value not in table:
+        raise ValueError(f"unknown {what} {value!r}; expected {one_of(table)}")
+    return value
 
 
 def one_of(table: Iterable[str]) -> str:
@@ -96,8 +140,7 @@ def load_settings(profile: str | None, flags: dict[str, Any]) -> ProbeSettings:
     source = f"--config {profile}: " if profile else ""
     unknown = [key for key in data if key not in ProbeSettings.model_fields]
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), ProbeSettings.model_fields, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(ProbeSettings.model_fields)}."
+        hint = near_or_known(str(unknown[0]), ProbeSettings.model_fields)
         raise UsageError(f"{source}unknown key {unknown[0]!r}; {hint}")
     merged = {**data, **given}
     if merged.get("reference") is False and "dtypes" not in merged:
@@ -105,12 +148,31 @@ def load_settings(profile: str | None, flags: dict[str, Any]) -> ProbeSettings:
     try:
         return ProbeSettings.model_validate(merged)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = str(first["loc"][0])
-        message = first["msg"].removeprefix("Value error, ")
-        flag = "--" + {"dtypes": "dtype", "attention": "attn", "reference": "no-reference"}.get(key, key)
-        where = flag.replace("_", "-") if key in given else f"{source}{key}"
-        raise UsageError(f"{where}: {message[0].lower()}{message[1:]}.") from error
+        key, message = first_error(error)
+        where = flag_of(key) if key in given else f"{source}{key}"
+        raise UsageError(f"{where}: {message}.") from error
+
+
+_FLAGS = {"dtypes": "--dtype", "attention": "--attn", "reference": "--no-reference"}
+
+
+def flag_of(key: str) -> str:
+    """The command-line option of a setting."""
+    return _FLAGS.get(key, "--" + key.replace("_", "-"))
+
+
+def first_error(error: ValidationError) -> tuple[str, str]:
+    """Key and message (as a part of a sentence) of the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return ".".join(str(part) for part in first["loc"]), f"{message[0].lower()}{message[1:]}"
+
+
+def near_or_known(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is not in a table: the nearest that is, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}."
 
 
 def _read_profile(profile: str) -> dict[str, Any]:

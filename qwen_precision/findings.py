@@ -48,6 +48,10 @@ class Finding:
     """All prompts that show it."""
     predicted: bool = False
     """Known from the reference alone: the dtype's own stream did not get here."""
+    row: int | None = None
+    """Of the batch, in a generation."""
+    step: int | None = None
+    """Generated token, in a generation."""
 
 
 @dataclass(frozen=True)

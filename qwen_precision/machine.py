@@ -1,6 +1,7 @@
 """What this machine is and what is chosen because of it; every choice comes with its reason."""
 
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.record import Choice
+
+_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 _SHARE = 0.7  # of the free memory that weights and buffers may take; the rest is for activations
 
@@ -71,6 +74,11 @@ def free_bytes(device: torch.device) -> int:
         return min(free, int(limit) - int(used)) if limit.isdigit() else free
     except (OSError, ValueError):
         return free
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says so: torch's own is a RuntimeError, on the CPU a bare one."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_NO_MEMORY.search(str(error)))
 
 
 def environment(device: torch.device) -> dict[str, str]:

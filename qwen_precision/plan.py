@@ -1,9 +1,14 @@
-"""What a shadow run is given: prompts as the model takes them, dtypes, and how to go about it."""
+"""What a run is given: prompts as the model takes them; for a shadow run, dtypes and how to go about it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from qwen_precision.checkpoint import Checkpoint
+from qwen_precision.record import Prompt
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,17 @@ class Encoded:
     """``[batch, tokens]`` int64, padded on the left."""
     mask: Tensor
     """``[batch, tokens]`` int64, 1 at tokens and 0 at padding."""
+
+
+def encode(prompt: Prompt, checkpoint: Checkpoint, device: torch.device) -> Encoded:
+    """A prompt of the record as tensors on a device."""
+    tokenizer: Any = checkpoint.tokenizer
+    # Any id does at a pad position: it is masked. The tokenizer's own is what generation would use.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+    pad = pad if pad < checkpoint.config.vocab_size else 0
+    ids = torch.tensor([[pad] * row.padding + row.ids for row in prompt.rows], device=device)
+    mask = torch.tensor([[0] * row.padding + [1] * len(row.ids) for row in prompt.rows], device=device)
+    return Encoded(ids, mask)
 
 
 @dataclass(frozen=True)

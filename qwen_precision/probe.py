@@ -1,27 +1,25 @@
 """A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
 from qwen_precision import __version__
-from qwen_precision.checkpoint import Checkpoint, open_checkpoint
+from qwen_precision.checkpoint import Checkpoint, model_part, open_checkpoint
 from qwen_precision.collect import Collector
 from qwen_precision.config import ProbeSettings
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.hub import locate
-from qwen_precision.machine import choose_device, choose_memory, environment
-from qwen_precision.plan import Encoded, FinalHook, Plan
+from qwen_precision.machine import choose_device, choose_memory, environment, out_of_memory
+from qwen_precision.plan import FinalHook, Plan, encode
 from qwen_precision.prompts import PromptSpec, tokenise
-from qwen_precision.record import Choice, Model, Prompt, Run
+from qwen_precision.record import Choice, Prompt, Run
 from qwen_precision.shadow import Shadow
 from qwen_precision.skeleton import build, decoder_layers
 from qwen_precision.weightcheck import WeightCheck
@@ -31,8 +29,6 @@ Progress = Callable[[int, int, str], None]
 
 SLICE_BYTES = 256 * 1024 * 1024
 """Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""
-
-_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
 
 @dataclass
@@ -136,14 +132,14 @@ def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | Non
     _move_buffers(job.model, job.device)
     rows = 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
     plan = Plan(job.passes, job.settings.near_overflow, rows)
-    encoded = [_encode(prompt, job.checkpoint, job.device) for prompt in job.prompts]
+    encoded = [encode(prompt, job.checkpoint, job.device) for prompt in job.prompts]
     shadow = Shadow(job.model, store, encoded, plan, job.collector, progress, on_final)
     try:
         shadow.run()
     except KeyboardInterrupt:
         return "interrupted"
-    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, on the CPU a bare one
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
     except QprecError as error:
@@ -160,31 +156,15 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _encode(prompt: Prompt, checkpoint: Checkpoint, device: torch.device) -> Encoded:
-    tokenizer: Any = checkpoint.tokenizer
-    # Any id does at a pad position: it is masked. The tokenizer's own is what generation would use.
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
-    pad = pad if pad < checkpoint.config.vocab_size else 0
-    ids = torch.tensor([[pad] * row.padding + row.ids for row in prompt.rows], device=device)
-    mask = torch.tensor([[0] * row.padding + [1] * len(row.ids) for row in prompt.rows], device=device)
-    return Encoded(ids, mask)
-
-
 def _record(job: _Job, source: str, stopped: str | None) -> Run:
-    checkpoint, config = job.checkpoint, job.checkpoint.config
+    checkpoint = job.checkpoint
     return Run(
-        schema_=1,
+        schema_=2,
         tool=f"qprec {__version__}",
         verb="probe",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         stopped=stopped,
-        model=Model(
-            source=source, revision=checkpoint.revision, architecture=type(job.model).__name__,
-            layers=len(decoder_layers(job.model)[1]), hidden_size=config.hidden_size,
-            vocabulary=config.vocab_size, parameters=checkpoint.parameters,
-            weight_bytes=checkpoint.weight_bytes, source_dtype=checkpoint.source_dtype,
-            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        ),
+        model=model_part(checkpoint, source, type(job.model).__name__, len(decoder_layers(job.model)[1])),
         environment=environment(job.device),
         settings=job.settings.model_dump(),
         choices=job.choices,
@@ -198,4 +178,5 @@ def _record(job: _Job, source: str, stopped: str | None) -> Run:
         weights=job.check.weights(),
         weight_totals=job.check.totals(),
         seconds={name: round(value, 3) for name, value in job.seconds.items()},
+        generation=None,
     )  # fmt: skip

@@ -100,7 +100,12 @@ def _spec(item: Any, number: int, path: Path) -> PromptSpec:
 
 
 def tokenise(
-    specs: Sequence[PromptSpec], tokenizer: Any, vocabulary: int, context: int | None, max_tokens: int | None
+    specs: Sequence[PromptSpec],
+    tokenizer: Any,
+    vocabulary: int,
+    context: int | None,
+    max_tokens: int | None,
+    cut_with: str | None = "--max-tokens",
 ) -> tuple[list[Prompt], list[str]]:
     """Prompts as token ids, and the names of those left out because there is no chat template.
 
@@ -108,6 +113,7 @@ def tokenise(
         vocabulary: rows of the embedding; an id beyond it cannot be looked up.
         context: the model's longest sequence, or None if it names none.
         max_tokens: cut every row to its first so many tokens.
+        cut_with: the option that would have cut a row that is too long, for the message.
 
     Raises:
         UsageError: a prompt without tokens, longer than the context, or outside the vocabulary.
@@ -120,13 +126,13 @@ def tokenise(
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
         rows = [_ids(spec, text, tokenizer)[:cut] for text in spec.texts()]
         for ids in rows:
-            _check(spec.name, ids, vocabulary, context)
+            _check(spec.name, ids, vocabulary, context, cut_with)
         longest = max(len(ids) for ids in rows)
         prompts.append(
             Prompt(
                 name=spec.name,
                 rows=[
-                    Row(text=text, ids=ids, tokens=[_as_text(i, tokenizer) for i in ids], padding=longest - len(ids))
+                    Row(text=text, ids=ids, tokens=[as_text(i, tokenizer) for i in ids], padding=longest - len(ids))
                     for text, ids in zip(spec.texts(), rows, strict=True)
                 ],
             )
@@ -136,28 +142,45 @@ def tokenise(
     return prompts, left_out
 
 
-def _ids(spec: PromptSpec, text: str, tokenizer: Any) -> list[int]:
-    if spec.chat is not None:
-        try:
-            text = tokenizer.apply_chat_template(
+def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
+    """The text that is tokenised: as it is, or in the chat template.
+
+    Raises:
+        QprecError: the template, a program from a stranger, fails.
+    """
+    if spec.chat is None:
+        return text
+    try:
+        return str(
+            tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
             )
-        except Exception as error:  # a template is a program from a stranger; jinja raises what it likes
-            raise QprecError(
-                f"prompt {spec.name!r}: the checkpoint's chat template fails ({in_one_line(error)}); "
-                "give prompts without a chat turn (--prompt or --prompts)."
-            ) from error
-    return list(tokenizer(text, add_special_tokens=spec.chat is None)["input_ids"])
+        )
+    except Exception as error:  # jinja raises what it likes
+        raise QprecError(
+            f"prompt {spec.name!r}: the checkpoint's chat template fails ({in_one_line(error)}); "
+            "give prompts without a chat turn (--prompt or --prompts)."
+        ) from error
 
 
-def _check(name: str, ids: list[int], vocabulary: int, context: int | None) -> None:
+def _ids(spec: PromptSpec, text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(rendered(spec, text, tokenizer), add_special_tokens=spec.chat is None)["input_ids"])
+
+
+def as_batch(prompts: Sequence[Prompt]) -> Prompt:
+    """All rows of all prompts as one left-padded batch."""
+    rows = [row for prompt in prompts for row in prompt.rows]
+    longest = max(len(row.ids) for row in rows)
+    padded = [row.model_copy(update={"padding": longest - len(row.ids)}) for row in rows]
+    return Prompt(name="batch" if len(rows) > 1 else prompts[0].name, rows=padded)
+
+
+def _check(name: str, ids: list[int], vocabulary: int, context: int | None, cut_with: str | None) -> None:
     if not ids:
         raise UsageError(f"prompt {name!r}: gives no tokens; use a longer text.")
     if context is not None and len(ids) > context:
-        raise UsageError(
-            f"prompt {name!r}: has {len(ids)} tokens, the model's context is {context}; "
-            f"shorten it or add --max-tokens {context}."
-        )
+        remedy = f"shorten it or add {cut_with} {context}" if cut_with else "shorten it"
+        raise UsageError(f"prompt {name!r}: has {len(ids)} tokens, the model's context is {context}; {remedy}.")
     if max(ids) >= vocabulary:
         raise UsageError(
             f"prompt {name!r}: the tokenizer gives id {max(ids)}, the embedding has {vocabulary} rows; "
@@ -165,8 +188,9 @@ def _check(name: str, ids: list[int], vocabulary: int, context: int | None) -> N
         )
 
 
-def _as_text(token: int, tokenizer: Any) -> str:
+def as_text(token: int, tokenizer: Any) -> str:
+    """One id as text; a part of a character has none of its own, so it is shown as the tokenizer spells it."""
     text = tokenizer.decode([token])
-    if "\ufffd" in text or not text:  # a part of a character has no text of its own
+    if "\ufffd" in text or not text:
         text = str(tokenizer.convert_ids_to_tokens(token))
     return str(text)

@@ -1,45 +1,32 @@
-"""The Run: everything a probe measured, as one frozen record that can be saved and loaded again.
+"""The Run: everything a probe or a generation measured, as one frozen record that can be saved and loaded again.
 
 Facts only. What they mean (findings, verdict, exit code) is derived in ``checks.py``, so that a new limit
 works on last month's file with no GPU. The tensors are gone: a reading is one number per operation.
 
 Layout: ``sites`` lists every operation once; each ``Pass`` (one dtype on one prompt) holds a column of
-magnitudes in the same order, null where that operation did not run. JSON has no NaN or infinity: they are
-written as the words "nan", "inf" and "-inf".
+magnitudes in the same order, null where that operation did not run. A generation has none of these; what it
+has is in ``generation``.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from qwen_precision.dtypes import DTYPES, WIDER_MAX
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
+from qwen_precision.generation import Generation
+from qwen_precision.parts import Number, Part, in_words
+from qwen_precision.references import misfit
+from qwen_precision.upgrades import upgraded
 
-SCHEMA = 1
+SCHEMA = 2
 """The schema this version writes; older ones are upgraded on loading, newer ones are refused."""
 
 MAX_BYTES = 256 * 1024 * 1024
 """A record larger than this is not a qprec record: it is refused before it is parsed."""
-
-_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def _number(value: object) -> object:
-    return _WORDS.get(value, value) if isinstance(value, str) else value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-"""A float that may be NaN or infinite; in JSON those are words."""
-
-
-class Part(BaseModel):
-    """Base of every part of a record: frozen, and an unknown or missing key is an error that names it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, protected_namespaces=())
+_EXPECTED = "give the file that `qprec probe -o` or `qprec generate -o` wrote"
 
 
 class Choice(Part):
@@ -183,11 +170,11 @@ class WeightTotals(Part):
 
 
 class Run(Part):
-    """One run of ``qprec probe``."""
+    """One run of ``qprec probe`` or ``qprec generate``."""
 
-    schema_: Literal[1] = Field(default=1, alias="schema")
+    schema_: Literal[2] = Field(default=2, alias="schema")
     tool: str
-    verb: Literal["probe"]
+    verb: Literal["probe", "generate"]
     created: str
     """UTC, ISO 8601."""
     stopped: str | None
@@ -212,21 +199,10 @@ class Run(Part):
     weight_totals: list[WeightTotals]
     seconds: dict[str, float]
     """Wall time by part: reading, arithmetic of each dtype, everything."""
+    generation: Generation | None
+    """What was generated; null in a probe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, populate_by_name=True)
-
-
-def in_words(value: Any) -> Any:
-    """Plain JSON values: NaN and infinity as words, every key a string."""
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "nan" if value != value else ("inf" if value > 0 else "-inf")
-    if isinstance(value, dict):
-        return {str(key): in_words(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [in_words(item) for item in value]
-    return value
 
 
 def to_json(run: Run) -> str:
@@ -252,18 +228,18 @@ def load(path: Path) -> Run:
             raise QprecError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not a qprec record.")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise QprecError(
-            f"{path}: cannot be read ({error.strerror}); give the file that `qprec probe -o` wrote."
-        ) from error
+        raise QprecError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}.") from error
     except (ValueError, RecursionError) as error:
-        raise QprecError(f"{path}: is not JSON; give the file that `qprec probe -o` wrote.") from error
+        raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
         raise QprecError(f"{path}: has no `schema` number, so it is not a qprec record.")
+    if data["schema"] < 1:
+        raise QprecError(f"{path}: has schema {data['schema']}, but the first was 1; it is not a qprec record.")
     if data["schema"] > SCHEMA:
         raise QprecError(
             f"{path}: has schema {data['schema']}, this qprec reads up to {SCHEMA}; upgrade qprec to read it."
         )
-    return _validated(data, path)
+    return _validated(upgraded(data, SCHEMA), path)
 
 
 def _validated(data: dict[str, Any], path: Path) -> Run:
@@ -275,38 +251,7 @@ def _validated(data: dict[str, Any], path: Path) -> Run:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise QprecError(f"{path}: not a valid qprec record: {key}: {first['msg'].lower()}.") from error
-    _check_references(run, path)
+    wrong = misfit(run)
+    if wrong is not None:
+        raise QprecError(f"{path}: not a valid qprec record: {wrong} does not fit the lists it points into.")
     return run
-
-
-def _check_references(run: Run, path: Path) -> None:
-    """Indices that point outside their list would crash a renderer: refuse them here, once."""
-
-    def refuse(key: str) -> None:
-        raise QprecError(f"{path}: not a valid qprec record: {key} does not fit the lists it points into.")
-
-    sites, prompts = len(run.sites), len(run.prompts)
-    for number, each in enumerate(run.passes):
-        if len(each.abs_max) != sites:
-            refuse(f"passes.{number}.abs_max")
-        if not 0 <= each.prompt < prompts or each.dtype not in DTYPES:
-            refuse(f"passes.{number}")
-        rows = len(run.prompts[each.prompt].rows)
-        for event in each.events:
-            if not 0 <= event.site < sites or (event.row is not None and not 0 <= event.row < rows):
-                refuse(f"passes.{number}.events")
-    if not {*run.dtypes} <= set(DTYPES):
-        refuse("dtypes")
-    for table in run.wider.values():
-        if any(not 0 <= site < sites or name not in {*DTYPES, *WIDER_MAX} for site, name in table.items()):
-            refuse("wider")
-    if any(not (0 <= site < sites and 0 <= source < sites) for site, source in run.casts.items()):
-        refuse("casts")
-    if any(total.dtype not in DTYPES for total in run.weight_totals):
-        refuse("weight_totals")
-    if any(
-        name not in DTYPES
-        for weight in run.weights
-        for name in {**weight.overflow, **weight.underflow, **weight.inexact}
-    ):
-        refuse("weights")

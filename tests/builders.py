@@ -58,13 +58,13 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
     dtypes = list(dict.fromkeys(each.dtype for each in passes))
     return Run(
         **{
-            "schema_": 1, "tool": "qprec 0.1.0", "verb": "probe", "created": "2026-01-01T00:00:00+00:00",
+            "schema_": 2, "tool": "qprec 0.1.0", "verb": "probe", "created": "2026-01-01T00:00:00+00:00",
             "stopped": None, "model": a_model(), "environment": {"python": "3.11.7", "torch": "2.13.0"},
             "settings": {}, "choices": [Choice(what="device", value="cpu", reason="auto: no GPU is here")],
             "prompts": [a_prompt()], "dtypes": dtypes, "reference": True, "sites": SITES, "wider": {}, "casts": {},
             "passes": passes, "weights": [],
             "weight_totals": [WeightTotals(dtype="fp16", elements=8_190_735_360, overflow=0, underflow=7, inexact=900)],
-            "seconds": {"total": 12.5}, **changes,
+            "seconds": {"total": 12.5}, "generation": None, **changes,
         }
     )  # fmt: skip
 

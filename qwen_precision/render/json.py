@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qwen_precision.findings import Report
-from qwen_precision.record import in_words
+from qwen_precision.parts import in_words
 
 SCHEMA = 1
 

@@ -15,7 +15,10 @@ from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Finding, Headroom, Report
+from qwen_precision.generation import Generation
 from qwen_precision.names import name_of
+from qwen_precision.record import Run
+from qwen_precision.render.generation import summary, texts, trips
 from qwen_precision.render.text import count, number, quoted, safe
 
 _STYLE = {"ok": "green", "risk": "yellow", "fail": "bold red", "incomplete": "yellow"}
@@ -49,6 +52,9 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield _headline(report)
     if report.stopped:
         yield Text(f"\nStopped early: {safe(report.stopped)}. What was not reached is not judged.", style="yellow")
+    made = report.run.generation
+    if made is not None:
+        yield from texts(made)
     for dtype in report.verdict:
         mine = [finding for finding in report.findings if finding.dtype == dtype]
         if mine:
@@ -58,6 +64,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     if others:
         yield Text("\nFindings in the reference", style="bold")
         yield from _findings(others)
+    if made is not None:
+        yield from trips(made)
     for dtype in report.verdict:
         if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
             yield _headroom(report, dtype)
@@ -74,7 +82,7 @@ def _headline(report: Report) -> RenderableType:
     lines.append(
         f"  {safe(model.source)}{revision}\n"
         f"{safe(model.architecture)}, {model.layers} layers, {size} parameters in {safe(model.source_dtype)}; "
-        f"{count(len(run.prompts), 'prompt')}, {count(len(run.sites), 'operation')} watched\n"
+        f"{_what_was_done(run)}\n"
     )
     for choice in run.choices:
         lines.append(f"{safe(choice.what)} {safe(choice.value)} ({safe(choice.reason)})\n", style="dim")
@@ -87,15 +95,24 @@ def _headline(report: Report) -> RenderableType:
     return Group(lines, table)
 
 
+def _what_was_done(run: Run) -> str:
+    if run.generation is not None:
+        return summary(run, run.generation)
+    return f"{count(len(run.prompts), 'prompt')}, {count(len(run.sites), 'operation')} watched"
+
+
 def _why(report: Report, dtype: str) -> str:
     mine = [finding for finding in report.findings if finding.dtype == dtype and finding.severity != "info"]
     if mine:
         first = mine[0]
-        layer = f"layer {first.layer}, " if first.layer is not None else ""
+        where = f"layer {first.layer}, " if first.layer is not None else ""
+        where = f"step {first.step}, row {first.row}, {where}" if first.step is not None else where
         first_word = "first: " if first.severity == "error" else ""
-        return f"{first_word}{layer}{safe(first.name)} ({first.kind})"
+        return f"{first_word}{where}{safe(first.name)} ({first.kind})"
     if report.verdict[dtype] == "incomplete":
         return "nothing found before it stopped"
+    if report.run.generation is not None:
+        return "all logits finite" if _was_watched(report.run.generation) else "not watched"
     tightest = report.headroom[dtype][0] if report.headroom[dtype] else None
     if tightest is None or not math.isfinite(tightest.headroom):
         return "every operation finite"
@@ -103,6 +120,10 @@ def _why(report: Report, dtype: str) -> str:
     layer = f"layer {site.layer}, " if site.layer is not None else ""
     room = _room(tightest.headroom)
     return f"every operation finite; least headroom {room} at {layer}{safe(name_of(site.module, site.op, site.call))}"
+
+
+def _was_watched(made: Generation) -> bool:
+    return any(value is not None and value == value for row in made.rows for value in row.top1)
 
 
 def _findings(findings: list[Finding]) -> Iterator[RenderableType]:
@@ -121,7 +142,7 @@ def _findings(findings: list[Finding]) -> Iterator[RenderableType]:
 
 def _group(position: int, group: list[Finding]) -> RenderableType:
     first = group[0]
-    style = "bold red" if first.severity == "error" else "yellow"
+    style = {"error": "bold red", "warning": "yellow"}.get(first.severity, "dim")
     title = Text(f"{position}. ")
     title.append(first.kind, style)
     title.append(f"  {_layers(group)}{safe(first.name)}", "bold")
@@ -134,7 +155,10 @@ def _group(position: int, group: list[Finding]) -> RenderableType:
 
 
 def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
-    yield "where", f"{safe(first.module)}  {safe(first.op)}"
+    if first.step is not None:
+        yield "where", f"step {first.step}, row {first.row}"
+    elif first.kind != "advice":
+        yield "where", f"{safe(first.module)}  {safe(first.op)}"
     if first.reference_abs_max is not None:
         room = f", headroom {_room(first.headroom)}" if first.headroom is not None else ""
         yield "magnitude", f"{number(first.reference_abs_max)}{room}"
@@ -142,13 +166,16 @@ def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
     if place:
         yield "at", place
     if first.nan or first.inf:
-        yield "bad", f"{first.inf:,} inf, {first.nan:,} NaN; passed on by {count(first.propagated, 'later operation')}"
+        carried = f"; passed on by {count(first.propagated, 'later operation')}"
+        if first.step is not None:
+            carried = f"; and at {count(first.propagated, 'later step')}" if first.propagated else ""
+        yield "bad", f"{first.inf:,} inf, {first.nan:,} NaN{carried}"
     if first.prompts:
         yield "prompts", ", ".join(quoted(name) for name in first.prompts)
     if len(group) > 1:
         tail = ", ".join(_also(finding) for finding in group[1:4])
         yield "also", tail + (f" and {len(group) - 4} more" if len(group) > 4 else "")
-    if first.severity == "error":
+    if first.severity == "error" or first.step is not None or first.kind == "advice":
         yield "cause", safe(first.cause, 500)
 
 
@@ -169,6 +196,8 @@ def _place(finding: Finding) -> str:
 
 
 def _also(finding: Finding) -> str:
+    if finding.step is not None:
+        return f"step {finding.step} of row {finding.row}"
     layer = f"layer {finding.layer}" if finding.layer is not None else safe(finding.module)
     return f"{layer} ({number(finding.reference_abs_max)})" if finding.reference_abs_max is not None else layer
 

@@ -1,0 +1,38 @@
+"""What every part of a record is made of: a frozen model, numbers that JSON has no word for, plain values.
+
+JSON has no NaN or infinity: they are written as the words "nan", "inf" and "-inf".
+"""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _number(value: object) -> object:
+    return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+"""A float that may be NaN or infinite; in JSON those are words."""
+
+
+class Part(BaseModel):
+    """Base of every part of a record: frozen, and an unknown or missing key is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, protected_namespaces=())
+
+
+def in_words(value: Any) -> Any:
+    """Plain JSON values: NaN and infinity as words, every key a string."""
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "nan" if value != value else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {str(key): in_words(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [in_words(item) for item in value]
+    return value

@@ -1,0 +1,232 @@
+"""Judgement of a generation: bad logits, the sampling error, text that says nothing, pad rows, advice. Pure; no torch.
+
+Bad logits that a guard mended or recovered from are a warning: the text is what healthy logits support, but the dtype
+did fail. Left as they were, they are an error. A mere loop, with logits that were healthy, is told as an info.
+"""
+
+import shlex
+from collections.abc import Iterator
+
+from qwen_precision.degenerate import Symptom, symptoms
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.facts import Facts
+from qwen_precision.findings import Finding, Report
+from qwen_precision.generation import BAD_LOGITS, Continuation, Generation, Trip
+from qwen_precision.guardsettings import Advice, Degenerate, GuardSettings
+from qwen_precision.record import Run
+
+_MENDED = ("repaired", "likeliest kept", "recovered")
+_LONGEST_PROMPT = 2000  # characters; a longer one does not go on a command line
+
+
+def next_probe(run: Run, row: Continuation) -> str:
+    """The command that leads from the symptom to its origin: a probe of what the failing step was given."""
+    text = row.input + (row.clean_text or "")
+    prompt = f"--prompt {shlex.quote(text)}" if len(text) <= _LONGEST_PROMPT else "--prompts FILE"
+    parts = ["qprec probe", shlex.quote(run.model.source)]
+    if run.model.revision:
+        parts.append(f"--revision {shlex.quote(run.model.revision)}")
+    attention = run.settings.get("attention")
+    parts += [f"--attn {shlex.quote(str(attention))}"] if attention else []
+    asked = run.settings.get("dtype")
+    return " ".join([*parts, f"--dtype {asked if asked in DTYPES else run.dtypes[0]}", prompt])
+
+
+def next_command(report: Report) -> str | None:
+    """The probe to run next, after a generation in which logits or text went bad."""
+    made = report.run.generation
+    kinds = {"nonfinite-logits", "sampling-error", "degenerate-text", "masked-row"}
+    bad = [each for each in report.findings if each.kind in kinds and each.severity != "info"]
+    rows = {row.row: row for row in made.rows} if made is not None else {}
+    return next((next_probe(report.run, rows[each.row]) for each in bad if each.row in rows), None)
+
+
+def _finding(run: Run, kind: str, severity: str, dtype: str, cause: str, advice: str, **more: object) -> Finding:
+    base: dict[str, object] = {
+        "layer": None, "module": "lm_head", "op": "logits", "name": "logits", "origin": False,
+        "reference_abs_max": None, "headroom": None, "prompt": run.prompts[0].name if run.prompts else None,
+    }  # fmt: skip
+    return Finding(kind=kind, severity=severity, dtype=dtype, cause=cause, advice=advice, **{**base, **more})  # type: ignore[arg-type]
+
+
+def nonfinite_logits(facts: Facts) -> Iterator[Finding]:
+    """A row's logits were NaN, infinite or all equal at a step of a generation."""
+    made = facts.run.generation
+    if made is None:
+        return
+    for row in made.rows:
+        for dtype in facts.run.dtypes:
+            bad = [t for t in made.trips if t.row == row.row and t.dtype == dtype and t.kind in BAD_LOGITS]
+            bad = [t for t in bad if t.kind != "all filtered"]
+            if bad:
+                yield _bad_row(facts.run, made, row, bad)
+
+
+def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> Finding:
+    first = bad[0]
+    steps = {trip.step for trip in bad}
+    done = [t for t in made.trips if t.acted and t.kind in _MENDED and t.row == row.row and t.step in steps]
+    mended = steps <= {trip.step for trip in done}
+    cause = f"At step {first.step} of row {row.row}, {first.why}."
+    if first.poisoned is not None:
+        place = first.poisoned
+        before = f"layers up to {place.layer - 1}" if place.layer else "the embedding"
+        cause += (
+            f" The KV cache is not finite from the {place.part} of layer {place.layer} on, first at token "
+            f"{place.position}: what {before} gave is where it starts."
+        )
+    else:
+        cause += " Its KV cache was finite."
+    what = "; ".join(dict.fromkeys(f"{trip.guard}: {trip.why}" for trip in done))
+    advice = f"{what[0].upper()}{what[1:]}. " if what else ""
+    return _finding(
+        run, "nonfinite-logits", "warning" if mended else "error", first.dtype, cause,
+        f"{advice}Find the origin: {next_probe(run, row)}", row=row.row, step=first.step,
+        nan=int(first.before.get("nan", 0)), inf=int(first.before.get("inf", 0)), propagated=len(steps) - 1,
+    )  # fmt: skip
+
+
+def sampling_error(facts: Facts) -> Iterator[Finding]:
+    """Torch refused to draw a token from the probabilities, or the filters left none."""
+    made = facts.run.generation
+    if made is None:
+        return
+    if made.error is not None:
+        rows = ", ".join(str(row) for row in made.error.rows)
+        by_row = {row.row: row for row in made.rows}
+        row = by_row.get(made.error.rows[0]) if made.error.rows else None
+        dtype = row.stretches[-1].dtype if row and row.stretches else facts.run.dtypes[0]
+        yield _finding(
+            facts.run, "sampling-error", "error", dtype,
+            f"Sampling ended at step {made.error.step} with torch's error for row {rows}: {made.error.message}.",
+            "Run it again without --no-guards." if not _settings(made).recover.enabled else "Look at the trips.",
+            row=row.row if row else None, step=made.error.step, name="sampling", op="multinomial",
+        )  # fmt: skip
+    for trip in made.trips:
+        if trip.guard == "epsilon":
+            yield _finding(
+                facts.run, "sampling-error", "warning" if trip.acted else "error", trip.dtype,
+                f"At step {trip.step} of row {trip.row}, {trip.why}.", "Loosen the filters (top-k, top-p, min-p).",
+                row=trip.row, step=trip.step, name="sampling", op="softmax",
+            )  # fmt: skip
+
+
+def degenerate_text(facts: Facts) -> Iterator[Finding]:
+    """The text is a run of one token ("!!!!"), descending ids or a short cycle; told apart by cause."""
+    made = facts.run.generation
+    if made is None:
+        return
+    settings = _settings(made)
+    top_k = made.options.get("top_k") if made.options.get("do_sample") else 0
+    for row in made.rows:
+        for symptom in symptoms(row.ids, settings.degenerate, top_k if isinstance(top_k, int) else 0):
+            yield _symptom(facts.run, made, row, symptom, settings.watch.enabled)
+    yield from _same_whatever_the_seed(facts.run, made, settings.degenerate)
+
+
+def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, watched: bool) -> Finding:
+    span = range(symptom.start, symptom.end)
+    mended = {t.step for t in made.trips if t.acted and t.kind in _MENDED and t.row == row.row}
+    bad = [t for t in made.trips if t.row == row.row and t.kind in BAD_LOGITS and t.step in span]
+    left = [trip for trip in bad if trip.step not in mended]
+    ids = row.ids[symptom.start : symptom.end]
+    looks = symptom.kind == "descending" or (symptom.kind == "run" and ids[0] == 0)
+    shown = "".join(row.tokens[symptom.start : symptom.end])[:24]
+    name = {"run": "one token over and over", "cycle": f"a cycle of {symptom.period}", "descending": "descending ids"}
+    what = f"{symptom.length} tokens from step {symptom.start} on are {name[symptom.kind]} ({shown!r})"
+    before = "".join(row.tokens[max(0, symptom.start - 8) : symptom.start])
+    what += f" after {before!r}" if before else ""
+    stretch = [each.dtype for each in row.stretches if each.start <= symptom.start]
+    if left:
+        cause = f"{what}: the logits were not usable at {len(left)} of these steps, so the text means nothing."
+        severity, advice = "error", f"Find the origin: {next_probe(run, row)}"
+    elif bad:
+        cause = f"{what}: the logits were repaired at {len({t.step for t in bad})} of these steps."
+        severity, advice = "warning", f"Find the origin: {next_probe(run, row)}"
+    elif watched:
+        cause = f"{what}: the logits were healthy all along, so the model merely repeats itself."
+        severity, advice = "info", "This is not a numerical fault: sample, or raise the repetition penalty a little."
+    elif looks:
+        cause = f"{what}: this is what NaN logits print (the argmax of a NaN row is id 0); they were not watched."
+        severity, advice = "error", "Run it again with the guard watch on."
+    else:
+        cause = f"{what}: whether the logits were healthy is not known, they were not watched."
+        severity, advice = "info", "Run it again with the guard watch on."
+    return _finding(
+        run, "degenerate-text", severity, stretch[-1] if stretch else run.dtypes[0], cause, advice,
+        row=row.row, step=symptom.start, name="generated text", op=symptom.kind,
+    )  # fmt: skip
+
+
+def _same_whatever_the_seed(run: Run, made: Generation, limits: Degenerate) -> Iterator[Finding]:
+    """Rows draw from different random numbers; the same ids for different prompts come from no distribution."""
+    if not made.options.get("do_sample"):
+        return
+    seen: dict[tuple[int, ...], Continuation] = {}
+    for row in made.rows:
+        key = tuple(row.ids)
+        other = seen.setdefault(key, row)
+        if len(key) < limits.run or other is row or other.input == row.input:
+            continue
+        yield _finding(
+            run, "degenerate-text", "error", row.stretches[-1].dtype if row.stretches else run.dtypes[0],
+            f"Rows {other.row} and {row.row} have different prompts and were drawn with different random numbers, "
+            f"yet their {len(key)} tokens are the same: the text depends on neither, as with NaN logits.",
+            f"Find the origin: {next_probe(run, row)}", row=row.row, step=0, name="generated text", op="sampling",
+        )  # fmt: skip
+
+
+def masked_rows(facts: Facts) -> Iterator[Finding]:
+    """Only pad positions of a row's KV cache are not finite: its padding was masked in a way that gave NaN."""
+    made = facts.run.generation
+    for trip in made.trips if made is not None else []:
+        if made is not None and trip.poisoned is not None and trip.poisoned.in_padding:
+            mended = any(t.acted and t.kind in _MENDED and (t.row, t.step) == (trip.row, trip.step) for t in made.trips)
+            yield _finding(
+                facts.run, "masked-row", "warning" if mended else "error", trip.dtype,
+                f"In row {trip.row} only pad positions of the KV cache are not finite, from the {trip.poisoned.part} "
+                f"of layer {trip.poisoned.layer} on: fully masked rows of left padding gave NaN.",
+                "Give this prompt alone, without padding, or try the other attention implementation (--attn).",
+                row=trip.row, step=trip.step, name="KV cache", op=trip.poisoned.part, layer=trip.poisoned.layer,
+            )  # fmt: skip
+
+
+def advice(facts: Facts) -> Iterator[Finding]:
+    """Settings of a generation that are known to make it worse; never more than an info."""
+    made = facts.run.generation
+    if made is None:
+        return
+    limits = _settings(made).advice
+    if limits.enabled:
+        for name, cause, remedy in _bad_settings(facts.run, made, limits):
+            yield _finding(facts.run, "advice", "info", facts.run.dtypes[0], cause, remedy, name=name, op="setting")
+
+
+def _bad_settings(run: Run, made: Generation, limits: Advice) -> Iterator[tuple[str, str, str]]:
+    temperature, penalty = made.options.get("temperature"), made.options.get("repetition_penalty")
+    if made.options.get("do_sample") and isinstance(temperature, (int, float)) and temperature < limits.temperature:
+        yield (
+            "temperature", f"Sampling at temperature {temperature:g} divides every logit by it: near greedy, "
+            "and nearer to overflow.", f"Use --greedy, or a temperature of {limits.temperature:g} to 1.",
+        )  # fmt: skip
+    if isinstance(penalty, (int, float)) and abs(penalty - 1) > limits.penalty:
+        cause = f"A repetition penalty of {penalty:g} is far from 1: it distorts the distribution at every step."
+        yield "repetition penalty", cause, "Stay near 1, 1.05 to 1.2 say."
+    if made.chat and made.base_model:
+        cause = f"A chat turn is given to what looks like a base model: {made.base_model}."
+        yield "base model", cause, "Use an instruction-tuned checkpoint, or --raw."
+    probe = made.probe
+    dtype = run.settings.get("dtype")
+    if probe is not None and probe.headroom is not None and probe.headroom < limits.headroom:
+        cause = (
+            f"The probe {probe.file} says {probe.verdict} for {dtype}: headroom {probe.headroom:.3g}x at {probe.where}."
+        )
+        yield "headroom", cause, "Other prompts may overflow: keep the guards on, or use a wider dtype."
+
+
+def _settings(made: Generation) -> GuardSettings:
+    """The guards of the run; a record from elsewhere may hold anything, then the defaults hold."""
+    try:
+        return GuardSettings.model_validate(made.guards)
+    except ValueError:
+        return GuardSettings()
