@@ -82,7 +82,10 @@ def bound(settings: Clamp, dtype: torch.dtype, temperature: float, penalty: floa
     """
     info = torch.finfo(dtype)
     grows = max(1.0, penalty, 1 / penalty) * max(1.0, 1 / temperature)
-    return min(settings.bound, info.max * (1 - 4 * info.eps) / grows)
+    limit = min(settings.bound, info.max * (1 - 4 * info.eps) / grows)
+    held = torch.tensor(limit, dtype=dtype)
+    # Rounded down: near the smallest numbers of fp16, rounding up would be more than 4 eps.
+    return float(held if float(held) <= limit else torch.nextafter(held, torch.zeros_like(held)))
 
 
 def clamped(row: Tensor, limit: float) -> Tensor:

@@ -99,7 +99,7 @@ def sampling_error(facts: Facts) -> Iterator[Finding]:
         yield _finding(
             facts.run, "sampling-error", "error", dtype,
             f"Sampling ended at step {made.error.step} with torch's error for row {rows}: {made.error.message}.",
-            "Run it again without --no-guards." if not _settings(made).recover.enabled else "Look at the trips.",
+            "Run it again with the guards on (--guards default), or look for the origin with a probe.",
             row=row.row if row else None, step=made.error.step, name="sampling", op="multinomial",
         )  # fmt: skip
     for trip in made.trips:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from qwen_precision.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
+from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.record import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
 
 SITES = [
@@ -102,15 +104,105 @@ def empty_run() -> Run:
     return a_run([], sites=[], stopped="out of memory on cpu", dtypes=["fp16", "bf16"], weight_totals=[])
 
 
+NAN = float("nan")
+GUARDS = GuardSettings().model_dump()
+
+
+def a_continuation(ids: list[int], tokens: list[str], **changes: Any) -> Continuation:
+    count = len(ids)
+    return Continuation(
+        **{
+            "row": 0, "input": "Hello there", "ids": ids, "tokens": tokens, "text": "".join(tokens),
+            "clean_text": None, "stretches": [Stretch(start=0, dtype="fp16")], "top1": [0.9] * count,
+            "margin": [2.5] * count, "entropy": [0.4] * count, "finish": "eos", **changes,
+        }
+    )  # fmt: skip
+
+
+def a_trip(step: int, guard: str = "watch", kind: str = "wholly bad", **changes: Any) -> Trip:
+    return Trip(
+        **{
+            "step": step, "row": 0, "guard": guard, "kind": kind, "dtype": "fp16", "why": "no logit is finite",
+            "acted": guard != "watch", "before": {"nan": 151936, "inf": 0}, "after": {}, "poisoned": None, **changes,
+        }
+    )  # fmt: skip
+
+
+def a_generation(rows: list[Continuation], trips: list[Trip] | None = None, **changes: Any) -> Generation:
+    return Generation(
+        **{
+            "options": {"do_sample": False, "max_new_tokens": 64, "seed": 0}, "guards": GUARDS, "chat": False,
+            "base_model": None, "rows": rows, "trips": trips or [], "error": None, "probe": None,
+            "logits": LogitsCost(
+                upcast=True, upcast_seconds=0.0123, bytes=607744, whole_prompt_bytes=1215488, chunks=1
+            ),
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def generated(made: Generation, dtypes: list[str], **changes: Any) -> Run:
+    rows = [a_prompt().rows[0] for _ in made.rows]
+    return a_run([], **{
+        "verb": "generate", "generation": made, "dtypes": dtypes, "sites": [], "reference": False,
+        "weight_totals": [], "settings": {"dtype": dtypes[0]}, "prompts": [Prompt(name="prompt", rows=rows)], **changes,
+    })  # fmt: skip
+
+
+def healthy_text_run() -> Run:
+    return generated(a_generation([a_continuation([9707, 1052, 0], [" general", " Kenobi", "!"])]), ["fp16"])
+
+
+def exclamation_run() -> Run:
+    row = a_continuation(
+        [9707, *[0] * 12], [" general", *["!"] * 12], clean_text=" general", finish="length",
+        top1=[0.9, *[NAN] * 12], margin=[2.5, *[NAN] * 12], entropy=[0.4, *[NAN] * 12],
+    )  # fmt: skip
+    poison = Poison(layer=4, part="keys", position=0, in_padding=False)
+    trips = [a_trip(step, poisoned=poison if step == 1 else None) for step in range(1, 13)]
+    return generated(a_generation([row], trips), ["fp16"])
+
+
+def recovered_run() -> Run:
+    row = a_continuation(
+        [9707, 1052, 0], [" general", " Kenobi", "!"], clean_text=" general",
+        stretches=[Stretch(start=0, dtype="fp16"), Stretch(start=1, dtype="bf16")],
+    )  # fmt: skip
+    other = a_continuation([9707], ["."], row=1)
+    trips = [a_trip(1), a_trip(1, "recover", "recovered", why="computed again in bf16 from the clean prefix",
+                               after={"nan": 0, "inf": 0})]  # fmt: skip
+    options = {"do_sample": True, "temperature": 0.1, "top_k": 20, "repetition_penalty": 1.6, "seed": 0}
+    return generated(a_generation([row, other], trips, options=options), ["fp16", "bf16"])
+
+
+def refused_run() -> Run:
+    row = a_continuation([9707], [" general"], clean_text=" general", finish="error")
+    error = SamplingError(step=1, rows=[0], message="probability tensor contains either `inf`, `nan` or element < 0")
+    return generated(a_generation([row], [a_trip(1)], error=error, options={"do_sample": True, "seed": 0}), ["fp16"])
+
+
+def interrupted_text_run() -> Run:
+    row = a_continuation([9707], [" general"], finish="interrupted")
+    return generated(a_generation([row]), ["fp16"], stopped="interrupted")
+
+
 RUNS = {
     "healthy": healthy_run, "one-overflow": overflowing_run, "many": many_overflows_run, "stopped": stopped_run,
-    "empty": empty_run,
+    "empty": empty_run, "text-healthy": healthy_text_run, "text-exclamation": exclamation_run,
+    "text-recovered": recovered_run, "text-refused": refused_run, "text-interrupted": interrupted_text_run,
 }  # fmt: skip
 
 HOSTILE = [
     "[red]bold[/red]", "[/]", "</script><script>alert(1)</script>", "| a | b |", "`rm -rf`", "\x1b[31mred\x1b[0m",
     "\u202egnp.exe", "\x00\x07\x7f", "line\nbreak\ttab", "x" * 100_000, ":x: :smile:",
 ]  # fmt: skip
+
+
+def hostile_text_run(text: str) -> Run:
+    row = a_continuation([0] * 9, [text] * 9, input=text, text=text, clean_text=text)
+    made = a_generation([row], [a_trip(0, text[:40], why=text)], options={"do_sample": True, "temperature": text[:40]})
+    return generated(made, ["fp16"], model=a_model(source=text, revision=text), settings={"dtype": text[:40]},
+                     stopped=text)  # fmt: skip
 
 
 def hostile_run(text: str) -> Run:

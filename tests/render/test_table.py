@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import pytest
-from builders import HOSTILE, RUNS, healthy_run, hostile_run, many_overflows_run, overflowing_run
+from builders import HOSTILE, RUNS, healthy_run, hostile_run, hostile_text_run, many_overflows_run, overflowing_run
 
 from qwen_precision.checks import judge
+from qwen_precision.record import Run
 from qwen_precision.render import RENDERERS
 from qwen_precision.render.table import render_table
 
@@ -55,8 +56,9 @@ def test_many_findings_of_one_kind_are_one_group_with_its_layers() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
 @pytest.mark.parametrize("name", RENDERERS)
-def test_strings_from_strangers_are_inert(name: str, text: str) -> None:
-    shown = RENDERERS[name](judge(hostile_run(text)))
+@pytest.mark.parametrize("run", [hostile_run, hostile_text_run])
+def test_strings_from_strangers_are_inert(name: str, text: str, run: Callable[[str], Run]) -> None:
+    shown = RENDERERS[name](judge(run(text)))
     if name == "json":
         shown = shown.replace("\\u001b", "")
         assert "\x1b" not in shown
