@@ -1,6 +1,6 @@
 """Speed and memory, as ratios measured interleaved in one run; no number here is asserted anywhere.
 
-    python scripts/bench.py [watch] [small] [large] [linear]      (default: all; `large` writes 16 GB)
+    python scripts/bench.py [watch] [generate] [small] [large] [linear]      (default: all; `large` writes 16 GB)
 
 QPREC_BENCH_DIR says where the checkpoints are written (default: a folder in the system's temporary one);
 they are kept there for the next run. Figures are the minimum and the median of ``RUNS``.
@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,10 +27,15 @@ from make_checkpoint import write
 from transformers import AutoModelForCausalLM
 
 import qwen_precision
+from qwen_precision.checkpoint import open_checkpoint
+from qwen_precision.decode import Decoder
 from qwen_precision.dtypes import DTYPES
+from qwen_precision.guardsettings import load_guards
+from qwen_precision.lanes import Models
 
 RUNS = 7
 TOKENS = 128
+NEW_TOKENS = 64
 FOLDER = Path(os.environ.get("QPREC_BENCH_DIR", Path(tempfile.gettempdir()) / "qprec-bench"))
 TEXT = "The quick brown fox jumps over the lazy dog. " * 64
 
@@ -190,7 +196,46 @@ def linear() -> None:
         print(f"  {tokens:4d} tokens  {row['total']:6.2f} s  peak {row['peak']:.2f} GB")
 
 
-PARTS = {"watch": watch_overhead, "small": small, "large": large, "linear": linear}
+def generating() -> None:
+    """Guards on against transformers' own generate: the same model, greedy, the same tokens; then the memory."""
+    folder = checkpoint("0.6B")
+    ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    for dtype in ("fp32", "bf16"):
+        models = Models(open_checkpoint(folder, str(folder)), torch.device("cpu"), None)
+        model = models.get(dtype)
+        length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+
+        def plain(model: Any = model, length: dict[str, Any] = length) -> torch.Tensor:
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **length)
+
+        def guarded(profile: str, model: Any = model, models: Any = models, dtype: str = dtype,
+                    length: dict[str, Any] = length) -> torch.Tensor:  # fmt: skip
+            quiet = (lambda done, total, what: None), (lambda row, token: None)
+            decoder = Decoder(models, dtype, load_guards(profile), *quiet)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decoder, **length)
+
+        assert torch.equal(plain(), guarded("default")), "the guards changed a token"
+        ways = {"transformers generate": plain, "guards default": lambda: guarded("default"),
+                "guards off": lambda: guarded("off")}  # fmt: skip
+        show(f"{NEW_TOKENS} tokens after a prompt of {TOKENS}, 0.6B, {dtype}, greedy", interleaved(ways))
+    for name in ("transformers", "default"):
+        command = [sys.executable, __file__, "--generate", str(folder), name]
+        peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+        print(f"  peak memory of a process that generates, bf16, {name:14s} {min(peaks) * 1024 / 1e9:.3f} GB")
+
+
+def generate_once(folder: str, how: str) -> None:
+    """One generation in this process, and its peak memory on stdout, in KiB."""
+    models = Models(open_checkpoint(Path(folder), folder), torch.device("cpu"), None)
+    ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    quiet = (lambda done, total, what: None), (lambda row, token: None)
+    decoder = Decoder(models, "bf16", load_guards("default"), *quiet)
+    more = {} if how == "transformers" else {"custom_generate": decoder}
+    models.get("bf16").generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **more)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+PARTS = {"watch": watch_overhead, "generate": generating, "small": small, "large": large, "linear": linear}
 
 
 def main() -> None:
@@ -201,6 +246,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if sys.argv[1:2] == ["--plain"]:
         plain_forward(sys.argv[2], sys.argv[3])
+        return
+    if sys.argv[1:2] == ["--generate"]:
+        generate_once(sys.argv[2], sys.argv[3])
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")

@@ -385,7 +385,7 @@ def test_a_profile_is_found_by_name_and_flags_win_over_it(capsys: Capture) -> No
     ("text", "words"),
     [
         ("dtype: fp16", ["'dtype'", "'dtypes'"]),
-        ("zzz: 1", ["'zzz'", "known keys"]),
+        ("zzz: 1", ["'zzz'", "known"]),
         ("memory: disk", ["memory", "disk", "streamed"]),
         ("near_overflow: many", ["near_overflow"]),
         ("- a list", ["keys and values"]),

@@ -10,6 +10,7 @@ import pytest
 from qwen_precision.checks import CHECKS
 from qwen_precision.cli import main
 from qwen_precision.dtypes import DTYPES
+from qwen_precision.guardsettings import GUARDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -23,7 +24,7 @@ def printed(arguments: list[str]) -> str:
 
 
 def help_block() -> str:
-    pages = [printed([*command, "--help"]) for command in ([], ["probe"], ["report"])]
+    pages = [printed([*command, "--help"]) for command in ([], ["probe"], ["generate"], ["report"])]
     return "\n".join(f"```\n{page}\n```" for page in pages)
 
 
@@ -33,6 +34,20 @@ def demo_block() -> str:
     text = re.sub(r"memory resident \(.*?\)", "memory resident (auto: it fits)", text, flags=re.DOTALL)
     text = text.replace("device cpu (asked for)", "device cpu (auto: no GPU is here)")
     return f"```\n$ qprec probe demo\n{text}\n```"
+
+
+def generate_block() -> str:
+    shown = []
+    for options in (["--no-guards", "--max-new-tokens", "16"], []):
+        text = printed(["generate", "demo", "--dtype", "fp16", *options])
+        verdict = text[text.index("fp16  ") : text.index("\n\nFindings")]
+        shown.append(f"$ qprec generate demo --dtype fp16 {' '.join(options)}".rstrip() + f"\n…\n{verdict}")
+    return "```\n" + "\n\n".join(shown) + "\n```"
+
+
+def guards_block() -> str:
+    rows = [f"| `{name}` | {(guard.__doc__ or '').strip().splitlines()[0]} |" for name, guard in GUARDS.items()]
+    return "| guard | what it does |\n|---|---|\n" + "\n".join(rows)
 
 
 def checks_block() -> str:
@@ -49,7 +64,14 @@ def dtypes_block() -> str:
     return head + "\n".join(rows)
 
 
-BLOCKS = {"demo": demo_block, "checks": checks_block, "dtypes": dtypes_block, "help": help_block}
+BLOCKS = {
+    "demo": demo_block,
+    "generate": generate_block,
+    "guards": guards_block,
+    "checks": checks_block,
+    "dtypes": dtypes_block,
+    "help": help_block,
+}
 
 
 @pytest.mark.parametrize("name", BLOCKS)

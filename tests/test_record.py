@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import exclamation_run, recovered_run
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
-from qwen_precision.record import Run, load, save, to_json
+from qwen_precision.record import SCHEMA, Run, load, save, to_json
+from qwen_precision.upgrades import UPGRADES
 
 
 def test_a_run_survives_saving_and_loading_as_text(demo_run: Run, tmp_path: Path) -> None:
@@ -97,6 +99,51 @@ def test_a_damaged_record_is_refused_with_the_key_named(
     assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_there_is_a_fixture_of_every_earlier_schema() -> None:
+    assert sorted(path.name for path in FIXTURES.glob("run-v*.json")) == [f"run-v{n}.json" for n in range(1, SCHEMA)]
+    assert len(UPGRADES) == SCHEMA - 1
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("run-v*.json")), ids=lambda path: path.stem)
+def test_an_old_record_is_still_read_and_judged(path: Path) -> None:
+    from qwen_precision.checks import judge
+
+    run = load(path)
+    assert run.schema_ == SCHEMA and run.generation is None
+    first = judge(run).findings[0]
+    assert (first.kind, first.layer, first.name) == ("overflow", 3, "down_proj output")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda d: d.update(generation=None), "generation"),
+        (lambda d: d["generation"]["rows"][0]["top1"].pop(), "generation.rows.0"),
+        (lambda d: d["generation"]["rows"][0].update(row=5), "generation.rows.0"),
+        (lambda d: d["generation"]["rows"][0]["stretches"][0].update(dtype="fp7"), "generation.rows.0.stretches"),
+        (lambda d: d["generation"]["trips"][0].update(row=5), "generation.trips.0"),
+        (lambda d: d["generation"]["trips"][0].update(kind="odd"), "generation.trips.0.kind"),
+        (lambda d: d["generation"]["trips"][0].update(dtype="fp7"), "generation.trips.0"),
+        (lambda d: d["generation"].update(error={"step": 0, "rows": [9], "message": ""}), "generation.error"),
+        (lambda d: d.update(schema=0), "schema 0"),
+    ],
+)
+def test_a_damaged_generation_is_refused_with_the_key_named(
+    change: Callable[[dict[str, Any]], None], word: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "gen.json"
+    path.write_text(changed(exclamation_run(), change))
+    with pytest.raises(QprecError, match=word.replace(".", r"\.")):
+        load(path)
+
+
+def test_a_generation_damaged_at_random_never_gives_a_traceback(tmp_path: Path) -> None:
+    damaged_at_random(to_json(recovered_run()), tmp_path / "gen.json")
+
+
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", "7", '"x"', "{", "[" * 100000, '{"schema": "1"}', "\x00"])
 def test_what_is_not_a_record_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
@@ -112,11 +159,11 @@ def test_bytes_that_are_not_text_and_files_that_are_not_there_are_refused(tmp_pa
             load(tmp_path / name)
 
 
-def test_a_record_damaged_at_random_never_gives_a_traceback(demo_run: Run, tmp_path: Path) -> None:
+def damaged_at_random(text: str, path: Path) -> None:
     from qwen_precision.checks import judge
     from qwen_precision.render import RENDERERS
 
-    text, path, dice = to_json(demo_run), tmp_path / "run.json", random.Random(0)
+    dice = random.Random(0)
     for _ in range(60):
         data = list(text)
         for _ in range(dice.choice([1, 3, 30])):
@@ -128,6 +175,10 @@ def test_a_record_damaged_at_random_never_gives_a_traceback(demo_run: Run, tmp_p
             continue
         for render in RENDERERS.values():
             render(report)
+
+
+def test_a_record_damaged_at_random_never_gives_a_traceback(demo_run: Run, tmp_path: Path) -> None:
+    damaged_at_random(to_json(demo_run), tmp_path / "run.json")
 
 
 def test_a_long_path_to_a_number_is_not_in_the_record(demo_run: Run) -> None:
