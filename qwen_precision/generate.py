@@ -21,7 +21,7 @@ from qwen_precision.generation import Generation, ProbeSummary
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.hub import locate
 from qwen_precision.lanes import Models
-from qwen_precision.machine import choose_device, environment, out_of_memory
+from qwen_precision.machine import attention_used, choose_device, environment, out_of_memory
 from qwen_precision.names import name_of
 from qwen_precision.plan import encode
 from qwen_precision.prompts import PromptSpec, as_batch, rendered, tokenise
@@ -83,7 +83,7 @@ def generate(
     models = Models(job.checkpoint, job.device, settings.attention, lambda what: progress(0, 0, what))
     model = models.get(settings.dtype)
     loaded = time.perf_counter()
-    job.choices.insert(1, _attention(model, settings))
+    job.choices.insert(1, attention_used(model, settings.attention))
     decoder = Decoder(
         models, settings.dtype, guards, progress, lambda row, token: on_token(job.checkpoint.tokenizer, row, token)
     )
@@ -122,13 +122,6 @@ def _prepare(
 
 def _has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
-
-
-def _attention(model: Any, settings: GenerateSettings) -> Choice:
-    used = str(getattr(model.config, "_attn_implementation", "unknown"))
-    return Choice(
-        what="attention", value=used, reason="asked for" if settings.attention else "transformers' own choice"
-    )
 
 
 def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeSummary:

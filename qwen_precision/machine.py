@@ -5,6 +5,7 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -61,6 +62,12 @@ def choose_memory(asked: str, device: torch.device, weight_bytes: int, working_b
     relation = "at most" if fits else "more than"
     reason = f"auto: needs {size}, {relation} {_SHARE:.0%} of the {free / 2**30:.1f} GiB free on {device}"
     return fits, Choice(what="memory", value="resident" if fits else "streamed", reason=reason)
+
+
+def attention_used(model: Any, asked: str | None) -> Choice:
+    """The attention implementation that a model of transformers has."""
+    used = str(getattr(model.config, "_attn_implementation", "unknown"))
+    return Choice(what="attention", value=used, reason="asked for" if asked else "transformers' own choice")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from qwen_precision.config import ProbeSettings
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.hub import locate
-from qwen_precision.machine import choose_device, choose_memory, environment, out_of_memory
+from qwen_precision.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
 from qwen_precision.plan import FinalHook, Plan, encode
 from qwen_precision.prompts import PromptSpec, tokenise
 from qwen_precision.record import Choice, Prompt, Run
@@ -91,7 +91,7 @@ def _prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], 
     reference = settings.reference or REFERENCE in settings.dtypes
     passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
     resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
-    choices = [device_choice, memory, _attention(model, settings), *_notes(checkpoint, left_out)]
+    choices = [device_choice, memory, attention_used(model, settings.attention), *_notes(checkpoint, left_out)]
     check = WeightCheck(passes)
     return _Job(checkpoint, model, settings, device, resident, prompts, choices, passes, check)
 
@@ -102,13 +102,6 @@ def _working(model: nn.Module) -> int:
     layer = sum(parameter.numel() for parameter in layers[0].parameters())
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     return 8 * max(layer, sum(parameter.numel() for parameter in head.parameters()))
-
-
-def _attention(model: nn.Module, settings: ProbeSettings) -> Choice:
-    used = str(getattr(model.config, "_attn_implementation", "unknown"))
-    return Choice(
-        what="attention", value=used, reason="asked for" if settings.attention else "transformers' own choice"
-    )
 
 
 def _notes(checkpoint: Checkpoint, left_out: list[str]) -> list[Choice]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, edit_json, make_checkpoint
+from conftest import edit_json, make_checkpoint, sentence
 from safetensors.torch import load_file, save_file
 
 from qwen_precision.cli import main
@@ -17,25 +17,7 @@ from qwen_precision.cli import main
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def in_a_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """A copy of the demo to break."""
-    return Path(shutil.copytree(DEMO, tmp_path / "model"))
-
-
-def sentence(capsys: Capture) -> str:
-    """The one line on stderr; stdout must be empty."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
-    return lines[0]
+pytestmark = pytest.mark.usefixtures("scratch")
 
 
 def test_the_demo_fails_in_fp16_and_the_table_names_the_planted_layer_and_operation(capsys: Capture) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, edit_json
+from conftest import DEMO, edit_json, sentence
 from generation import ANSWER, PROMPT
 
 from qwen_precision.cli import main
@@ -16,23 +16,7 @@ from qwen_precision.cli import main
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def in_a_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(DEMO, tmp_path / "model"))
-
-
-def sentence(capsys: Capture) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
-    return lines[0]
+pytestmark = pytest.mark.usefixtures("scratch")
 
 
 def untimed(text: str) -> str:
