@@ -148,8 +148,9 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above: any broken tokenizer file
         raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json): {in_one_line(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json).")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) < 2:
+        # Without any of its files transformers makes an empty one.
+        raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json is missing); download the checkpoint again.")
     return tokenizer
 
 

@@ -21,9 +21,9 @@ from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import check_writable, write_atomically
 from qwen_precision.findings import FAIL_ON, Limits
 from qwen_precision.guardsettings import ON_FAILURE, load_guards
+from qwen_precision.nextcommand import next_command
 from qwen_precision.record import Run, load, save
 from qwen_precision.render import RENDERERS
-from qwen_precision.textchecks import next_command
 
 app = typer.Typer(
     name="qprec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -86,7 +86,7 @@ def probe(
                      callback=one_of(DTYPES, "dtype")),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. Default: a built-in set.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, or one a line.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Cut every prompt to so many tokens.")] = None,
     device: DeviceOption = None,
     attn: AttentionOption = None,
@@ -140,7 +140,7 @@ def _show(run: Run, path: Path, fail_on: str) -> NoReturn:
     report = judge(run, _limits(run.settings))
     terminal.result(terminal.render(report, "table", fail_on))
     terminal.note(f"saved {path}; show it again with: qprec report {shlex.quote(str(path))}")
-    command = next_command(report)
+    command = next_command(report, shlex.quote(str(path)))
     if command is not None:
         terminal.note(f"find where it starts with: {command}")
     raise typer.Exit(report.exit_code(fail_on))
@@ -155,7 +155,7 @@ def generate(
                      callback=one_of(DTYPES, "dtype")),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable: they make one batch.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, or one a line.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Put each prompt into the chat template, or take it as it is.")
     ] = False,

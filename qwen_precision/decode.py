@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen_precision.degenerate import at_the_end
 from qwen_precision.draw import Chooser, Drawn, sampling_error
-from qwen_precision.generation import BAD_LOGITS, LogitsCost, SamplingError, Trip
+from qwen_precision.generation import BAD_LOGITS, LogitsCost, SamplingError, Trip, mended_steps
 from qwen_precision.guards import nearly_uniform
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.lanes import Lane, Models
@@ -51,6 +51,8 @@ class Decoder:
         self.trips: list[Trip] = []
         self.error: SamplingError | None = None
         self.cost: LogitsCost | None = None
+        self.config: Any = None
+        """The generation config as transformers prepared it, its own defaults filled in."""
         self._were_going: list[bool] = []
 
     def __call__(
@@ -66,7 +68,7 @@ class Decoder:
         self.rows = [RowState(row) for row in whole.rows]
         for state in self.rows:
             state.moved(self._dtype)
-        self._prompt, self._mask, self._config = input_ids, mask, generation_config
+        self._prompt, self._mask, self.config = input_ids, mask, generation_config
         self._eos = set(_listed(generation_config.eos_token_id))
         self._watch = Stopwatch(input_ids.device)
         choose = Chooser(
@@ -88,10 +90,10 @@ class Decoder:
     # -- one step ----------------------------------------------------------------------------------------------
 
     def _step(self, ids: Tensor, choose: Chooser) -> Tensor:
-        number, limit = ids.shape[1] - self._prompt.shape[1], self._config.max_length - self._prompt.shape[1]
+        number, limit = ids.shape[1] - self._prompt.shape[1], self.config.max_length - self._prompt.shape[1]
         self._progress(number, limit, f"token {number + 1} of at most {limit}")
         raw = self._logits(ids)
-        dice = _dice(ids.device) if self._config.do_sample else None
+        dice = _dice(ids.device) if self.config.do_sample else None
         longer, drawn = choose(ids, raw, self._going(ids))
         step = Step(ids, raw, drawn, set(), {})
         while bad := [state for state in self._unfinished() if self._is_bad(step, state)]:
@@ -100,10 +102,12 @@ class Decoder:
             if dice is not None:
                 _roll_back(dice, ids.device)
             longer, step.drawn = choose(ids, step.raw, self._going(ids), step.forced)
-        if self._config.do_sample and self._refused(step):
+        if self.config.do_sample and self._refused(step):
             return longer
         for state in self._unfinished():
             self._accept(state, step.drawn[state.row])
+        if len(self._mender.lanes) > 1 and self._unfinished():
+            self._mender.drop_idle(self.rows)
         return longer
 
     def _unfinished(self) -> list[RowState]:
@@ -123,7 +127,7 @@ class Decoder:
             return False
         if not drawn.drawable or (watch.enabled and not drawn.usable):
             return True
-        return watch.enabled and drawn.margin == 0 and nearly_uniform(drawn.entropy, step.raw.shape[-1], watch)
+        return watch.enabled and drawn.margin == 0 and nearly_uniform(drawn.entropy, drawn.top1, watch)
 
     def _logits(self, ids: Tensor) -> Tensor:
         """``[batch, vocabulary]`` raw logits of this step; zeros for rows that no lane computes any more."""
@@ -176,7 +180,7 @@ class Decoder:
         state.accept(drawn)
         self._on_token(state.row, drawn.token)
         if drawn.done:
-            ended = state.step >= self._config.max_length - self._prompt.shape[1]
+            ended = state.step >= self.config.max_length - self._prompt.shape[1]
             state.finish = "eos" if drawn.token in self._eos else "length" if ended else "criterion"
         elif self._guards.degenerate.enabled:
             self._notice(state)
@@ -186,12 +190,14 @@ class Decoder:
         limits = self._guards.degenerate
         reach = max(limits.run, limits.period * limits.repeats, limits.descending + 1)
         tail = state.ids[-reach:]
-        found = at_the_end(tail, limits, int(self._config.top_k or 0) if self._config.do_sample else 0)
+        found = at_the_end(tail, limits, int(self.config.top_k or 0) if self.config.do_sample else 0)
         if found is None or any(t.guard == "degenerate" and t.row == state.row and t.kind == found.kind
                                 and t.step >= state.step - reach for t in self.trips):  # fmt: skip
             return
         start = state.step - len(tail) + found.start
-        made_by = [t for t in self.trips if t.row == state.row and t.kind in BAD_LOGITS and t.step >= start]
+        mended = mended_steps(self.trips, state.row)
+        made_by = [t for t in self.trips if t.row == state.row and t.kind in BAD_LOGITS and t.step >= start
+                   and t.step not in mended]  # fmt: skip
         acted = self._guards.act and (bool(made_by) or limits.stop_loops)
         cause = "bad logits made it" if made_by else "the logits were healthy" if self._guards.watch.enabled else (
             "whether the logits were bad was not watched")  # fmt: skip

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_precision.errors import QprecError, in_one_line
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -71,7 +73,12 @@ class Chooser:
             ``[batch, tokens + 1]`` ids, and the rows of the step.
         """
         numbers = self._looked_at(raw)
-        scores = self._processors(ids, raw.clone())  # some processors write into what they are given
+        try:
+            scores = self._processors(ids, raw.clone())  # some processors write into what they are given
+        except (IndexError, TypeError, ValueError) as error:
+            raise QprecError(
+                f"generation_config.json: a logits processor of transformers fails: {in_one_line(error)}"
+            ) from error
         left = scores.amax(dim=-1)
         tokens = self._chosen(scores, left)
         tokens = torch.where(going, tokens, self._pad)

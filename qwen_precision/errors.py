@@ -20,4 +20,5 @@ class UsageError(QprecError):
 def in_one_line(error: BaseException, longest: int = 300) -> str:
     """Somebody else's exception as a part of a sentence: its kind, and its text on one line."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:longest]}" if text else type(error).__name__
+    cut = text if len(text) <= longest else text[:longest].rstrip() + " …"
+    return f"{type(error).__name__}: {cut}" if text else type(error).__name__

@@ -1,6 +1,7 @@
 """A checkpoint, prompts, one dtype and guards in; a Run out. What it means is judged elsewhere (``checks.py``)."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,7 +17,7 @@ from qwen_precision.checks import judge
 from qwen_precision.config import GenerateSettings
 from qwen_precision.decode import Decoder
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.errors import QprecError, UsageError, in_one_line
 from qwen_precision.generation import Generation, ProbeSummary
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.hub import locate
@@ -154,11 +155,20 @@ def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
     model.generation_config = job.config  # passed as an argument, some of its values would give way to the file's
     torch.manual_seed(job.settings.seed)
     try:
-        model.generate(encoded.ids, attention_mask=encoded.mask, custom_generate=decoder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they would say is in the choices, or has no effect here
+            model.generate(encoded.ids, attention_mask=encoded.mask, custom_generate=decoder)
     except KeyboardInterrupt:
         if not decoder.rows:
             raise
         return "interrupted"
+    except (TypeError, ValueError) as error:
+        if decoder.rows:
+            raise
+        raise QprecError(
+            f"{job.checkpoint.folder / 'generation_config.json'}: transformers refuses these settings "
+            f"({in_one_line(error)}); correct the file, or give the right ones as options."
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -185,7 +195,8 @@ def _record(job: _Job, model: Any, decoder: Decoder, stopped: str | None, second
         casts={}, passes=[], weights=[], weight_totals=[],
         seconds={name: round(value, 3) for name, value in seconds.items()},
         generation=Generation(
-            options=options(job.config, job.settings.seed), guards=job.guards.model_dump(), chat=job.settings.chat,
+            options=options(decoder.config or job.config, job.settings.seed),
+            guards=job.guards.model_dump(), chat=job.settings.chat,
             base_model=looks_like_a_base_model(job.checkpoint, job.config), rows=rows, trips=decoder.trips,
             error=decoder.error, logits=decoder.cost, probe=job.probe,
         ),

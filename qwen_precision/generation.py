@@ -4,6 +4,7 @@ Facts only, as everywhere in the record. Steps count generated tokens from 0; ro
 run. A column (``top1``, ``margin``, ``entropy``) has one number a step, null where nothing was watched.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -12,8 +13,8 @@ from qwen_precision.parts import Number, Part
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
-BadKind = Literal["wholly bad", "partly bad", "flat", "all filtered"]
-"""What ``watch`` sees: why a row's logits could not be used as they were."""
+BadKind = Literal["wholly bad", "partly bad", "flat", "all filtered", "overflowed"]
+"""Why a row could not be used as it was; the last two are what the processors made of healthy logits."""
 
 BAD_LOGITS = get_args(BadKind)
 
@@ -23,6 +24,9 @@ Kind = (
     | Literal["run", "descending", "cycle"]
 )
 """What a trip is about: what was seen, what was done about it, what the text looks like."""
+
+MENDED = ("repaired", "likeliest kept", "recovered")
+"""Kinds that say a row could be used after all."""
 
 Finish = Literal["eos", "length", "criterion", "failed", "error", "degenerate", "interrupted"]
 """Why a row ended: its end token, the limit, another stopping criterion, logits that nothing could mend, the
@@ -55,6 +59,11 @@ class Trip(Part):
     before: dict[str, Number]
     after: dict[str, Number]
     poisoned: Poison | None = None
+
+
+def mended_steps(trips: Iterable[Trip], row: int) -> set[int]:
+    """Steps of a row at which a guard did make it usable."""
+    return {trip.step for trip in trips if trip.acted and trip.kind in MENDED and trip.row == row}
 
 
 class Stretch(Part):

@@ -60,9 +60,7 @@ def look(row: Tensor, settings: Watch) -> Look:
         settings: how near to uniform a flat row must be.
     """
     finite = row[torch.isfinite(row)].double()
-    flat = finite.numel() > 1 and bool(finite.min() == finite.max())
-    if flat and settings.flat == 0:
-        flat = False
+    flat = settings.flat > 0 and finite.numel() > 2 and bool(finite.min() == finite.max())
     return Look(
         int(torch.isnan(row).sum()), int(torch.isposinf(row).sum()), int(torch.isneginf(row).sum()), row.numel(), flat
     )
@@ -98,6 +96,10 @@ def may_repair(seen: Look, settings: Clamp, repaired_before: int) -> bool:
     return seen.kind == "partly bad" and seen.bad_share <= settings.share and repaired_before < settings.most
 
 
-def nearly_uniform(entropy: float, vocabulary: int, settings: Watch) -> bool:
-    """Whether a row's entropy is that of a row of equal logits; then it is worth a closer look."""
-    return math.log(vocabulary) - entropy <= settings.flat
+def nearly_uniform(entropy: float, top1: float, settings: Watch) -> bool:
+    """Whether a row's numbers are those of equal logits, -inf aside; then it is worth a closer look.
+
+    The entropy is never less than -ln(top-1 probability), and equal to it only where all that is possible is
+    equally likely.
+    """
+    return entropy + math.log(top1) <= settings.flat

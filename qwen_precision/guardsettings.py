@@ -36,7 +36,7 @@ class Watch(Guard):
     """Looks at every row of logits at every step: NaN, +inf, all equal; probability, margin and entropy."""
 
     flat: float = Field(default=1e-4, ge=0, le=1)
-    """Nats below the entropy of a uniform row within which a row of one value counts as flat."""
+    """Nats above -ln(top-1 probability), the entropy of equal logits, within which a row is looked at; 0 for never."""
 
 
 class Clamp(Guard):
@@ -153,12 +153,11 @@ def load_guards(profile: str, on_failure: str | None = None) -> GuardSettings:
     data = _read(profile)
     if on_failure is not None:
         recover = data.get("recover")
-        recover = {"enabled": recover} if isinstance(recover, bool) else dict(recover or {})
-        if recover.get("enabled") is False:
-            raise UsageError(
-                f"--on-failure {on_failure}: the guard recover is off in {profile!r}; choose other guards."
-            )
-        data["recover"] = {**recover, "on_failure": on_failure}
+        recover = {"enabled": recover} if isinstance(recover, bool) else recover or {}
+        if isinstance(recover, dict):  # anything else is refused below, by its name
+            if recover.get("enabled") is False:
+                raise UsageError(f"--on-failure {on_failure}: the guard recover is off in {profile!r}; choose others.")
+            data["recover"] = {**recover, "on_failure": on_failure}
     try:
         settings = GuardSettings.model_validate(data)
     except ValidationError as error:

@@ -159,9 +159,9 @@ class Lane:
                     continue
                 bad = ~torch.isfinite(held[own]).all(dim=-1).all(dim=0)
                 if bool(bad.any()):
-                    width = min(len(bad), len(real))
-                    position = int(bad.int().argmax()) + self._first
-                    padding = not bool((bad[:width] & real[:width]).any())
+                    gone = max(0, len(real) - len(bad))  # a sliding window has dropped the oldest
+                    position = int(bad.int().argmax()) + gone + self._first
+                    padding = not bool((bad[: len(real) - gone] & real[gone:]).any())
                     return Poison.model_validate(
                         {"layer": number, "part": part, "position": position, "in_padding": padding}
                     )

@@ -5,6 +5,7 @@ likeliest token where the filters left none, ``recover`` drops the poisoned cach
 tokens, in the next dtype of the ladder, or ends it. Each leaves a trip; told to only report, it leaves the trip alone.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qwen_precision.draw import Drawn
 from qwen_precision.errors import QprecError
-from qwen_precision.generation import Kind, Poison, Trip
+from qwen_precision.generation import BadKind, Kind, Poison, Trip
 from qwen_precision.guards import Look, bound, clamped, look, may_repair
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.lanes import Lane, Models
@@ -63,7 +64,7 @@ class Mender:
         changed = False
         for state in bad:
             seen = look(step.raw[state.row], self._guards.watch)
-            kind = seen.kind or (None if step.drawn[state.row].drawable else "all filtered")
+            kind = seen.kind or _filtered(step.drawn[state.row])
             if kind is None:
                 step.settled.add(state.row)  # a closer look cleared it
                 continue
@@ -77,11 +78,16 @@ class Mender:
                     poisoned=self.owner[state.row].poisoned(state.row),
                 )
             if self._repair(step, state, seen) or self._keep(step, state, kind):
-                changed = True
+                changed = self._guards.act or changed
+            elif kind in ("all filtered", "overflowed"):
+                self._end(state, seen, "another dtype would change nothing about what the processors did")
+                changed = state.finish is not None or changed
             else:
                 failed.append((state, seen))
         if failed and self._guards.recover.enabled:
             changed = self._recover(step, failed, rows) or changed
+        # What was not mended now will not be in this step; what was only reported is not looked at again.
+        step.settled.update(state.row for state in bad if not self._guards.act)
         step.settled.update(state.row for state, _ in failed)
         return changed
 
@@ -110,30 +116,40 @@ class Mender:
         if self._guards.act:
             step.raw = _with_row(step.raw, state.row, mended)
             state.repairs += 1
-        return self._guards.act
+        return True
 
     def _keep(self, step: Step, state: RowState, kind: str) -> bool:
-        if kind != "all filtered" or not self._guards.epsilon.enabled:
+        if kind not in ("all filtered", "overflowed") or not self._guards.epsilon.enabled:
             return False
         token = int(step.raw[state.row].argmax())
-        why = f"the filters left no token; id {token} was the likeliest before them"
-        self._trip(state, "epsilon", "likeliest kept", why, {"left": 0}, {"left": 1})
+        left = step.drawn[state.row].left
+        self._trip(state, "epsilon", "likeliest kept", f"id {token} was the likeliest before the processors",
+                   {"largest score": left}, {"largest score": float(step.raw[state.row, token])})  # fmt: skip
         if self._guards.act:
             step.forced[state.row] = token
-        return self._guards.act
+        return True
 
     # -- recover -----------------------------------------------------------------------------------------------
 
+    def _end(self, state: RowState, seen: Look, why: str) -> None:
+        """End a row after its last good token, if recover may."""
+        if self._guards.recover.enabled:
+            self._trip(state, "recover", "stopped", f"the row is ended after its last good token: {why}",
+                       seen.numbers())  # fmt: skip
+            if self._guards.act:
+                state.finish = "failed"
+
     def _recover(self, step: Step, failed: list[tuple[RowState, Look]], rows: Sequence[RowState]) -> bool:
         settings = self._guards.recover
-        if not self._guards.act or settings.on_failure == "stop":
+        if settings.on_failure == "stop":
             for state, seen in failed:
-                what = "ended after" if settings.on_failure == "stop" else "computed again from"
-                self._trip(state, "recover", "stopped" if settings.on_failure == "stop" else "recovered",
-                           f"the row is {what} its last good token", seen.numbers())  # fmt: skip
-                if self._guards.act:
-                    state.finish = "failed"
+                self._end(state, seen, "recover is told to stop")
             return self._guards.act
+        if not self._guards.act:
+            for state, seen in failed:
+                why = "the row would be computed again in the next dtype of the ladder"
+                self._trip(state, "recover", "recovered", why, seen.numbers())
+            return False
         by_dtype: dict[str, list[tuple[RowState, Look]]] = {}
         for state, seen in failed:
             by_dtype.setdefault(state.dtype, []).append((state, seen))
@@ -152,6 +168,9 @@ class Mender:
                 lane, logits = self._lane(rung, [state.row for state, _ in members], step.ids)
             except QprecError as error:
                 why = str(error)
+                break
+            except (MemoryError, torch.OutOfMemoryError):
+                why = f"there is no memory for {rung}"
                 break
             left = [pair for pair in members if not self._settled(step, pair, lane, logits)]
             if len(left) < len(members):
@@ -187,6 +206,10 @@ class Mender:
         self.owner[state.row] = lane
         state.moved(lane.dtype)
         return True
+
+    def drop_idle(self, rows: Sequence[RowState]) -> None:
+        """Drop lanes of which every row is over."""
+        self._leave([], rows)
 
     def _leave(self, leaving: Sequence[RowState], rows: Sequence[RowState]) -> None:
         """Drop lanes that compute nothing for anybody any more, and the weights that only they used."""
@@ -229,11 +252,20 @@ def _with_row(raw: Tensor, row: int, new: Tensor) -> Tensor:
     return copy
 
 
+def _filtered(drawn: Drawn) -> BadKind | None:
+    """What the processors made of a healthy row, if nothing can be drawn from it."""
+    if drawn.drawable:
+        return None
+    return "all filtered" if drawn.left == -math.inf else "overflowed"
+
+
 def _seen(kind: str, seen: Look) -> str:
     if kind == "wholly bad":
         return f"none of the {seen.elements:,} logits is finite"
     if kind == "partly bad":
         return f"{seen.nan:,} NaN and {seen.inf:,} +inf among {seen.elements:,} logits"
     if kind == "flat":
-        return f"all {seen.elements:,} logits are equal"
+        return f"all {seen.finite:,} finite logits are equal"
+    if kind == "overflowed":
+        return "the logits are finite, but temperature or penalty took the scores out of range"
     return "the logits are finite, but the filters left no token"

@@ -12,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qwen_precision.config import configs_folder, read_yaml
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.record import Prompt, Row
+from qwen_precision.record import Prompt, Row, load
 
-_EXPECTED = "a YAML list of texts (or name/text, name/chat, name/batch), or a text file with a prompt a line"
+_EXPECTED = (
+    "a YAML list of texts (or name/text, name/chat, name/batch), "
+    "a text file with a prompt a line, or a saved run (.json)"
+)
 
 
 class PromptSpec(BaseModel):
@@ -61,6 +64,8 @@ def read_prompts(texts: Sequence[str], file: str | None) -> list[PromptSpec]:
     if file is not None and not file:
         raise UsageError(f"--prompts: is empty; expected {_EXPECTED}.")
     path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
+    if file and path.suffix.lower() == ".json":
+        return _from_record(path)
     if file and path.suffix.lower() not in {".yaml", ".yml"}:
         return _from_lines(path)
     items = read_yaml(path, "--prompts", _EXPECTED)
@@ -72,6 +77,17 @@ def read_prompts(texts: Sequence[str], file: str | None) -> list[PromptSpec]:
     if twice is not None:
         raise UsageError(f"--prompts: {path} has two prompts of the name {twice!r}; give each its own.")
     return specs
+
+
+def _from_record(path: Path) -> list[PromptSpec]:
+    """What a generation was given at the step at which it failed, row by row; of a probe, its prompts."""
+    run = load(path)
+    if run.generation is None:
+        texts = [(prompt.name, [row.text for row in prompt.rows]) for prompt in run.prompts]
+        return [_spec({"name": name, "batch": rows}, number, path) for number, (name, rows) in enumerate(texts, 1)]
+    rows = [row for row in run.generation.rows if row.clean_text is not None] or run.generation.rows
+    items = [{"name": f"row {row.row}", "text": row.input + (row.clean_text or "")} for row in rows]
+    return [_spec(item, number, path) for number, item in enumerate(items, 1)]
 
 
 def _from_lines(path: Path) -> list[PromptSpec]:

@@ -70,7 +70,7 @@ def continuation(state: RowState, given: str, trips: Sequence[Trip], tokenizer: 
         ids=state.ids,
         tokens=[as_text(token, tokenizer) for token in state.ids],
         text=tokenizer.decode(state.ids, skip_special_tokens=True),
-        clean_text=tokenizer.decode(state.ids[: min(bad)]) if bad else None,
+        clean_text=tokenizer.decode(state.ids[: min(bad)]).rstrip("\ufffd") if bad else None,
         stretches=state.stretches,
         top1=column(lambda each: each.top1),
         margin=column(lambda each: each.margin),

@@ -46,7 +46,7 @@ def result(text: str) -> None:
 
 def note(text: str) -> None:
     """A line on stderr that says what happened or what to do next."""
-    _stderr().print(text, markup=False, style="dim")
+    _stderr().print(safe(text, 10_000), markup=False, style="dim")
 
 
 Show = Callable[[int, int, str], None]
@@ -67,35 +67,58 @@ def progress() -> Iterator[tuple[Show, OnToken]]:
         yield show, lambda tokenizer, row, token: None
 
 
+class _Stream:
+    """Text of growing id lists, printed piece by piece; a stdout that went away ends the printing, not the run."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[int]] = {}
+        self._printed: dict[int, int] = {}
+        self._row, self._told, self._dead = -1, "", False
+
+    def show(self, done: int, total: int, what: str) -> None:
+        """Only what takes long is told."""
+        if not total and what != self._told:
+            note(what)
+        self._told = what
+
+    def on_token(self, tokenizer: Any, row: int, token: int) -> None:
+        """Print what is new and whole: the end of a character may come with the next token."""
+        held = self._held.setdefault(row, [])
+        held.append(token)
+        text = str(tokenizer.decode(held, skip_special_tokens=True))
+        whole = text.rstrip("\ufffd")
+        new = whole[self._printed.get(row, 0) :]
+        self._printed[row] = max(len(whole), self._printed.get(row, 0))
+        if new:
+            self._write(row, new)
+        if len(held) > 64 and whole == text:  # decode no more than is needed to place a space or join a character
+            self._held[row] = held[-16:]
+            self._printed[row] = len(tokenizer.decode(self._held[row], skip_special_tokens=True))
+
+    def end(self) -> None:
+        """Set off what follows."""
+        if self._row != -1:
+            self._write(self._row, "\n\n")
+
+    def _write(self, row: int, text: str) -> None:
+        if self._dead:
+            return
+        head = f"\n[row {row}] " if row != self._row and (self._row != -1 or row) else ""
+        self._row = row
+        try:
+            result(head + "".join(char if char in "\n\t" else safe(char) for char in text))
+        except (OSError, QprecError):
+            self._dead = True
+
+
 @contextmanager
 def streaming() -> Iterator[tuple[Show, OnToken]]:
-    """Tokens on stdout as they come, as text; no bar beside them, only what takes long is told."""
-    rows: dict[int, list[int]] = {}
-    state = {"row": -1, "told": ""}
-
-    def show(done: int, total: int, what: str) -> None:
-        if not total and what != state["told"]:
-            note(what)
-        state["told"] = what
-
-    def on_token(tokenizer: Any, row: int, token: int) -> None:
-        held = rows.setdefault(row, [])
-        held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=True)
-        if text.endswith("\ufffd"):  # a part of a character: wait for the rest
-            return
-        before = tokenizer.decode(held[:-1], skip_special_tokens=True).rstrip("\ufffd")
-        rows[row] = held[-16:]  # enough to place a space or join a character, and no more to decode again
-        if row != state["row"] and (state["row"] != -1 or row):
-            result(f"\n[row {row}] ")
-        state["row"] = row
-        result("".join(char if char in "\n\t" else safe(char) for char in text[len(before) :]))
-
+    """Tokens on stdout as they come, as text; no bar beside them."""
+    stream = _Stream()
     try:
-        yield show, on_token
+        yield stream.show, stream.on_token
     finally:
-        if rows:
-            result("\n\n")
+        stream.end()
 
 
 def error(text: str) -> None:

@@ -4,41 +4,18 @@ Bad logits that a guard mended or recovered from are a warning: the text is what
 did fail. Left as they were, they are an error. A mere loop, with logits that were healthy, is told as an info.
 """
 
-import shlex
+import math
 from collections.abc import Iterator
 
 from qwen_precision.degenerate import Symptom, symptoms
-from qwen_precision.dtypes import DTYPES
 from qwen_precision.facts import Facts
-from qwen_precision.findings import Finding, Report
-from qwen_precision.generation import BAD_LOGITS, Continuation, Generation, Trip
-from qwen_precision.guardsettings import Advice, Degenerate, GuardSettings
+from qwen_precision.findings import Finding
+from qwen_precision.generation import BAD_LOGITS, MENDED, Continuation, Generation, Trip, mended_steps
+from qwen_precision.guardsettings import Advice, GuardSettings
+from qwen_precision.nextcommand import next_probe
 from qwen_precision.record import Run
 
-_MENDED = ("repaired", "likeliest kept", "recovered")
-_LONGEST_PROMPT = 2000  # characters; a longer one does not go on a command line
-
-
-def next_probe(run: Run, row: Continuation) -> str:
-    """The command that leads from the symptom to its origin: a probe of what the failing step was given."""
-    text = row.input + (row.clean_text or "")
-    prompt = f"--prompt {shlex.quote(text)}" if len(text) <= _LONGEST_PROMPT else "--prompts FILE"
-    parts = ["qprec probe", shlex.quote(run.model.source)]
-    if run.model.revision:
-        parts.append(f"--revision {shlex.quote(run.model.revision)}")
-    attention = run.settings.get("attention")
-    parts += [f"--attn {shlex.quote(str(attention))}"] if attention else []
-    asked = run.settings.get("dtype")
-    return " ".join([*parts, f"--dtype {asked if asked in DTYPES else run.dtypes[0]}", prompt])
-
-
-def next_command(report: Report) -> str | None:
-    """The probe to run next, after a generation in which logits or text went bad."""
-    made = report.run.generation
-    kinds = {"nonfinite-logits", "sampling-error", "degenerate-text", "masked-row"}
-    bad = [each for each in report.findings if each.kind in kinds and each.severity != "info"]
-    rows = {row.row: row for row in made.rows} if made is not None else {}
-    return next((next_probe(report.run, rows[each.row]) for each in bad if each.row in rows), None)
+_FILTERED = ("all filtered", "overflowed")
 
 
 def _finding(run: Run, kind: str, severity: str, dtype: str, cause: str, advice: str, **more: object) -> Finding:
@@ -57,7 +34,7 @@ def nonfinite_logits(facts: Facts) -> Iterator[Finding]:
     for row in made.rows:
         for dtype in facts.run.dtypes:
             bad = [t for t in made.trips if t.row == row.row and t.dtype == dtype and t.kind in BAD_LOGITS]
-            bad = [t for t in bad if t.kind != "all filtered"]
+            bad = [t for t in bad if t.kind not in _FILTERED]
             if bad:
                 yield _bad_row(facts.run, made, row, bad)
 
@@ -65,15 +42,17 @@ def nonfinite_logits(facts: Facts) -> Iterator[Finding]:
 def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> Finding:
     first = bad[0]
     steps = {trip.step for trip in bad}
-    done = [t for t in made.trips if t.acted and t.kind in _MENDED and t.row == row.row and t.step in steps]
-    mended = steps <= {trip.step for trip in done}
+    done = [t for t in made.trips if t.acted and t.kind in MENDED and t.row == row.row and t.step in steps]
+    mended = steps <= mended_steps(made.trips, row.row)
     cause = f"At step {first.step} of row {row.row}, {first.why}."
     if first.poisoned is not None:
         place = first.poisoned
         before = f"layers up to {place.layer - 1}" if place.layer else "the embedding"
+        token = place.position - run.prompts[0].rows[row.row].padding
+        where = f"token {token}" if token >= 0 else "a pad position"
         cause += (
-            f" The KV cache is not finite from the {place.part} of layer {place.layer} on, first at token "
-            f"{place.position}: what {before} gave is where it starts."
+            f" The KV cache is not finite from the {place.part} of layer {place.layer} on, first at {where}: "
+            f"what {before} gave is where it starts."
         )
     else:
         cause += " Its KV cache was finite."
@@ -82,8 +61,12 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
     return _finding(
         run, "nonfinite-logits", "warning" if mended else "error", first.dtype, cause,
         f"{advice}Find the origin: {next_probe(run, row)}", row=row.row, step=first.step,
-        nan=int(first.before.get("nan", 0)), inf=int(first.before.get("inf", 0)), propagated=len(steps) - 1,
+        nan=_whole(first.before.get("nan")), inf=_whole(first.before.get("inf")), propagated=len(steps) - 1,
     )  # fmt: skip
+
+
+def _whole(value: float | None) -> int:
+    return int(value) if value is not None and math.isfinite(value) else 0
 
 
 def sampling_error(facts: Facts) -> Iterator[Finding]:
@@ -102,13 +85,21 @@ def sampling_error(facts: Facts) -> Iterator[Finding]:
             "Run it again with the guards on (--guards default), or look for the origin with a probe.",
             row=row.row if row else None, step=made.error.step, name="sampling", op="multinomial",
         )  # fmt: skip
-    for trip in made.trips:
-        if trip.guard == "epsilon":
-            yield _finding(
-                facts.run, "sampling-error", "warning" if trip.acted else "error", trip.dtype,
-                f"At step {trip.step} of row {trip.row}, {trip.why}.", "Loosen the filters (top-k, top-p, min-p).",
-                row=trip.row, step=trip.step, name="sampling", op="softmax",
-            )  # fmt: skip
+    for row in made.rows:
+        # Unwatched, the guard epsilon is the only one that saw it.
+        mine = [t for t in made.trips if t.row == row.row and (t.kind in _FILTERED or t.guard == "epsilon")]
+        if not mine:
+            continue
+        steps, first = {trip.step for trip in mine}, mine[0]
+        mended = steps <= mended_steps(made.trips, row.row)
+        more = f", and so at {len(steps) - 1} later steps" if len(steps) > 1 else ""
+        remedy = "Bring temperature and repetition penalty nearer to 1." if first.kind == "overflowed" else (
+            "Loosen the filters (top-k, top-p, min-p, suppressed tokens).")  # fmt: skip
+        yield _finding(
+            facts.run, "sampling-error", "warning" if mended else "error", first.dtype,
+            f"At step {first.step} of row {row.row}, {first.why}{more}.", remedy,
+            row=row.row, step=first.step, name="sampling", op="softmax",
+        )  # fmt: skip
 
 
 def degenerate_text(facts: Facts) -> Iterator[Finding]:
@@ -121,19 +112,19 @@ def degenerate_text(facts: Facts) -> Iterator[Finding]:
     for row in made.rows:
         for symptom in symptoms(row.ids, settings.degenerate, top_k if isinstance(top_k, int) else 0):
             yield _symptom(facts.run, made, row, symptom, settings.watch.enabled)
-    yield from _same_whatever_the_seed(facts.run, made, settings.degenerate)
+    yield from _same_whatever_the_seed(facts.run, made, settings)
 
 
 def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, watched: bool) -> Finding:
     span = range(symptom.start, symptom.end)
-    mended = {t.step for t in made.trips if t.acted and t.kind in _MENDED and t.row == row.row}
+    mended = mended_steps(made.trips, row.row)
     bad = [t for t in made.trips if t.row == row.row and t.kind in BAD_LOGITS and t.step in span]
     left = [trip for trip in bad if trip.step not in mended]
     ids = row.ids[symptom.start : symptom.end]
     looks = symptom.kind == "descending" or (symptom.kind == "run" and ids[0] == 0)
-    shown = "".join(row.tokens[symptom.start : symptom.end])[:24]
-    name = {"run": "one token over and over", "cycle": f"a cycle of {symptom.period}", "descending": "descending ids"}
-    what = f"{symptom.length} tokens from step {symptom.start} on are {name[symptom.kind]} ({shown!r})"
+    shown = "".join(row.tokens[symptom.start : symptom.start + (symptom.period or symptom.length)])[:40]
+    tail = {"run": "over and over", "cycle": "again and again", "descending": "whose ids count down"}
+    what = f"{symptom.length} tokens from step {symptom.start} on are {shown!r} {tail[symptom.kind]}"
     before = "".join(row.tokens[max(0, symptom.start - 8) : symptom.start])
     what += f" after {before!r}" if before else ""
     stretch = [each.dtype for each in row.stretches if each.start <= symptom.start]
@@ -158,15 +149,21 @@ def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, wa
     )  # fmt: skip
 
 
-def _same_whatever_the_seed(run: Run, made: Generation, limits: Degenerate) -> Iterator[Finding]:
-    """Rows draw from different random numbers; the same ids for different prompts come from no distribution."""
+def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings) -> Iterator[Finding]:
+    """Rows draw from different random numbers; the same ids for different prompts, from logits that were bad or that
+    nobody watched, come from no distribution. (Healthy logits that are sure of a text give it to both.)"""
     if not made.options.get("do_sample"):
         return
     seen: dict[tuple[int, ...], Continuation] = {}
     for row in made.rows:
         key = tuple(row.ids)
         other = seen.setdefault(key, row)
-        if len(key) < limits.run or other is row or other.input == row.input:
+        bad = {t.step for t in made.trips if t.row == row.row and t.kind in BAD_LOGITS} - mended_steps(
+            made.trips, row.row
+        )
+        if len(key) < settings.degenerate.run or other is row or other.input == row.input:
+            continue
+        if settings.watch.enabled and not bad:
             continue
         yield _finding(
             run, "degenerate-text", "error", row.stretches[-1].dtype if row.stretches else run.dtypes[0],
@@ -181,7 +178,7 @@ def masked_rows(facts: Facts) -> Iterator[Finding]:
     made = facts.run.generation
     for trip in made.trips if made is not None else []:
         if made is not None and trip.poisoned is not None and trip.poisoned.in_padding:
-            mended = any(t.acted and t.kind in _MENDED and (t.row, t.step) == (trip.row, trip.step) for t in made.trips)
+            mended = trip.step in mended_steps(made.trips, trip.row)
             yield _finding(
                 facts.run, "masked-row", "warning" if mended else "error", trip.dtype,
                 f"In row {trip.row} only pad positions of the KV cache are not finite, from the {trip.poisoned.part} "

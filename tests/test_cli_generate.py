@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,102 @@ def test_a_streamed_character_of_several_tokens_is_printed_whole() -> None:
         for token in tokenizer(text)["input_ids"]:
             on_token(tokenizer, 0, token)
     assert sink.getvalue().rstrip("\n") == text
+
+
+def test_streamed_text_is_whole_where_a_token_ends_in_the_middle_of_a_character() -> None:
+    class Bytes:
+        pieces = (b"a", b" \xe4", b"\xbd\xa0", b"a", b" x\xe4")
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return b"".join(self.pieces[each] for each in ids).decode(errors="replace")
+
+    import qwen_precision.terminal as terminal
+
+    sink = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, terminal.streaming() as (_, on_token):
+        patch.setattr(terminal, "result", sink.write)
+        for token in range(5):
+            on_token(Bytes(), 0, token)
+    assert sink.getvalue().rstrip("\n") == "a 你a x"
+
+
+def test_a_stdout_that_goes_away_ends_the_printing_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert main(["generate", "demo", "--dtype", "fp32", "--stream"]) == 3
+    made = json.loads(Path("qprec-gen.json").read_text())
+    assert made["stopped"] is None and made["generation"]["rows"][0]["text"] == ANSWER
+
+
+def test_what_is_named_next_is_one_inert_line_that_a_shell_reads_back(capsys: Capture) -> None:
+    prompt = PROMPT + "\x1b[31mX\n\u202e[red]it's"
+    main(["generate", "demo", "--guards", "strict", "--prompt", prompt])
+    err = capsys.readouterr().err
+    assert not {"\x1b", "\u202e"} & set(err)
+    command = next(line.split(": ", 1)[1] for line in err.splitlines() if line.startswith("find where it starts"))
+    done = subprocess.run(["bash", "-c", f'set -- {command}; printf %s "${{@: -1}}"'], capture_output=True, check=True)
+    assert done.stdout.decode() == prompt
+
+
+def test_a_prompt_too_long_for_a_command_line_is_read_from_the_record(capsys: Capture) -> None:
+    main(["generate", "demo", "--no-guards", "--max-new-tokens", "2", "--prompt", PROMPT * 30, "-o", "gen.json"])
+    out, err = capsys.readouterr()
+    assert "qprec probe demo --dtype fp16 --prompts gen.json" in err and "--prompts RUN" in " ".join(out.split())
+    assert main(["probe", "demo", "--dtype", "fp16", "--prompts", "gen.json"]) == 1
+    assert "down_proj output (overflow)" in capsys.readouterr().out
+    probed = json.loads(Path("qprec-run.json").read_text())
+    assert probed["prompts"][0]["rows"][0]["text"] == PROMPT * 30
+
+
+def test_the_prompts_of_a_probe_can_be_used_again(capsys: Capture) -> None:
+    main(["probe", "demo", "--dtype", "bf16", "--prompt", "Hello", "-o", "a.json"])
+    assert main(["probe", "demo", "--dtype", "bf16", "--prompts", "a.json", "-o", "b.json"]) == 0
+    one, two = (json.loads(Path(name).read_text())["prompts"] for name in ("a.json", "b.json"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0, "do_sample": True},
+        {"repetition_penalty": 0},
+        {"top_k": -5, "do_sample": True},
+        {"top_k": "5", "do_sample": True},
+        {"eos_token_id": "a"},
+        {"no_repeat_ngram_size": "a"},
+        {"bad_words_ids": "q"},
+        {"suppress_tokens": [99999]},
+        {"suppress_tokens": "x"},
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_transformers_refuses_is_one_sentence(
+    settings: dict[str, Any], broken: Path, capsys: Capture
+) -> None:
+    edit_json(broken / "generation_config.json", **settings)
+    assert main(["generate", str(broken), "--dtype", "fp32", "--max-new-tokens", "4"]) in (0, 3)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and "bug" not in captured.err
+    if not captured.out:
+        assert "generation_config.json" in captured.err and len(captured.err.splitlines()) == 1
+
+
+def test_nothing_but_our_own_lines_is_on_stderr(broken: Path, capsys: Capture) -> None:
+    edit_json(broken / "generation_config.json", min_new_tokens=100)
+    main(["generate", str(broken), "--dtype", "fp32", "--max-new-tokens", "3"])
+    assert [line[:5] for line in capsys.readouterr().err.splitlines()] == ["saved"]
+
+
+def test_a_checkpoint_without_any_tokenizer_file_is_named(broken: Path, capsys: Capture) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (broken / name).unlink()
+    assert main(["generate", str(broken)]) == 3
+    assert "tokenizer" in sentence(capsys)
 
 
 def test_chat_puts_the_prompt_into_the_template(capsys: Capture) -> None:

@@ -370,6 +370,35 @@ def test_filters_that_leave_nothing_keep_the_likeliest_token(healthy: Path, monk
     assert bare.generation is not None and bare.generation.error is not None and bare.generation.error.step == 2
 
 
+@pytest.fixture
+def all_suppressed(healthy: Path, tmp_path: Path) -> Path:
+    import json
+    import shutil
+
+    folder = Path(shutil.copytree(healthy, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"suppress_tokens": list(range(512)), "eos_token_id": 503, "max_new_tokens": 4})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("guards", [settings(epsilon=False), "strict", "off", "observe"], ids=str)
+def test_filters_that_leave_nothing_are_never_called_ok(all_suppressed: Path, guards: Any) -> None:
+    """No other dtype is tried: it would change nothing about a filter."""
+    made = run(all_suppressed, [PROMPT], guards)
+    report = judge(made)
+    assert made.dtypes == ["fp16"] and report.verdict == {"fp16": "fail"} and report.exit_code("fail") == 1
+    assert next(f for f in report.findings if f.kind == "sampling-error").step == 0
+
+
+def test_a_temperature_that_overflows_is_not_blamed_on_filters(healthy: Path) -> None:
+    made = run(healthy, [PROMPT], do_sample=True, temperature=1e-40, max_new_tokens=3)
+    greedy = run(healthy, [PROMPT], max_new_tokens=3)
+    assert ids_of(made) == ids_of(greedy)  # the likeliest token is what the temperature goes to
+    finding = next(f for f in judge(made).findings if f.kind == "sampling-error")
+    assert "temperature or penalty" in finding.cause and finding.severity == "warning"
+
+
 # -- text ---------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +423,63 @@ def test_text_that_bad_logits_made_is_ended_when_nothing_else_may_be_done() -> N
     assert made.generation is not None
     assert (made.generation.rows[0].finish, made.generation.rows[0].ids) == ("degenerate", [0] * 8)
     assert judge(made).exit_code("fail") == 1
+
+
+def test_two_rows_that_are_sure_of_the_same_text_are_no_failure(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sure(now: int, logits: torch.Tensor, cache: Any) -> None:
+        logits[:, 10 + now] = 60.0
+
+    plant(monkeypatch, sure)
+    made = run(healthy, ["Hello", "The quick brown"], do_sample=True, max_new_tokens=12)
+    assert ids_of(made)[0] == ids_of(made)[1] and judge(made).findings == []
+
+
+def test_a_loop_that_meets_a_recovered_step_is_not_ended(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loop(now: int, logits: torch.Tensor, cache: Any) -> None:
+        logits[:, 9] = 60.0
+
+    plant(monkeypatch, loop, ["bf16"])
+
+    def loop_and_nan(now: int, logits: torch.Tensor, cache: Any) -> None:
+        logits[:, 9] = 60.0
+        if now == 3:
+            logits[:] = NAN
+
+    plant(monkeypatch, loop_and_nan, ["fp16"])
+    made = run(healthy, [PROMPT], max_new_tokens=20)
+    assert ids_of(made) == [[9] * 20] and judge(made).verdict["fp16"] == "risk"
+
+
+def test_observe_reports_no_more_than_the_guards_would_have_done(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def infinite(now: int, logits: torch.Tensor, cache: Any) -> None:
+        if now == 1:
+            logits[0, 7] = float("inf")
+
+    plant(monkeypatch, infinite)
+    assert trips_of(run(healthy, [PROMPT], "observe", max_new_tokens=3)) == [
+        (1, 0, "watch", "partly bad"), (1, 0, "clamp", "repaired"),
+    ]  # fmt: skip
+
+
+def test_the_sampling_settings_of_the_record_are_those_that_were_used(healthy: Path) -> None:
+    made = run(healthy, [PROMPT], do_sample=True, max_new_tokens=2).generation
+    assert made is not None and (made.options["top_k"], made.options["temperature"]) == (50, 1.0)
+
+
+def test_a_lane_whose_rows_are_all_over_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row fails and goes on in bf16; when the others have ended, the fp16 weights are given back."""
+    from qwen_precision.lanes import Models as Store
+
+    released = []
+    release = Store.release
+    monkeypatch.setattr(Store, "release", lambda self, dtype: (released.append(dtype), release(self, dtype))[1])
+    plant(monkeypatch, nan_at(1, row=1), ["fp32"])
+    ladder = settings(recover={"ladder": ["fp32", "bf16"]})
+    made = run("demo", [PROMPT, "The quick"], ladder, dtype="fp32", max_new_tokens=60)
+    assert made.generation is not None and [row.finish for row in made.generation.rows] == ["eos", "eos"]
+    assert released == ["fp32"] and len(ids_of(made)[1]) > len(ids_of(made)[0])
 
 
 # -- interrupted, refused -----------------------------------------------------------------------------------

@@ -60,9 +60,25 @@ def test_the_cheap_numbers_of_a_step_notice_every_row_that_a_close_look_would(dt
 
 
 def test_a_flat_row_is_noticed_just_within_its_limit_and_not_just_outside() -> None:
-    size, settings = 512, Watch(flat=1e-4)
-    assert nearly_uniform(math.log(size) - 0.99e-4, size, settings)
-    assert not nearly_uniform(math.log(size) - 1.01e-4, size, settings)
+    settings = Watch(flat=1e-4)
+    for size in (3, 512, 151936):  # of the tokens that are possible, whatever else is masked
+        entropy = math.log(size)
+        assert nearly_uniform(entropy + 0.99e-4, 1 / size, settings)
+        assert not nearly_uniform(entropy + 1.01e-4, 1 / size, settings)
+
+
+def test_equal_logits_beside_a_masked_vocabulary_are_flat_too() -> None:
+    raw = torch.full((1, 512), -INF)
+    raw[0, :200] = 1.5
+    row = draw(raw)[1][0]
+    assert row.margin == 0 and nearly_uniform(row.entropy, row.top1, Watch())
+    assert look(raw[0], Watch()).kind == "flat" and look(raw[0], Watch(flat=0)).kind is None
+
+
+def test_what_the_processors_made_of_a_row_is_told_by_its_sign() -> None:
+    raw = torch.randn(1, 64)
+    assert draw(raw, processors=lambda ids, scores: scores * 1e39)[1][0].left == INF
+    assert draw(raw, processors=lambda ids, scores: torch.full_like(scores, -INF))[1][0].left == -INF
 
 
 def test_healthy_logits_are_drawn_from_untouched() -> None:
@@ -248,6 +264,13 @@ def test_a_wrong_profile_names_the_guard_and_the_setting(text: str, words: list[
     with pytest.raises(UsageError) as caught:
         load_guards(str(path))
     assert all(word in str(caught.value) for word in [*words, str(path)]), caught.value
+
+
+@pytest.mark.parametrize("text", ["recover: stop", "recover: [1]", "recover: 7"])
+def test_a_flag_over_a_wrong_profile_is_still_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match="recover"):
+        load_guards(str(tmp_path / "mine.yaml"), "stop")
 
 
 def test_the_flag_wins_over_the_profile_and_what_is_not_there_yet_says_so(tmp_path: Path) -> None:

@@ -140,6 +140,25 @@ def test_a_damaged_generation_is_refused_with_the_key_named(
         load(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["settings"].update(dtype=["fp16"], attention={}),
+        lambda d: d["generation"]["trips"][0]["before"].update(nan="nan", inf="inf"),
+        lambda d: d["generation"].update(options={"do_sample": True, "temperature": [1], "top_k": "x"}),
+        lambda d: d["generation"].update(guards={"clamp": 7}),
+        lambda d: d["generation"]["rows"][0].update(stretches=[], clean_text=None),
+    ],
+)
+def test_an_odd_generation_is_still_judged_and_shown(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    from qwen_precision.checks import judge
+    from qwen_precision.render import RENDERERS
+
+    (tmp_path / "gen.json").write_text(changed(exclamation_run(), change))
+    report = judge(load(tmp_path / "gen.json"))
+    assert report.verdict["fp16"] == "fail" and all(render(report) for render in RENDERERS.values())
+
+
 def test_a_generation_damaged_at_random_never_gives_a_traceback(tmp_path: Path) -> None:
     damaged_at_random(to_json(recovered_run()), tmp_path / "gen.json")
 

@@ -1,0 +1,53 @@
+"""From a symptom to its origin: the `qprec probe` that is worth running after a generation went bad. Pure; no torch."""
+
+import shlex
+import unicodedata
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.findings import Report
+from qwen_precision.generation import Continuation
+from qwen_precision.record import Run
+
+_LONGEST_PROMPT = 200  # characters; a longer one is taken from the record
+
+
+def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
+    """The command that leads from the symptom to its origin: a probe of what the failing step was given.
+
+    Args:
+        run: the generation.
+        row: the row that failed.
+        record: where the run is saved; a prompt too long for a command line is read from there.
+    """
+    text = row.input + (row.clean_text or "")
+    prompt = f"--prompt {quoted_for_a_shell(text)}"
+    parts = ["qprec probe", quoted_for_a_shell(run.model.source)]
+    if run.model.revision:
+        parts.append(f"--revision {quoted_for_a_shell(run.model.revision)}")
+    attention, asked = run.settings.get("attention"), run.settings.get("dtype")
+    parts += [f"--attn {quoted_for_a_shell(attention)}"] if isinstance(attention, str) else []
+    dtype = asked if isinstance(asked, str) and asked in DTYPES else run.dtypes[0] if run.dtypes else "fp16"
+    return " ".join([*parts, f"--dtype {dtype}", prompt if len(text) <= _LONGEST_PROMPT else f"--prompts {record}"])
+
+
+def quoted_for_a_shell(text: str) -> str:
+    """One word of a command line; control and format characters spelled out, so that it is inert and one line."""
+    if all(unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029" for char in text):
+        return shlex.quote(text)
+    names = {"\n": "\\n", "\t": "\\t", "'": "\\'", "\\": "\\\\"}
+    return "$'" + "".join(names.get(char) or _escaped(char) for char in text) + "'"
+
+
+def _escaped(char: str) -> str:
+    if unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029":
+        return char
+    return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\U{ord(char):08x}"
+
+
+def next_command(report: Report, record: str) -> str | None:
+    """The probe to run next, after a generation in which logits or text went bad; ``record`` is its file."""
+    made = report.run.generation
+    kinds = {"nonfinite-logits", "sampling-error", "degenerate-text", "masked-row"}
+    bad = [each for each in report.findings if each.kind in kinds and each.severity != "info"]
+    rows = {row.row: row for row in made.rows} if made is not None else {}
+    return next((next_probe(report.run, rows[each.row], record) for each in bad if each.row in rows), None)
