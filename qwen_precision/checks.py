@@ -18,19 +18,20 @@ from qwen_precision.names import layer_of, name_of
 from qwen_precision.record import Event, Pass, Run, Site
 
 
-def judge(run: Run, limits: Limits | None = None) -> Report:
+def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
     """Judge a Run.
 
     Args:
         run: the facts.
         limits: from where on something is worth a finding.
+        name: of its file, where it is shown beside others.
     """
     facts = Facts(run, limits or Limits())
     findings = [finding for check in CHECKS.values() for finding in check(facts)]
     findings.sort(key=_order)
     headroom = {dtype: facts.headroom(dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
-    return Report(verdict, findings, headroom, run.stopped, run)
+    return Report(verdict, findings, headroom, run.stopped, run, name)
 
 
 def _order(finding: Finding) -> tuple[int, bool, float]:

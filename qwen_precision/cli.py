@@ -13,17 +13,17 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from qwen_precision import __version__, terminal
+from qwen_precision import __version__, reporting, terminal
 from qwen_precision.checks import judge
 from qwen_precision.config import ATTENTION, MEMORY, load_generate_settings, load_settings
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.files import check_writable, write_atomically
-from qwen_precision.findings import FAIL_ON, Limits
+from qwen_precision.files import append, check_writable, write_atomically
+from qwen_precision.findings import FAIL_ON
 from qwen_precision.guardsettings import ON_FAILURE, load_guards
 from qwen_precision.nextcommand import next_command
-from qwen_precision.record import Run, load, save
-from qwen_precision.render import RENDERERS
+from qwen_precision.record import Run, save
+from qwen_precision.render import View
 
 app = typer.Typer(
     name="qprec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -137,8 +137,8 @@ def _specs(texts: list[str] | None, file: str | None, instead: list[str]) -> Any
 
 def _show(run: Run, path: Path, fail_on: str) -> NoReturn:
     """The table, what to do next, and the exit code of a run that was just made."""
-    report = judge(run, _limits(run.settings))
-    terminal.result(terminal.render(report, "table", fail_on))
+    report = judge(run, reporting.limits(run.settings))
+    terminal.result(str(terminal.render(View((report,), fail_on), "table")))
     terminal.note(f"saved {path}; show it again with: qprec report {shlex.quote(str(path))}")
     command = next_command(report, shlex.quote(str(path)))
     if command is not None:
@@ -214,40 +214,40 @@ def generate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that `qprec probe` or `qprec generate` saved.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs that `qprec probe` or `generate` saved, or bundles.")
+    ],
     format: Annotated[
-        str,
-        typer.Option("-f", "--format", help="How to show it.", metavar="|".join(RENDERERS),
-                     callback=one_of(RENDERERS, "format")),
-    ] = "table",
+        str | None,
+        typer.Option("-f", "--format", help="How to show it. Default: by the suffix of -o, else table.",
+                     metavar="|".join(reporting.NAMES), callback=one_of(reporting.NAMES, "format")),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file, not stdout.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An older run: only what is new gives exit code 1.")
+    ] = None,
+    redact: Annotated[bool, typer.Option("--redact", help="Without prompts, texts and token strings.")] = False,
     fail_on: Annotated[
         str,
         typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level")),
     ] = "fail",
 ) -> None:  # fmt: skip
-    """Show a saved run again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing."""
-    record = load(run)
+    """Show saved runs again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing."""
+    name = reporting.format_for(format, output)
     if output is not None:
-        check_writable(output, [run])
-    judged = judge(record, _limits(record.settings))
-    text = terminal.render(judged, format, fail_on, plain=output is not None)
-    if output is None:
-        terminal.result(text)
-    else:
+        check_writable(output, [*runs, *([baseline] if baseline else [])], force=force)
+    shown = reporting.view(runs, fail_on, baseline, redact)
+    text = reporting.bundle(shown) if name == reporting.BUNDLE else terminal.render(shown, name, output is not None)
+    if output is not None:
         write_atomically(output, text)
         terminal.note(f"wrote {output}")
-    raise typer.Exit(judged.exit_code(fail_on))
-
-
-def _limits(settings: dict[str, Any]) -> Limits:
-    """The limits a run was made with; a record from elsewhere may hold anything, then the defaults hold."""
-    default = Limits()
-    near, share = settings.get("near_overflow"), settings.get("underflow_share")
-    return Limits(
-        near if isinstance(near, (int, float)) and near >= 1 else default.near_overflow,
-        share if isinstance(share, (int, float)) and share > 0 else default.underflow_share,
-    )
+    else:
+        terminal.result(str(text))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY") if name == "github" else None
+    if summary:
+        append(Path(summary), str(terminal.render(shown, "markdown", plain=True)), "GITHUB_STEP_SUMMARY")
+    raise typer.Exit(shown.exit_code)
 
 
 _TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it

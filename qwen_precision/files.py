@@ -8,13 +8,14 @@ from pathlib import Path
 from qwen_precision.errors import QprecError
 
 
-def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o") -> None:
+def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", force: bool = True) -> None:
     """Fail before an hour of work, not after it, when the output cannot be written.
 
     Args:
         path: the file to write; an existing one is replaced.
         inputs: what the command reads; writing over it, or into a checkpoint's folder, is refused.
         label: the option's name, for the sentence.
+        force: whether an existing file may be replaced.
 
     Raises:
         QprecError: the folder is missing or not writable, or the path is a folder or an input.
@@ -27,13 +28,15 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o") -
         raise QprecError(f"{label} {path}: the folder {folder} does not exist; create it or choose another.")
     if not os.access(folder, os.W_OK) or (real.exists() and not os.access(real, os.W_OK)):
         raise QprecError(f"{label} {path}: cannot be written; choose a place you may write to.")
+    if real.is_file() and not force:
+        raise QprecError(f"{label} {path}: is there already; add --force to replace it.")
     for each in inputs:
         source = Path(os.path.realpath(each))
         if real == source or (source.is_dir() and (source / "config.json").exists() and source in real.parents):
             raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | bytes) -> None:
     """Write a file whole or not at all: beside it first, then renamed over it. A link is followed.
 
     What is not a regular file (a pipe, ``/dev/null``) is written into, never replaced.
@@ -43,23 +46,35 @@ def write_atomically(path: Path, text: str) -> None:
     """
     check_writable(path)
     real = Path(os.path.realpath(path))
+    data = text.encode("utf-8") if isinstance(text, str) else text
     try:
         if real.exists() and not real.is_file():
-            real.write_text(text, encoding="utf-8")
+            real.write_bytes(data)
         else:
-            _replace(real, text)
+            _replace(real, data)
     except OSError as error:
         raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
-def _replace(path: Path, text: str) -> None:
+def append(path: Path, text: str, label: str) -> None:
+    """Add to the end of a file that somebody else may be writing too.
+
+    Raises:
+        QprecError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise QprecError(f"{label} {path}: cannot be written ({error.strerror}).") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
     name = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             name = file.name
-            file.write(text)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is private (0600); a result has the permissions any new file would have.

@@ -76,6 +76,8 @@ class Report:
     """By dtype, smallest first; only sites that compute in that dtype itself."""
     stopped: str | None
     run: Run = field(repr=False)
+    name: str = ""
+    """Name of the file it came from, where it is shown beside others."""
 
     def exit_code(self, fail_on: str) -> int:
         """0 nothing at or above ``fail_on``, 1 findings, 3 the run did not finish and nothing was found."""

@@ -30,6 +30,34 @@ def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
     return " ".join([*parts, f"--dtype {dtype}", prompt if len(text) <= _LONGEST_PROMPT else f"--prompts {record}"])
 
 
+def same_again(run: Run, record: str = "RUN") -> str:
+    """The command that makes this run again; prompts that do not fit a command line are read from the record."""
+    told = run.settings
+    parts = [f"qprec {run.verb}", quoted_for_a_shell(run.model.source)]
+    if run.model.revision:
+        parts.append(f"--revision {quoted_for_a_shell(run.model.revision)}")
+    parts += [f"--dtype {name}" for name in (run.dtypes if run.verb == "probe" else [])]
+    names = {"dtype": "--dtype", "attention": "--attn", "max_tokens": "--max-tokens", "device": "--device",
+             "memory": "--memory", "max_new_tokens": "--max-new-tokens", "temperature": "--temperature",
+             "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "seed": "--seed",
+             "repetition_penalty": "--repetition-penalty"}  # fmt: skip
+    for key, flag in names.items():
+        value = told.get(key)
+        if isinstance(value, (str, int, float)) and value not in ("auto", None) and not isinstance(value, bool):
+            parts.append(f"{flag} {quoted_for_a_shell(str(value))}")
+    switches = {"do_sample": ("--do-sample", "--greedy"), "chat": ("--chat", ""), "reference": ("", "--no-reference")}
+    for key, (on, off) in switches.items():
+        if isinstance(told.get(key), bool):
+            parts.append(on if told[key] else off)
+    texts = [row.text for prompt in run.prompts for row in prompt.rows]
+    batched = run.verb == "probe" and any(len(prompt.rows) > 1 for prompt in run.prompts)
+    if sum(map(len, texts)) > _LONGEST_PROMPT or batched:
+        parts.append(f"--prompts {record}")
+    else:
+        parts += [f"--prompt {quoted_for_a_shell(text)}" for text in texts]
+    return " ".join(part for part in parts if part)
+
+
 def quoted_for_a_shell(text: str) -> str:
     """One word of a command line; control and format characters spelled out, so that it is inert and one line."""
     if all(unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029" for char in text):

@@ -226,9 +226,18 @@ def load(path: Path) -> Run:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise QprecError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not a qprec record.")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise QprecError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}.") from error
+    except ValueError as error:
+        raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, path: str) -> Run:
+    """The record that a JSON text holds; ``path`` is its name in messages. Raises as ``load`` does."""
+    try:
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
@@ -242,7 +251,7 @@ def load(path: Path) -> Run:
     return _validated(upgraded(data, SCHEMA), path)
 
 
-def _validated(data: dict[str, Any], path: Path) -> Run:
+def _validated(data: dict[str, Any], path: str) -> Run:
     try:
         run = Run.model_validate(data)
     except (ValidationError, RecursionError) as error:

@@ -5,24 +5,22 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwen_precision.errors import QprecError
-from qwen_precision.findings import Report
-from qwen_precision.render import RENDERERS
+from qwen_precision.render import FORMATS, View
 from qwen_precision.render.text import safe
 
 
-def render(judged: Report, name: str, fail_on: str, plain: bool = False) -> str:
-    """A report in one of the formats, as wide as the terminal; ``plain`` for what goes into a file."""
-    if name != "table":
-        return RENDERERS[name](judged, fail_on)
+def render(view: View, name: str, plain: bool = False) -> str | bytes:
+    """Reports in one of the formats, as wide as the terminal; ``plain`` for what goes into a file."""
     terminal = sys.stdout is not None and sys.stdout.isatty() and not plain
     width = shutil.get_terminal_size((80, 24)).columns if terminal or "COLUMNS" in os.environ else 80
-    return RENDERERS[name](judged, fail_on, width=width, colour=_colour(terminal))
+    return FORMATS[name].render(replace(view, width=width, colour=_colour(terminal)))
 
 
 def _colour(terminal: bool) -> bool:

@@ -17,9 +17,9 @@ FLOORS = [
     {"guardsettings", "facts", "weightcheck", "checkpoint", "hub", "machine"},
     {"degenerate", "guards", "draw", "stopwatch", "nextcommand"},
     {"textchecks"},
-    {"checks", "prompts", "locate", "skeleton", "plan", "render", "sampling"},
-    {"collect", "weights", "lanes", "rows", "terminal"},
-    {"measure", "mend"},
+    {"checks", "prompts", "locate", "skeleton", "plan", "compare", "sampling"},
+    {"collect", "weights", "lanes", "rows", "render", "bundle", "redact"},
+    {"measure", "mend", "terminal", "reporting"},
     {"head", "decode"},
     {"shadow"},
     {"probe", "generate"},
@@ -27,6 +27,10 @@ FLOORS = [
     {"__main__", "__init__"},
 ]
 NO_TORCH = {
+    "bundle",
+    "compare",
+    "redact",
+    "reporting",
     "checks",
     "cli",
     "config",

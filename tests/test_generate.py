@@ -450,6 +450,19 @@ def test_a_loop_that_meets_a_recovered_step_is_not_ended(healthy: Path, monkeypa
     assert ids_of(made) == [[9] * 20] and judge(made).verdict["fp16"] == "risk"
 
 
+def test_a_loop_in_one_row_is_not_blamed_for_the_bad_logits_of_another(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both(now: int, logits: torch.Tensor, cache: Any) -> None:
+        logits[0, 9] = 60.0
+        logits[1] = NAN
+
+    plant(monkeypatch, both)
+    made = run(healthy, BATCH[:2], settings(recover=False), max_new_tokens=12)
+    assert made.generation is not None
+    assert [(row.finish, len(row.ids)) for row in made.generation.rows] == [("length", 12), ("degenerate", 8)]
+
+
 def test_observe_reports_no_more_than_the_guards_would_have_done(
     healthy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

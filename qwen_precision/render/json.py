@@ -5,25 +5,47 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from qwen_precision.compare import Changes
 from qwen_precision.findings import Report
 from qwen_precision.generation import Generation
 from qwen_precision.parts import in_words
+from qwen_precision.render.view import View
 
 SCHEMA = 1
 
 
-def render_json(report: Report, fail_on: str = "fail") -> str:
-    """The Report: schema, exit code, verdict and findings."""
-    data = {
-        "schema": SCHEMA,
-        "exit_code": report.exit_code(fail_on),
+def render_json(view: View) -> str:
+    """One report as an object; several as a list under ``reports``; with a baseline, ``changes``."""
+    if len(view.reports) == 1:
+        data = {"schema": SCHEMA, "exit_code": view.exit_code, **_report(view.reports[0])}
+    else:
+        data = {"schema": SCHEMA, "exit_code": view.exit_code, "reports": [_report(each) for each in view.reports]}
+    if view.changes is not None:
+        data["changes"] = _changes(view.changes)
+    return json.dumps(in_words(_rounded(data)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _report(report: Report) -> dict[str, Any]:
+    return {
+        **({"file": report.name} if report.name else {}),
         "verdict": report.verdict,
         "stopped": report.stopped,
         "model": report.run.model.model_dump(),
         "findings": [asdict(finding) for finding in report.findings],
         **({"generation": _generation(report.run.generation)} if report.run.generation is not None else {}),
     }
-    return json.dumps(in_words(_rounded(data)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _changes(changes: Changes) -> dict[str, Any]:
+    return {
+        "baseline": changes.baseline.name,
+        "new": [asdict(finding) for finding in changes.new],
+        "fixed": [asdict(finding) for finding in changes.fixed],
+        "changed": [
+            {"before": asdict(each.before), "now": asdict(each.now), "worse": each.worse} for each in changes.moved
+        ],
+        "headroom": {dtype: {"before": pair[0], "now": pair[1]} for dtype, pair in changes.headroom.items()},
+    }
 
 
 def _generation(made: Generation) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from qwen_precision.findings import Finding, Headroom, Report
 from qwen_precision.generation import Generation
 from qwen_precision.names import name_of
 from qwen_precision.record import Run
+from qwen_precision.render.changes import change_lines
 from qwen_precision.render.generation import summary, texts, trips
-from qwen_precision.render.text import count, number, quoted, safe
+from qwen_precision.render.text import count, number, quoted, room, safe
+from qwen_precision.render.view import View
 
 _STYLE = {"ok": "green", "risk": "yellow", "fail": "bold red", "incomplete": "yellow"}
 _BAR = 18
@@ -29,23 +31,41 @@ _ROWS = 10
 """Layers shown in the headroom table; the rest have more room and are counted."""
 
 
-def render_table(report: Report, fail_on: str = "fail", width: int = 80, colour: bool = False) -> str:
-    """The whole report as terminal text.
-
-    Args:
-        report: what to show.
-        fail_on: not used here; every renderer takes it.
-        width: columns of the terminal.
-        colour: whether to write ANSI colours.
-    """
+def render_table(view: View) -> str:
+    """All reports as terminal text; several are first summed up side by side."""
     sink = io.StringIO()
     console = Console(
-        file=sink, width=max(width, 60), force_terminal=colour, no_color=not colour, highlight=False, emoji=False,
-        legacy_windows=False, color_system="standard" if colour else None,
+        file=sink, width=max(view.width, 60), force_terminal=view.colour, no_color=not view.colour, highlight=False,
+        emoji=False, legacy_windows=False, color_system="standard" if view.colour else None,
     )  # fmt: skip
-    for part in _parts(report):
-        console.print(part)
+    if len(view.reports) > 1:
+        console.print(_side_by_side(view.reports))
+    for report in view.reports:
+        if len(view.reports) > 1:
+            console.print(Text(f"\n== {safe(report.name)}\n", style="bold"))
+        for part in _parts(report):
+            console.print(part)
+    if view.changes is not None:
+        console.print(Text("\nAgainst the baseline", style="bold"))
+        for line in change_lines(view.changes):
+            console.print(Text(line))
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).rstrip() + "\n"
+
+
+def _side_by_side(reports: tuple[Report, ...]) -> RenderableType:
+    """A row a run, a column a dtype."""
+    dtypes = [name for name in DTYPES if any(name in report.verdict for report in reports)]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("run", overflow="fold")
+    for name in dtypes:
+        table.add_column(name, no_wrap=True)
+    for report in reports:
+        words = [report.verdict.get(name) for name in dtypes]
+        table.add_row(
+            Text(f"{safe(report.name)} ({report.run.verb})"),
+            *(Text(word.upper(), _STYLE[word]) if word else Text("-") for word in words),
+        )
+    return table
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
@@ -118,8 +138,8 @@ def _why(report: Report, dtype: str) -> str:
         return "every operation finite"
     site = report.run.sites[tightest.site]
     layer = f"layer {site.layer}, " if site.layer is not None else ""
-    room = _room(tightest.headroom)
-    return f"every operation finite; least headroom {room} at {layer}{safe(name_of(site.module, site.op, site.call))}"
+    left = room(tightest.headroom)
+    return f"every operation finite; least headroom {left} at {layer}{safe(name_of(site.module, site.op, site.call))}"
 
 
 def _was_watched(made: Generation) -> bool:
@@ -160,8 +180,8 @@ def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
     elif first.kind != "advice":
         yield "where", f"{safe(first.module)}  {safe(first.op)}"
     if first.reference_abs_max is not None:
-        room = f", headroom {_room(first.headroom)}" if first.headroom is not None else ""
-        yield "magnitude", f"{number(first.reference_abs_max)}{room}"
+        left = f", headroom {room(first.headroom)}" if first.headroom is not None else ""
+        yield "magnitude", f"{number(first.reference_abs_max)}{left}"
     place = _place(first)
     if place:
         yield "at", place
@@ -228,7 +248,7 @@ def _headroom(report: Report, dtype: str) -> RenderableType:
         table.add_row(
             Text("-" if site.layer is None else str(site.layer)),
             Text(safe(name_of(site.module, site.op, site.call))), Text(number(row.abs_max)),
-            Text(_room(row.headroom)), Text(_bar(row.headroom), _colour(row.headroom)),
+            Text(room(row.headroom)), Text(_bar(row.headroom), _colour(row.headroom)),
         )  # fmt: skip
     title = Text(f"\nHeadroom in {dtype}, tightest operation of each layer (full bar: the limit)", style="bold")
     rest = len(rows) - _ROWS
@@ -245,18 +265,6 @@ def _weights(report: Report) -> Iterator[RenderableType]:
             parts.append(f"{total.dtype} {exact}" + (f", {total.overflow:,} overflow" if total.overflow else ""))
     if parts:
         yield Text("\nWeights: " + "; ".join(parts) + ".", style="dim")
-
-
-def _room(headroom: float | None) -> str:
-    if headroom is None:
-        return "-"
-    if headroom == 0:
-        return "none"
-    if not math.isfinite(headroom):
-        return "all"
-    if headroom < 1000:
-        return f"{headroom:.3g}x"
-    return f"{headroom:,.0f}x" if headroom < 1e6 else f"{headroom:.0e}x"
 
 
 def _bar(headroom: float) -> str:

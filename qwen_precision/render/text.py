@@ -3,6 +3,7 @@
 A control character could move the cursor or recolour the screen, a right-to-left mark could reorder a line.
 """
 
+import math
 import unicodedata
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
@@ -42,3 +43,16 @@ def number(value: float | None) -> str:
 def count(how_many: int, thing: str) -> str:
     """A number and its noun: 1 prompt, 1,818 operations."""
     return f"{how_many:,} {thing}" + ("" if how_many == 1 else "s")
+
+
+def room(headroom: float | None) -> str:
+    """A headroom as a person reads it: 0.483x, 12,000x, 2e+33x; none, all, or - where there is none to tell."""
+    if headroom is None:
+        return "-"
+    if headroom == 0:
+        return "none"
+    if not math.isfinite(headroom):
+        return "all"
+    if headroom < 1000:
+        return f"{headroom:.3g}x"
+    return f"{headroom:,.0f}x" if headroom < 1e6 else f"{headroom:.0e}x"

@@ -1,0 +1,72 @@
+"""The attachment: one zip of the runs, their report as Markdown and HTML, and the environment.
+
+The same runs always give the same bytes. Read back, a zip from a stranger may hold only the members that are written
+here, none of them larger than a record may be; nothing is ever unpacked to disk.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen_precision.errors import QprecError
+from qwen_precision.record import MAX_BYTES, Run, parse, to_json
+
+_RUN = re.compile(r"run(-\d{1,3})?\.json")
+_OTHERS = {"report.md", "report.html", "environment.json"}
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
+
+
+def pack(runs: list[Run], reports: Mapping[str, str]) -> bytes:
+    """The zip's bytes.
+
+    Args:
+        runs: without what should not travel (``redact.py``).
+        reports: file name to text.
+    """
+    names = ["run.json"] if len(runs) == 1 else [f"run-{number}.json" for number in range(1, len(runs) + 1)]
+    files = {name: to_json(run) for name, run in zip(names, runs, strict=True)}
+    files["environment.json"] = json.dumps([run.environment for run in runs], indent=2, ensure_ascii=False) + "\n"
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, text in sorted({**files, **reports}.items()):
+            info = zipfile.ZipInfo(name, _EPOCH)
+            info.compress_type, info.external_attr, info.create_system = zipfile.ZIP_DEFLATED, 0o644 << 16, 3
+            archive.writestr(info, text.encode("utf-8"))
+    return sink.getvalue()
+
+
+def unpack(path: Path) -> list[Run]:
+    """The runs of a bundle.
+
+    Raises:
+        QprecError: not a bundle, unexpected members, too large, or a damaged run.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            for info in infos:
+                if not _RUN.fullmatch(info.filename) and info.filename not in _OTHERS:
+                    raise QprecError(f"{path}: holds {info.filename!r}, which is no part of a qprec bundle; refused.")
+            runs = sorted((i for i in infos if _RUN.fullmatch(i.filename)), key=lambda info: _number(info.filename))
+            if not runs or len({info.filename for info in runs}) != len(runs):
+                raise QprecError(f"{path}: holds no run.json, so it is not a qprec bundle.")
+            return [parse(_read(archive, info, path), f"{path}:{info.filename}") for info in runs]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, QprecError):
+            raise
+        raise QprecError(f"{path}: is not a readable zip; give the bundle that qprec wrote.") from error
+
+
+def _number(name: str) -> int:
+    return int("".join(char for char in name if char.isdigit()) or 0)
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> str:
+    with archive.open(info) as member:
+        data = member.read(MAX_BYTES + 1)  # what the header says of the size is a stranger's word
+    if len(data) > MAX_BYTES:
+        raise QprecError(f"{path}: {info.filename} is larger than {MAX_BYTES >> 20} MiB unpacked; refused.")
+    return data.decode("utf-8", errors="strict")

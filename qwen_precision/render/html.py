@@ -1,0 +1,42 @@
+"""One self-contained HTML page: no network, no script, light and dark. Everything is escaped by the template engine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_precision.findings import Report
+from qwen_precision.nextcommand import same_again
+from qwen_precision.render.changes import change_lines
+from qwen_precision.render.pictures import pictures
+from qwen_precision.render.text import number, room, safe
+from qwen_precision.render.view import View
+
+_MOST = 60
+"""Findings, trips and prompts shown of each; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class _Page:
+    """One report as the template sees it."""
+
+    report: Report
+    pictures: list[tuple[str, Any]]
+    command: str
+
+
+def render_html(view: View) -> str:
+    """All reports on one page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    engine = Environment(
+        loader=PackageLoader("qwen_precision.render", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    engine.filters.update(inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room)
+    pages = [
+        # The SVG is matplotlib's own text, in which every string is drawn as outlines: the one thing not escaped.
+        _Page(report, [(caption, Markup(svg)) for caption, svg in pictures(report)], same_again(report.run))
+        for report in view.reports
+    ]
+    lines = list(change_lines(view.changes)) if view.changes is not None else []
+    return engine.get_template("report.html.j2").render(pages=pages, changes=lines, most=_MOST)

@@ -1,0 +1,84 @@
+"""JUnit XML, for CI servers: a suite a dtype and prompt, a case a check, the passing ones too.
+
+The shape is what Jenkins, GitLab and GitHub's test reporters read: ``testsuites/testsuite/testcase`` with counts on
+both. What is not allowed in XML 1.0 is spelled out before it gets here (``text.safe``).
+"""
+
+from collections.abc import Iterator
+from xml.etree import ElementTree
+
+from qwen_precision.findings import Finding, Report
+from qwen_precision.render.text import safe
+from qwen_precision.render.view import View
+
+_Cases = dict[str, tuple[str, ...]]
+
+_CHECKS: dict[str, _Cases] = {
+    "probe": {"overflow": ("overflow", "nan"), "near-overflow": ("near-overflow",), "underflow": ("underflow",)},
+    "weights": {"weights": ("weight-overflow", "weight-nonfinite"), "underflow": ("underflow",)},
+    "generate": {kind: (kind,) for kind in ("nonfinite-logits", "sampling-error", "degenerate-text", "masked-row")},
+}
+"""Cases of a suite, and the kinds of finding each is about."""
+
+
+def render_junit(view: View) -> str:
+    """All reports as one document; what fails a case is what would give exit code 1."""
+    root = ElementTree.Element("testsuites", name="qprec")
+    for report in view.reports:
+        for name, cases, findings in _suites(report):
+            _suite(root, name, cases, findings, view)
+        _finished(root, report)
+    for key in ("tests", "failures", "errors"):
+        root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _suites(report: Report) -> Iterator[tuple[str, _Cases, list[Finding]]]:
+    run = report.run
+    head = f"{safe(report.name)} " if report.name else ""
+    for dtype in report.verdict:
+        mine = [finding for finding in report.findings if finding.dtype == dtype]
+        if run.generation is not None:
+            yield f"{head}{dtype} generation", _CHECKS["generate"], mine
+            continue
+        for prompt in run.prompts:
+            if any(each.dtype == dtype and run.prompts[each.prompt].name == prompt.name for each in run.passes):
+                here = [f for f in mine if prompt.name in (f.prompts or (f.prompt,))]
+                yield f"{head}{dtype} {safe(prompt.name)}", _CHECKS["probe"], here
+        yield f"{head}{dtype} weights", _CHECKS["weights"], [f for f in mine if f.prompt is None]
+
+
+def _suite(root: ElementTree.Element, name: str, cases: _Cases, findings: list[Finding], view: View) -> None:
+    suite = ElementTree.SubElement(root, "testsuite", name=name, tests=str(len(cases)), errors="0")
+    failing = {"fail": ("error",), "risk": ("error", "warning"), "never": ()}[view.fail_on]
+    new = None if view.changes is None else [*view.changes.new, *(m.now for m in view.changes.moved if m.worse)]
+    failures = 0
+    for check, kinds in cases.items():
+        case = ElementTree.SubElement(suite, "testcase", name=check, classname=name, time="0")
+        mine = [finding for finding in findings if finding.kind in kinds]
+        bad = [f for f in mine if f.severity in failing and (new is None or f in new)]
+        if bad:
+            failures += 1
+            failure = ElementTree.SubElement(case, "failure", type=bad[0].kind, message=_line(bad[0]))
+            failure.text = "\n".join(f"{_line(finding)} {safe(finding.advice, 500)}" for finding in bad)
+        rest = [finding for finding in mine if finding not in bad]
+        if rest:
+            ElementTree.SubElement(case, "system-out").text = "\n".join(_line(finding) for finding in rest)
+    suite.set("failures", str(failures))
+
+
+def _finished(root: ElementTree.Element, report: Report) -> None:
+    """A run that stopped early is an error of its own: what was not reached is not a pass."""
+    name = f"{safe(report.name)} run".strip()
+    suite = ElementTree.SubElement(
+        root, "testsuite", name=name, tests="1", failures="0", errors=str(int(bool(report.stopped)))
+    )
+    case = ElementTree.SubElement(suite, "testcase", name="finished", classname=name, time="0")
+    if report.stopped:
+        ElementTree.SubElement(case, "error", type="stopped", message=safe(report.stopped))
+
+
+def _line(finding: Finding) -> str:
+    layer = f"layer {finding.layer}, " if finding.layer is not None else ""
+    return f"{layer}{safe(finding.name)}: {safe(finding.cause, 500)}"

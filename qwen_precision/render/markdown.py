@@ -1,0 +1,199 @@
+"""Markdown for a bug report: what maintainers ask for, in the order in which they read it.
+
+Model and revision, dtype, the first failing operation, findings, the command to run again, prompts and token ids,
+environment. GitHub takes 65,536 characters: sections are cut from the least important up, and that is said. Strings
+from strangers are inert: no markup, no HTML, no mention, no issue link.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from qwen_precision.findings import Finding, Report
+from qwen_precision.names import name_of
+from qwen_precision.nextcommand import same_again
+from qwen_precision.render.changes import change_lines
+from qwen_precision.render.text import count, number, room, safe
+from qwen_precision.render.view import View
+
+LONGEST = 65_000
+"""Characters; GitHub's limit is 65,536."""
+
+_FINDINGS = 40
+_IDS = 400
+
+
+@dataclass(frozen=True)
+class _Section:
+    weight: int
+    """The least important is cut first."""
+    name: str
+    text: str
+
+
+def render_markdown(view: View) -> str:
+    """All reports, one after another; cut to what GitHub takes."""
+    sections = [section for report in view.reports for section in _sections(report)]
+    if view.changes is not None:
+        lines = [f"- {escaped(line)}" for line in change_lines(view.changes)]
+        sections.insert(0, _Section(100, "changes", "## Against the baseline\n\n" + "\n".join(lines)))
+    dropped: list[str] = []
+    while sum(len(each.text) + 2 for each in sections) > LONGEST and len(sections) > 1:
+        least = min(sections, key=lambda each: (each.weight, -len(each.text)))
+        sections.remove(least)
+        dropped.append(least.name)
+    text = "\n\n".join(each.text for each in sections)
+    if dropped:
+        names = ", ".join(dict.fromkeys(dropped))
+        text = text[: LONGEST - 200] + f"\n\n*Left out to stay below GitHub's 65,536 characters: {names}.*"
+    return text + "\n"
+
+
+def escaped(text: str, longest: int = 300) -> str:
+    """Plain text inside Markdown: nothing of it is markup, a mention or a link."""
+    shown = safe(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
+    return re.sub(r"([\\`*_{}\[\]()#!|~^$])", r"\\\1", shown).replace("://", ":&#8203;//")
+
+
+def fenced(text: str, longest: int = 20_000) -> str:
+    """A code block with a fence that the text cannot close."""
+    shown = "\n".join(safe(line, longest) for line in text[:longest].split("\n"))
+    ticks = max((len(run) for run in re.findall(r"`+", shown)), default=0)
+    fence = "`" * max(3, ticks + 1)
+    return f"{fence}text\n{shown}\n{fence}"
+
+
+def _details(title: str, text: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _sections(report: Report) -> Iterator[_Section]:
+    yield _Section(100, "verdict", _head(report))
+    findings: list[tuple[int, str, Callable[[Report], str]]] = [
+        (90, "findings", _findings), (80, "generated text", _texts), (85, "command", _command),
+        (60, "trips", _trips), (70, "environment", _environment), (50, "prompts", _prompts),
+        (40, "headroom", _headroom), (45, "choices", _choices),
+    ]  # fmt: skip
+    for weight, name, make in findings:
+        text = make(report)
+        if text:
+            yield _Section(weight, name, text)
+
+
+def _head(report: Report) -> str:
+    run, model = report.run, report.run.model
+    title = f"# qprec {run.verb}: {escaped(model.source)}" + (f" ({escaped(report.name)})" if report.name else "")
+    revision = f" at `{safe(model.revision, 60).replace('`', '')}`" if model.revision else ""
+    lines = [
+        title, "",
+        f"{escaped(model.architecture)}{revision}, {model.layers} layers, {model.parameters:,} parameters stored as "
+        f"{escaped(model.source_dtype)}; {escaped(run.tool)}, {escaped(run.created)}.", "",
+        "| dtype | verdict | first |", "|---|---|---|",
+    ]  # fmt: skip
+    for dtype, verdict in report.verdict.items():
+        first = next((f for f in report.findings if f.dtype == dtype and f.severity != "info"), None)
+        lines.append(f"| {dtype} | **{verdict.upper()}** | {_place(first) if first else '-'} |")
+    if report.stopped:
+        lines += ["", f"**Stopped early:** {escaped(report.stopped)}. What was not reached is not judged."]
+    return "\n".join(lines)
+
+
+def _place(finding: Finding) -> str:
+    layer = f"layer {finding.layer}: " if finding.layer is not None else ""
+    step = f"step {finding.step}, row {finding.row}: " if finding.step is not None else ""
+    return f"{step}{layer}{escaped(finding.name)} ({escaped(finding.kind)})"
+
+
+def _findings(report: Report) -> str:
+    if not report.findings:
+        return "## Findings\n\nNone."
+    lines = ["## Findings", ""]
+    for position, finding in enumerate(report.findings[:_FINDINGS], 1):
+        lines.append(f"{position}. **{finding.severity}**, {finding.dtype}, {_place(finding)}")
+        lines += [f"   - {fact}" for fact in _facts(finding)]
+    if len(report.findings) > _FINDINGS:
+        lines.append(f"\n… and {len(report.findings) - _FINDINGS} more.")
+    return "\n".join(lines)
+
+
+def _facts(finding: Finding) -> Iterator[str]:
+    if finding.step is None and finding.kind != "advice":
+        yield f"where: {escaped(finding.module)}, {escaped(finding.op)}"
+    if finding.reference_abs_max is not None:
+        yield f"magnitude in fp32: {number(finding.reference_abs_max)}, headroom {room(finding.headroom)}"
+    if finding.token is not None:
+        token = finding.token
+        what = "padding" if token["padding"] else f"id {token['id']} “{escaped(str(token['text']), 60)}”"
+        channel = f", channel {finding.channel}" if finding.channel is not None else ""
+        yield f"token {token['position']} of row {token.get('row')} ({what}){channel}"
+    if finding.nan or finding.inf:
+        yield f"{finding.inf:,} inf, {finding.nan:,} NaN, passed on {finding.propagated:,} times"
+    yield f"cause: {escaped(finding.cause, 600)}"
+    yield f"advice: {escaped(finding.advice, 600)}"
+
+
+def _command(report: Report) -> str:
+    return "## Run it again\n\n" + fenced(same_again(report.run))
+
+
+def _texts(report: Report) -> str:
+    made = report.run.generation
+    if made is None:
+        return ""
+    lines = ["## Generated", ""]
+    for row in made.rows[:20]:
+        stretches = ", ".join(f"{each.dtype} from step {each.start}" for each in row.stretches[:8])
+        lines += [f"Row {row.row}: {count(len(row.ids), 'token')}, {escaped(row.finish)}; {stretches}",
+                  fenced(f"{row.input[:500]}\n----\n{row.text[:2000]}"), ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _trips(report: Report) -> str:
+    made = report.run.generation
+    if made is None or not made.trips:
+        return ""
+    rows = ["| step | row | dtype | guard | what | why |", "|---|---|---|---|---|---|"]
+    for trip in made.trips[:40]:
+        done = "" if trip.acted or trip.guard == "watch" else " (only reported)"
+        rows.append(f"| {trip.step} | {trip.row} | {trip.dtype} | {escaped(trip.guard)} | {trip.kind}{done} | "
+                    f"{escaped(trip.why)} |")  # fmt: skip
+    more = f"\n\n… and {len(made.trips) - 40} more." if len(made.trips) > 40 else ""
+    return _details(f"Trips ({len(made.trips)})", "\n".join(rows) + more)
+
+
+def _environment(report: Report) -> str:
+    rows = [f"| {escaped(key, 60)} | {escaped(value)} |" for key, value in report.run.environment.items()]
+    return "## Environment\n\n| what | value |\n|---|---|\n" + "\n".join(rows)
+
+
+def _choices(report: Report) -> str:
+    rows = [f"| {escaped(c.what)} | {escaped(c.value)} | {escaped(c.reason)} |" for c in report.run.choices]
+    return _details("Choices", "| what | value | reason |\n|---|---|---|\n" + "\n".join(rows)) if rows else ""
+
+
+def _prompts(report: Report) -> str:
+    parts = []
+    for prompt in report.run.prompts:
+        for number_, row in enumerate(prompt.rows):
+            ids = " ".join(map(str, row.ids[:_IDS])) + (f" … ({len(row.ids)} in all)" if len(row.ids) > _IDS else "")
+            head = f"**{escaped(prompt.name)}**, row {number_}, {count(len(row.ids), 'token')}"
+            parts.append(f"{head}, padded on the left by {row.padding}\n\n{fenced(row.text[:2000])}\n\n{fenced(ids)}")
+    return _details("Prompts and token ids", "\n\n".join(parts)) if parts else ""
+
+
+def _headroom(report: Report) -> str:
+    parts = []
+    for dtype, rows in report.headroom.items():
+        if not rows or dtype not in ("fp16",):
+            continue
+        lines = [f"**{dtype}**", "", "| layer | operation | largest | headroom |", "|---|---|---|---|"]
+        seen: set[int | None] = set()
+        for row in rows:
+            site = report.run.sites[row.site]
+            if site.layer not in seen:
+                seen.add(site.layer)
+                lines.append(f"| {'-' if site.layer is None else site.layer} | "
+                             f"{escaped(name_of(site.module, site.op, site.call))} | {number(row.abs_max)} | "
+                             f"{room(row.headroom)} |")  # fmt: skip
+        parts.append("\n".join(lines))
+    return _details("Headroom, tightest operation of each layer", "\n\n".join(parts)) if parts else ""

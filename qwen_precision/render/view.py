@@ -1,0 +1,33 @@
+"""What a renderer is given: one or several reports, what they are compared with, and how wide the terminal is."""
+
+from dataclasses import dataclass
+
+from qwen_precision.compare import Changes
+from qwen_precision.findings import Report
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything that is to be shown."""
+
+    reports: tuple[Report, ...]
+    fail_on: str = "fail"
+    changes: Changes | None = None
+    """Against a baseline; then what is new decides the exit code."""
+    width: int = 80
+    colour: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """The worst of all reports: 1 before 3 before 0; the same for every format."""
+        if self.changes is not None:
+            codes = {self.changes.exit_code(self.fail_on)}
+            codes |= {3 for report in self.reports if report.stopped and not report.findings}
+        else:
+            codes = {report.exit_code(self.fail_on) for report in self.reports}
+        return 1 if 1 in codes else max(codes, default=0)
+
+
+def one(report: Report, fail_on: str = "fail") -> View:
+    """A view of a single report."""
+    return View((report,), fail_on)
