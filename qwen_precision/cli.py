@@ -195,12 +195,14 @@ def generate(
     """
     if no_guards and (guards is not None or on_failure is not None):
         raise UsageError("--no-guards: goes with neither --guards nor --on-failure; give one of them.")
+    profile = "off" if no_guards else guards if guards is not None else "default"
     settings = load_generate_settings({
-        "dtype": dtype, "prompts": prompts, "chat": chat, "max_new_tokens": max_new_tokens, "do_sample": do_sample,
-        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
-        "repetition_penalty": repetition_penalty, "device": device, "attention": attn,
+        "guards": profile, "on_failure": on_failure, "dtype": dtype, "prompts": prompts, "chat": chat,
+        "max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p,
+        "top_k": top_k, "min_p": min_p, "seed": seed, "repetition_penalty": repetition_penalty, "device": device,
+        "attention": attn,
     })  # fmt: skip
-    chosen = load_guards("off" if no_guards else guards if guards is not None else "default", on_failure)
+    chosen = load_guards(profile, on_failure)
     specs = _specs(prompt, prompts, [DEFAULT_PROMPT])
     inputs = [model, prompts, probe_run, *([guards] if guards and Path(guards).suffix else [])]
     check_writable(output, [Path(each) for each in inputs if each])

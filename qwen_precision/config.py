@@ -73,6 +73,9 @@ class GenerateSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     attention: str | None = None
+    guards: str = "default"
+    """Profile of the guards, by name or file; their settings are in the record one by one."""
+    on_failure: str | None = None
 
     @field_validator("dtype", "attention")
     @classmethod

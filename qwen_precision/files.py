@@ -28,12 +28,12 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
         raise QprecError(f"{label} {path}: the folder {folder} does not exist; create it or choose another.")
     if not os.access(folder, os.W_OK) or (real.exists() and not os.access(real, os.W_OK)):
         raise QprecError(f"{label} {path}: cannot be written; choose a place you may write to.")
-    if real.is_file() and not force:
-        raise QprecError(f"{label} {path}: is there already; add --force to replace it.")
     for each in inputs:
         source = Path(os.path.realpath(each))
         if real == source or (source.is_dir() and (source / "config.json").exists() and source in real.parents):
             raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
+    if real.is_file() and not force:
+        raise QprecError(f"{label} {path}: is there already; add --force to replace it.")
 
 
 def write_atomically(path: Path, text: str | bytes) -> None:

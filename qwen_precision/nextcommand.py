@@ -30,6 +30,13 @@ def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
     return " ".join([*parts, f"--dtype {dtype}", prompt if len(text) <= _LONGEST_PROMPT else f"--prompts {record}"])
 
 
+_TOLD = (
+    "dtype", "attention", "max_tokens", "device", "memory", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "seed", "guards", "on_failure",
+)  # fmt: skip
+"""Settings that are flags with a value."""
+
+
 def same_again(run: Run, record: str = "RUN") -> str:
     """The command that makes this run again; prompts that do not fit a command line are read from the record."""
     told = run.settings
@@ -37,13 +44,9 @@ def same_again(run: Run, record: str = "RUN") -> str:
     if run.model.revision:
         parts.append(f"--revision {quoted_for_a_shell(run.model.revision)}")
     parts += [f"--dtype {name}" for name in (run.dtypes if run.verb == "probe" else [])]
-    names = {"dtype": "--dtype", "attention": "--attn", "max_tokens": "--max-tokens", "device": "--device",
-             "memory": "--memory", "max_new_tokens": "--max-new-tokens", "temperature": "--temperature",
-             "top_p": "--top-p", "top_k": "--top-k", "min_p": "--min-p", "seed": "--seed",
-             "repetition_penalty": "--repetition-penalty"}  # fmt: skip
-    for key, flag in names.items():
-        value = told.get(key)
-        if isinstance(value, (str, int, float)) and value not in ("auto", None) and not isinstance(value, bool):
+    for key in _TOLD:
+        value, flag = told.get(key), {"attention": "--attn"}.get(key, "--" + key.replace("_", "-"))
+        if isinstance(value, (str, int, float)) and value not in ("auto", "default") and not isinstance(value, bool):
             parts.append(f"{flag} {quoted_for_a_shell(str(value))}")
     switches = {"do_sample": ("--do-sample", "--greedy"), "chat": ("--chat", ""), "reference": ("", "--no-reference")}
     for key, (on, off) in switches.items():

@@ -72,7 +72,7 @@ def test_the_report_as_json_has_the_promised_keys(capsys: Capture) -> None:
         (["probe", "demo", "--memory", "disk"], ["--memory", "auto, resident, streamed"]),
         (["probe", "demo", "--fail-on", "x"], ["--fail-on", "fail, risk, never"]),
         (["probe", "demo", "--max-tokens", "0"], ["--max-tokens"]),
-        (["report", "x.json", "--format", "pdf"], ["--format", "table, json"]),
+        (["report", "x.json", "--format", "pdf"], ["--format", "table, markdown"]),
         (["probe"], ["MODEL"]),
         (["nonsense"], ["nonsense"]),
         (["probe", "demo", "--nonsense"], ["--nonsense"]),

@@ -481,13 +481,53 @@ def test_the_sampling_settings_of_the_record_are_those_that_were_used(healthy: P
     assert made is not None and (made.options["top_k"], made.options["temperature"]) == (50, 1.0)
 
 
+def test_the_length_of_the_generation_config_counts_the_prompt(healthy: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(healthy, tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"max_length": 17, "eos_token_id": 503}')
+    made = run(folder, ["The quick brown"])
+    assert ids_of(made) == plain(folder, ["The quick brown"], "fp16", do_sample=False)
+    assert len(ids_of(made)[0]) == 17 - len(made.prompts[0].rows[0].ids)
+
+
+def test_only_one_position_of_logits_is_computed_and_a_row_alone_has_no_padding(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qwen_precision.lanes as lanes
+
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    load = lanes.Models._load
+
+    def seen(self: Any, dtype: str) -> Any:
+        model = load(self, dtype)
+        model.register_forward_hook(
+            lambda module, args, kwargs, out: shapes.append((dtype, kwargs["input_ids"].shape, out.logits.shape)),
+            with_kwargs=True,
+        )
+        return model
+
+    monkeypatch.setattr(lanes.Models, "_load", seen)
+    plant(monkeypatch, nan_at(0, row=0))
+    made = run(healthy, ["Hello", "The quick brown fox"], max_new_tokens=2)
+    widths = [len(row.ids) for row in made.prompts[0].rows]
+    assert shapes[0][1] == (2, max(widths)) and shapes[1][:2] == ("bf16", (1, widths[0]))
+    assert all(logits[1] == 1 for _, _, logits in shapes)
+
+
 def test_a_lane_whose_rows_are_all_over_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row fails and goes on in bf16; when the others have ended, the fp16 weights are given back."""
     from qwen_precision.lanes import Models as Store
 
-    released = []
-    release = Store.release
-    monkeypatch.setattr(Store, "release", lambda self, dtype: (released.append(dtype), release(self, dtype))[1])
+    released, release = [], Store.release
+
+    def giving_back(self: Store, dtype: str) -> None:
+        model = self.get(dtype)
+        release(self, dtype)
+        assert all(weight.is_meta for weight in model.parameters())
+        released.append(dtype)
+
+    monkeypatch.setattr(Store, "release", giving_back)
     plant(monkeypatch, nan_at(1, row=1), ["fp32"])
     ladder = settings(recover={"ladder": ["fp32", "bf16"]})
     made = run("demo", [PROMPT, "The quick"], ladder, dtype="fp32", max_new_tokens=60)

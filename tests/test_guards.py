@@ -106,6 +106,12 @@ def test_a_bad_row_changes_nothing_in_what_the_others_draw() -> None:
     assert torch.equal(healthy[[0, 1, 3]], ours[[0, 1, 3]])
 
 
+def test_a_row_that_is_over_goes_on_with_padding() -> None:
+    ids, going = torch.ones(2, 3, dtype=torch.long), torch.tensor([True, False])
+    longer, _ = chooser()(ids, torch.tensor([[0.0, 0.0, 1.0]] * 2), going)
+    assert longer[:, -1].tolist() == [2, 0]
+
+
 def test_the_sampling_error_is_torchs_own() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.multinomial(torch.tensor([[NAN, 1.0]]), 1)

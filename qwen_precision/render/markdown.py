@@ -83,7 +83,7 @@ def _sections(report: Report) -> Iterator[_Section]:
 def _head(report: Report) -> str:
     run, model = report.run, report.run.model
     title = f"# qprec {run.verb}: {escaped(model.source)}" + (f" ({escaped(report.name)})" if report.name else "")
-    revision = f" at `{safe(model.revision, 60).replace('`', '')}`" if model.revision else ""
+    revision = f" at {escaped(model.revision, 60)}" if model.revision else ""
     lines = [
         title, "",
         f"{escaped(model.architecture)}{revision}, {model.layers} layers, {model.parameters:,} parameters stored as "

@@ -71,18 +71,20 @@ def headroom(report: Report) -> Figure | None:
     axes.axhline(1.0, color=_COLOURS["fp16"], linestyle="--", linewidth=1)
     axes.set_yscale("log")
     _labels(axes, "layer", "headroom (x)")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, labelcolor=_GREY)
     return figure
 
 
 def heat_map(report: Report) -> Figure | None:
     """log2 of the largest magnitude in the reference (or the first dtype), over layers and operations."""
     run = report.run
+    # What a norm computes in fp32 may be as large as it likes: it is not the dtype's to hold.
+    wider = run.wider.get("fp16") or run.wider.get(run.dtypes[0] if run.dtypes else "", {})
     passes = [p for p in run.passes if p.dtype == "fp32"] or [p for p in run.passes if p.dtype == run.dtypes[0]]
     cells: dict[str, dict[int, float]] = {}
     for each in passes:
-        for site, value in zip(run.sites, each.abs_max, strict=True):
-            if site.layer is not None and value is not None and value > 0:
+        for number, (site, value) in enumerate(zip(run.sites, each.abs_max, strict=True)):
+            if number not in wider and site.layer is not None and value is not None and value > 0:
                 row = cells.setdefault(safe(name_of(site.module, site.op, site.call), 40), {})
                 row[site.layer] = max(row.get(site.layer, 0.0), min(value, 1e38))
     if not cells:
@@ -115,13 +117,14 @@ def steps(report: Report) -> Figure | None:
     palette = list(_COLOURS.values())
     for row, colour in zip(made.rows, palette, strict=False):
         for axes, column in ((top, row.entropy), (bottom, row.margin)):
+            axes.set_ylim(bottom=0.0)
             values = [math.nan if value is None else value for value in column]
-            axes.plot(range(len(values)), values, marker=".", color=colour, label=f"row {row.row}", gid="line")
+            axes.plot(range(len(values)), values, marker=".", color=colour, label=f"row {row.row}")
             bad = [step for step, value in enumerate(values) if not math.isfinite(value)]
             axes.scatter(bad, [0.0] * len(bad), marker="x", color=colour)
     _labels(top, "", "entropy (nats)")
     _labels(bottom, "step", "margin (logits)")
-    top.legend(frameon=False)
+    top.legend(frameon=False, labelcolor=_GREY)
     return figure
 
 

@@ -1,0 +1,54 @@
+"""The JSON Schema of ``--format json``, made from the classes that are written; published in ``configs/schema/``.
+
+More keys may stand beside these in a later version; those that are here keep their meaning.
+"""
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from qwen_precision.findings import FAIL_ON, Finding
+
+_VERDICTS = ("ok", "risk", "fail", "incomplete")
+_WORDS = {"enum": ["nan", "inf", "-inf"]}
+
+
+def report_schema() -> dict[str, Any]:
+    """For draft 2020-12."""
+    finding = _numbers_or_words(TypeAdapter(Finding).json_schema())
+    finding.pop("title", None)
+    report = {
+        "file": {"type": "string"},
+        "verdict": {"type": "object", "additionalProperties": {"enum": list(_VERDICTS)}},
+        "stopped": {"type": ["string", "null"]},
+        "model": {"type": "object"},
+        "findings": {"type": "array", "items": {"$ref": "#/$defs/finding"}},
+        "generation": {"type": "object"},
+    }
+    needed = ["verdict", "stopped", "model", "findings"]
+    one = {"type": "object", "properties": report, "required": needed}
+    top = {
+        "schema": {"const": 1},
+        "exit_code": {"enum": [0, 1, 3]},
+        "reports": {"type": "array", "items": {"$ref": "#/$defs/report"}},
+        "changes": {"type": "object", "required": ["baseline", "new", "fixed", "changed", "headroom"]},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "qprec report",
+        "description": f"`qprec report RUN --format json`; the exit code depends on --fail-on ({', '.join(FAIL_ON)}).",
+        "type": "object",
+        "properties": {**top, **report},
+        "required": ["schema", "exit_code"],
+        "anyOf": [{"required": needed}, {"required": ["reports"]}],
+        "$defs": {"finding": finding, "report": one},
+    }
+
+
+def _numbers_or_words(value: Any) -> Any:
+    """Where a number may stand, so may the words for what JSON has no number for."""
+    if isinstance(value, dict):
+        if value.get("type") == "number":
+            return {"anyOf": [{"type": "number"}, _WORDS]}
+        return {key: _numbers_or_words(item) for key, item in value.items()}
+    return [_numbers_or_words(item) for item in value] if isinstance(value, list) else value

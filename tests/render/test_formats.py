@@ -1,0 +1,249 @@
+"""Every format over the same few runs: golden, inert, the same exit code, read by the tools it is made for."""
+
+import io
+import json
+import re
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import HOSTILE, RUNS, healthy_run, hostile_run, hostile_text_run, overflowing_run
+
+from qwen_precision.bundle import unpack
+from qwen_precision.checks import judge
+from qwen_precision.compare import changes
+from qwen_precision.record import Run, to_json
+from qwen_precision.redact import redacted, without_paths
+from qwen_precision.render import FORMATS, View, one
+from qwen_precision.render.markdown import LONGEST
+from qwen_precision.reporting import bundle
+
+TEXTS = [name for name, row in FORMATS.items() if not row.binary]
+SUFFIX = {"markdown": "md", "junit": "junit.xml", "github": "github.txt", "html": "html"}
+
+
+def shown(run: Run, name: str, fail_on: str = "fail") -> str:
+    return str(FORMATS[name].render(one(judge(run), fail_on)))
+
+
+@pytest.mark.parametrize("name", SUFFIX)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_kind_of_run_looks_as_expected(name: str, run: str, golden: Callable[[str, str], None]) -> None:
+    # The drawings are matplotlib's, and differ with its version; what is around them is ours.
+    text = re.sub(r"<svg.*?</svg>", "<svg/>", shown(RUNS[run](), name), flags=re.DOTALL)
+    golden(f"{run}.{SUFFIX[name]}", text)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("run", RUNS)
+def test_the_same_run_gives_the_same_bytes(name: str, run: str) -> None:
+    first, second = (FORMATS[name].render(one(judge(RUNS[run]()))) for _ in range(2))
+    assert first == second and len(first) > 10
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("run", [hostile_run, hostile_text_run])
+def test_strings_from_strangers_are_inert(name: str, text: str, run: Callable[[str], Run]) -> None:
+    out = shown(run(text), name)
+    if name == "json":
+        json.loads(out)
+        assert "\x1b" not in out
+        return
+    assert not {"\x1b", "\x00", "\x07", "\u202e"} & set(out)
+    if name in ("html", "svg", "junit", "markdown"):
+        assert "<script" not in re.sub(r"^(`{3,})text$.*?^\1$", "", out, flags=re.DOTALL | re.MULTILINE)
+    if name in ("junit", "svg"):
+        ElementTree.fromstring(out)
+    if name == "table":
+        assert max(len(line) for line in out.splitlines()) <= 80
+        assert not text.startswith("[red]") or "[red]bold[/red]" in out
+        assert not text.startswith(":x:") or ":x: :smile:" in out
+    if name == "github":
+        assert all(line.startswith("::") for line in out.splitlines())
+    assert len(out) < 400_000
+
+
+def test_a_mention_or_a_fence_in_a_prompt_stays_text_in_markdown() -> None:
+    from qwen_precision.render.markdown import escaped, fenced
+
+    assert "@someone" not in escaped("@someone #123 [x](http://y) **b** <b>")
+    assert escaped("a|b`c") == r"a\|b\`c"
+    assert fenced("```\nout").startswith("````text\n") and fenced("```\nout").endswith("\n````")
+
+
+def test_markdown_stays_below_what_github_takes_and_says_what_was_left_out() -> None:
+    from builders import a_prompt
+
+    prompts = [a_prompt(f"prompt {n}", "word " * 500, ids=list(range(400)), tokens=["w"] * 400) for n in range(60)]
+    text = shown(overflowing_run(prompts=prompts), "markdown")
+    assert len(text) <= 65_536 and len(text) <= LONGEST + 100
+    assert "Left out" in text and "prompts" in text.rsplit("Left out", 1)[1] and "## Findings" in text
+
+
+# -- junit ---------------------------------------------------------------------------------------------------------
+
+
+def test_junit_loads_in_a_junit_parser_with_right_counts_and_passing_cases() -> None:
+    from junitparser import JUnitXml
+
+    xml = JUnitXml.fromstring(shown(overflowing_run(), "junit").encode())
+    suites = {suite.name: suite for suite in xml}
+    assert (suites["fp16 plain"].tests, suites["fp16 plain"].failures) == (3, 1)
+    assert (suites["bf16 plain"].tests, suites["bf16 plain"].failures) == (3, 0)
+    assert xml.tests == sum(suite.tests for suite in xml) and xml.failures == 1 and xml.errors == 0
+    cases = {case.name: case for case in suites["fp16 plain"]}
+    assert cases["overflow"].result[0].type == "overflow" and cases["underflow"].is_passed
+
+
+def test_junit_fails_a_risk_only_when_risks_fail() -> None:
+    from builders import HEALTHY, a_pass, a_run
+
+    near = [*HEALTHY[:4], 40000.0, 31.0]
+    run = a_run([a_pass("fp32", near), a_pass("fp16", near)])
+    for level, failures in (("fail", 0), ("risk", 1), ("never", 0)):
+        assert ElementTree.fromstring(shown(run, "junit", level)).get("failures") == str(failures)
+
+
+def test_a_run_that_stopped_is_an_error_of_its_own() -> None:
+    root = ElementTree.fromstring(shown(RUNS["stopped"](), "junit"))
+    assert root.get("errors") == "1" and root.find(".//error") is not None
+
+
+# -- several runs, baselines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("level", ["fail", "risk", "never"])
+@pytest.mark.parametrize("run", RUNS)
+def test_the_exit_code_does_not_depend_on_the_format(name: str, run: str, level: str) -> None:
+    view = one(judge(RUNS[run]()), level)
+    assert view.exit_code == judge(RUNS[run]()).exit_code(level)
+
+
+def test_several_runs_are_shown_side_by_side() -> None:
+    reports = tuple(
+        judge(RUNS[name](), name=f"{name}.json") for name in ("healthy", "one-overflow", "text-exclamation")
+    )
+    view = View(reports)
+    table = str(FORMATS["table"].render(view))
+    assert re.search(r"healthy\.json \(probe\)\s+OK\s+OK\s+OK", table)
+    assert re.search(r"text-exclamation\.json \(generate\)\s+FAIL\s+-\s+-", table)
+    assert view.exit_code == 1
+    data = json.loads(str(FORMATS["json"].render(view)))
+    assert [each["file"] for each in data["reports"]] == [report.name for report in reports]
+    assert str(FORMATS["markdown"].render(view)).count("\n# qprec") == 2
+    assert str(FORMATS["html"].render(view)).count("<main>") == 3
+
+
+def against(older: Run, newer: Run, fail_on: str = "fail") -> View:
+    base, report = judge(older, name="old.json"), judge(newer, name="new.json")
+    return View((report,), fail_on, changes(base, report))
+
+
+def test_against_a_baseline_only_what_is_new_fails() -> None:
+    same = against(overflowing_run(), overflowing_run())
+    assert same.exit_code == 0 and same.changes is not None and not same.changes.new and not same.changes.moved
+    worse = against(healthy_run(), overflowing_run())
+    assert worse.exit_code == 1 and worse.changes is not None and len(worse.changes.new) == 2
+    better = against(overflowing_run(), healthy_run())
+    assert better.exit_code == 0 and better.changes is not None and len(better.changes.fixed) == 2
+    assert against(healthy_run(), overflowing_run(), "never").exit_code == 0
+
+
+def test_a_headroom_that_moved_is_told_just_above_its_limit_and_not_below() -> None:
+    from builders import HEALTHY, a_pass, a_run
+
+    def near(value: float) -> Run:
+        column = [*HEALTHY[:4], value, 31.0]
+        return a_run([a_pass("fp32", column), a_pass("fp16", column)])
+
+    for factor, moved in ((1.04, 0), (1.06, 1)):
+        view = against(near(40000.0), near(40000.0 * factor))
+        assert view.changes is not None and len(view.changes.moved) == moved
+    for name in TEXTS:
+        assert FORMATS[name].render(against(near(40000.0), near(60000.0)))
+    text = str(FORMATS["table"].render(against(near(40000.0), near(60000.0))))
+    assert "worse: fp16 near-overflow" in text and "least headroom in fp16: 1.64x -> 1.09x" in text
+
+
+# -- bundle, redaction ---------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_has_the_same_bytes_again_and_reads_back(tmp_path: Path) -> None:
+    view = View((judge(overflowing_run()),))
+    assert bundle(view) == bundle(view)
+    (tmp_path / "report.zip").write_bytes(bundle(view))
+    assert [to_json(run) for run in unpack(tmp_path / "report.zip")] == [to_json(overflowing_run())]
+
+
+def test_paths_and_user_names_never_go_into_a_bundle() -> None:
+    from builders import a_model
+
+    run = overflowing_run(
+        model=a_model(source="/home/alice/models/mine"), stopped="/home/alice/models/mine/model.safetensors: broken",
+        settings={"prompts": "/home/alice/p.yaml"},
+    )  # fmt: skip
+    text = to_json(without_paths(run))
+    assert "alice" not in text and '"source":"mine"' in text and "model.safetensors: broken" in text
+    assert without_paths(overflowing_run()).model.source == "Qwen/Qwen3-8B"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_redacted_no_text_is_left_and_the_verdict_is_the_same(name: str) -> None:
+    run, clean = RUNS[name](), redacted(RUNS[name]())
+    text = to_json(clean)
+    for prompt in run.prompts:
+        for row in prompt.rows:
+            assert row.text not in text and len(row.ids) == len(clean.prompts[0].rows[0].ids)
+    for row in run.generation.rows if run.generation else []:
+        assert len(row.text) < 3 or row.text not in text
+    assert judge(clean).verdict == judge(run).verdict
+    for each in FORMATS.values():
+        assert each.render(one(judge(clean)))
+
+
+# -- the page in a browser -------------------------------------------------------------------------------------------
+
+CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(path).exists()), None)
+
+
+def dumped(page: str, tmp_path: Path, width: int = 1100) -> str:
+    path = tmp_path / "page.html"
+    probe = "<script>document.title='ran'</script>"  # refused by the page's own policy; a hostile one would be too
+    path.write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
+             f"--window-size={width},2000", "--virtual-time-budget=2000", "--dump-dom"]  # fmt: skip
+    done = subprocess.run([str(CHROMIUM), *flags, path.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1100])
+def test_the_page_opens_in_chromium_and_no_script_runs(width: int, tmp_path: Path) -> None:
+    dom = dumped(shown(hostile_run("</script><script>document.title='ran'</script>"), "html"), tmp_path, width)
+    assert "<title>ran</title>" not in dom and "<h2>Findings</h2>" in dom and "<svg" in dom
+
+
+def test_the_page_asks_for_nothing_from_the_network() -> None:
+    page = shown(overflowing_run(), "html")
+    assert not re.search(
+        r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+    )
+    assert "url(http" not in page and "@import" not in page and "Content-Security-Policy" in page
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_pictures_are_well_formed(name: str) -> None:
+    from PIL import Image
+
+    ElementTree.fromstring(shown(RUNS[name](), "svg"))
+    png = FORMATS["png"].render(one(judge(RUNS[name]())))
+    assert isinstance(png, bytes) and Image.open(io.BytesIO(png)).size[0] > 500
