@@ -23,6 +23,8 @@ class _Column:
     events: dict[int, Event] = field(default_factory=dict)
     reseeded: list[Reseed] = field(default_factory=list)
     top1: list[int | None] = field(default_factory=list)
+    layer_error: list[float | None] = field(default_factory=list)
+    kl: list[float | None] = field(default_factory=list)
     parts: int = 0
 
 
@@ -82,6 +84,8 @@ class Collector:
                 events=[column.events[site] for site in sorted(column.events)],
                 reseeded=column.reseeded,
                 top1=column.top1,
+                layer_error=column.layer_error,
+                kl=column.kl,
             )
             for (dtype, prompt), column in self._columns.items()
         ]

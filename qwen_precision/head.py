@@ -6,12 +6,15 @@ bit). In both, the tokens go in pieces when the logits of all of them would be t
 holds ``[tokens, vocabulary]`` of a long prompt.
 """
 
+import math
 import time
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from qwen_precision.collect import rounded
+from qwen_precision.dtypes import REFERENCE
 from qwen_precision.measure import Measure
 from qwen_precision.plan import FinalHook, Plan
 from qwen_precision.skeleton import path_of
@@ -52,6 +55,7 @@ class Head:
                     on_final(dtype, prompt, states, None)
             return
         best: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        last: dict[tuple[str, int], list[Tensor]] = {}
         step = plan.vocabulary_rows or (1 << 62)
         for start, rows in self._store.row_chunks(name, step):
             for dtype in plan.dtypes:
@@ -64,6 +68,7 @@ class Head:
                         continue
                     logits = self._one(key, states, masks[key[1]].bool(), start)
                     best[key] = _better(best.get(key), logits[:, -1], start)
+                    last.setdefault(key, []).append(logits[:, -1].float())
                     if on_final is not None and plan.vocabulary_rows == 0:
                         on_final(dtype, key[1], states, logits if logits.shape[1] == states.shape[1] else None)
                 seconds[dtype] += time.perf_counter() - started
@@ -72,6 +77,7 @@ class Head:
             for (dtype, prompt), states in hidden.items():
                 on_final(dtype, prompt, states, None)
         self._write(best)
+        self._diverge({key: torch.cat(parts, dim=-1) for key, parts in last.items()})
 
     def _one(self, key: tuple[str, int], states: Tensor, valid: Tensor, start: int) -> Tensor:
         """Logits of one stream for the placed rows, all positions looked at; gives the last piece."""
@@ -92,6 +98,18 @@ class Head:
             finite = torch.isfinite(values).tolist()
             column = self._measure.collector.column(dtype, prompt)
             column.top1 = [token if fine else None for token, fine in zip(ids.tolist(), finite, strict=True)]
+
+    def _diverge(self, last: dict[tuple[str, int], Tensor]) -> None:
+        """Kullback-Leibler divergence of each row's next token from the reference's, in float64."""
+        for (dtype, prompt), logits in last.items():
+            reference = last.get((REFERENCE, prompt))
+            if reference is None or dtype == REFERENCE:
+                continue
+            wanted, ours = torch.log_softmax(reference.double(), -1), torch.log_softmax(logits.double(), -1)
+            rows = (wanted.exp() * (wanted - ours)).sum(dim=-1).tolist()
+            # Rounding can make it a hair less than nothing.
+            kl = [rounded(max(row, 0.0)) if math.isfinite(row) else None for row in rows]
+            self._measure.collector.column(dtype, prompt).kl = kl
 
 
 def _better(before: tuple[Tensor, Tensor] | None, last: Tensor, start: int) -> tuple[Tensor, Tensor]:

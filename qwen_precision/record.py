@@ -135,6 +135,11 @@ class Pass(Part):
     reseeded: list[Reseed]
     top1: list[int | None]
     """The likeliest next token of each row, null where its logits were not finite or not computed."""
+    layer_error: list[Number | None]
+    """After each layer, the norm of the difference from the reference's hidden states over the norm of those, real
+    tokens only; null from where the stream was not this dtype's own any more, and in the reference itself."""
+    kl: list[Number | None]
+    """Of each row, the Kullback-Leibler divergence (nats) of the next token's distribution from the reference's."""
 
 
 class Weight(Part):

@@ -9,6 +9,7 @@ into its range where the reference itself is out of it) and marked so: what over
 layer is then found too, not only the first place.
 """
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.collect import Collector
+from qwen_precision.collect import Collector, rounded
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.head import Head
 from qwen_precision.measure import Measure
@@ -136,6 +137,7 @@ class Shadow:
                 stream.hidden = self._watched(
                     name, prompt, path, layer, partial(_call, layer, stream.hidden, call), call
                 )
+                self._compare(name, prompt)
                 self._reseed(name, prompt, index)
             self.seconds["read and cast"] += placed - started
             self.seconds[name] += time.perf_counter() - placed
@@ -174,6 +176,17 @@ class Shadow:
         for value in call.kwargs.values():
             if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
                 self.watcher.masks.mark(value)
+
+    def _compare(self, name: str, prompt: int) -> None:
+        """How far a stream is from the reference's, over the real tokens of rows that are still its own."""
+        reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
+        if reference is None or name == REFERENCE:
+            return
+        own = self.prompts[prompt].mask.bool().clone()
+        own[sorted(stream.reseeded_rows)] = False
+        wanted = reference.hidden[own].double()
+        error = float((stream.hidden[own].double() - wanted).norm() / wanted.norm()) if bool(own.any()) else math.nan
+        self.collector.column(name, prompt).layer_error.append(rounded(error) if math.isfinite(error) else None)
 
     def _reseed(self, name: str, prompt: int, index: int) -> None:
         """Replace the rows of a stream that are no longer finite by the reference's, for the next layer."""
@@ -221,6 +234,8 @@ class Shadow:
             column = self.collector.column(name, prompt)
             for row in stream.reseeded_rows & set(range(len(column.top1))):
                 column.top1[row] = None  # what follows a re-seeded stream is not what this dtype would print
+                if row < len(column.kl):
+                    column.kl[row] = None
 
 
 def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:

@@ -6,12 +6,16 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def _generations_came_in(data: Record) -> Record:
-    """Schema 2 holds what was generated; a record of schema 1 is always a probe."""
+def _generations_and_precision_came_in(data: Record) -> Record:
+    """Schema 2 holds what was generated, and how far each pass is from the reference; schema 1 had neither."""
+    passes = data.get("passes")
+    if isinstance(passes, list):
+        passes = [{**each, "layer_error": [], "kl": []} if isinstance(each, dict) else each for each in passes]
+        data = {**data, "passes": passes}
     return {**data, "generation": None}
 
 
-UPGRADES: list[Callable[[Record], Record]] = [_generations_came_in]
+UPGRADES: list[Callable[[Record], Record]] = [_generations_and_precision_came_in]
 """The step at index 0 makes schema 2 of schema 1, and so on: a new schema is a function and a row here."""
 
 

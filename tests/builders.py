@@ -51,6 +51,8 @@ def a_pass(dtype: str, abs_max: list[float | None], events: list[Event] | None =
             "events": events or [],
             "reseeded": [],
             "top1": [5],
+            "layer_error": [],
+            "kl": [],
             **changes,
         }
     )
@@ -75,7 +77,9 @@ HEALTHY = [1.5, 20.0, 300.0, 410.0, 420.0, 31.0]
 
 
 def healthy_run(**changes: Any) -> Run:
-    return a_run([a_pass("fp32", HEALTHY), a_pass("fp16", HEALTHY), a_pass("bf16", HEALTHY)], **changes)
+    fp16 = a_pass("fp16", HEALTHY, layer_error=[1e-4, 5e-4, 6e-4], kl=[2e-6])
+    bf16 = a_pass("bf16", HEALTHY, layer_error=[8e-4, 4e-3, 5e-3], kl=[1.5e-4], top1=[6])
+    return a_run([a_pass("fp32", HEALTHY), fp16, bf16], **changes)
 
 
 def overflowing_run(**changes: Any) -> Run:

@@ -9,6 +9,7 @@ from qwen_precision.compare import Changes
 from qwen_precision.findings import Report
 from qwen_precision.generation import Generation
 from qwen_precision.parts import in_words
+from qwen_precision.precision import precision
 from qwen_precision.render.view import View
 
 SCHEMA = 1
@@ -26,12 +27,14 @@ def render_json(view: View) -> str:
 
 
 def _report(report: Report) -> dict[str, Any]:
+    found = precision(report.run)
     return {
         **({"file": report.name} if report.name else {}),
         "verdict": report.verdict,
         "stopped": report.stopped,
         "model": report.run.model.model_dump(),
         "findings": [asdict(finding) for finding in report.findings],
+        **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),
         **({"generation": _generation(report.run.generation)} if report.run.generation is not None else {}),
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from qwen_precision.findings import Finding, Report
 from qwen_precision.names import name_of
 from qwen_precision.nextcommand import same_again
+from qwen_precision.precision import precision
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
@@ -72,7 +73,7 @@ def _sections(report: Report) -> Iterator[_Section]:
     findings: list[tuple[int, str, Callable[[Report], str]]] = [
         (90, "findings", _findings), (80, "generated text", _texts), (85, "command", _command),
         (60, "trips", _trips), (70, "environment", _environment), (50, "prompts", _prompts),
-        (40, "headroom", _headroom), (45, "choices", _choices),
+        (40, "headroom", _headroom), (45, "choices", _choices), (65, "precision", _precision),
     ]  # fmt: skip
     for weight, name, make in findings:
         text = make(report)
@@ -179,6 +180,16 @@ def _prompts(report: Report) -> str:
             head = f"**{escaped(prompt.name)}**, row {number_}, {count(len(row.ids), 'token')}"
             parts.append(f"{head}, padded on the left by {row.padding}\n\n{fenced(row.text[:2000])}\n\n{fenced(ids)}")
     return _details("Prompts and token ids", "\n\n".join(parts)) if parts else ""
+
+
+def _precision(report: Report) -> str:
+    rows = [
+        f"| {dtype} | {number(each.layers[-1]) if each.layers and each.layers[-1] is not None else '-'} | "
+        f"{each.agree} of {each.rows} | {number(each.kl)} |"
+        for dtype, each in precision(report.run).items()
+    ]
+    head = "## Precision against fp32\n\n| dtype | relative error after last layer | same top-1 | KL at most |\n"
+    return head + "|---|---|---|---|\n" + "\n".join(rows) if rows else ""
 
 
 def _headroom(report: Report) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Report
 from qwen_precision.names import name_of
+from qwen_precision.precision import precision
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 
@@ -44,6 +45,7 @@ def pictures(report: Report) -> list[tuple[str, str]]:
          headroom(report)),
         ("Magnitude by layer and operation, log2. The dtype's limit is the end of the scale; a cross is beyond it.",
          heat_map(report)),
+        ("Relative error against fp32 after each layer, on the dtype's own stream.", error_growth(report)),
         ("Entropy and margin by step; a cross marks logits that could not be used.", steps(report)),
     ]  # fmt: skip
     return [(caption, _svg(figure)) for caption, figure in drawn if figure is not None]
@@ -105,6 +107,21 @@ def heat_map(report: Report) -> Figure | None:
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("log2 of magnitude; the end is fp16's largest number", color=_GREY)
     bar.ax.tick_params(colors=_GREY)
+    return figure
+
+
+def error_growth(report: Report) -> Figure | None:
+    """Relative error by layer, a line a dtype."""
+    found = {dtype: each.layers for dtype, each in precision(report.run).items() if any(each.layers)}
+    if not found:
+        return None
+    figure, axes = _canvas()
+    for dtype, layers in found.items():
+        values = [math.nan if value is None else max(value, 1e-9) for value in layers]
+        axes.plot(range(len(values)), values, marker="o", ms=4, color=_COLOURS[dtype], label=dtype)
+    axes.set_yscale("log")
+    _labels(axes, "layer", "relative error")
+    axes.legend(frameon=False, labelcolor=_GREY)
     return figure
 
 

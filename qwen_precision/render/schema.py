@@ -23,6 +23,7 @@ def report_schema() -> dict[str, Any]:
         "stopped": {"type": ["string", "null"]},
         "model": {"type": "object"},
         "findings": {"type": "array", "items": {"$ref": "#/$defs/finding"}},
+        "precision": {"type": "object"},
         "generation": {"type": "object"},
     }
     needed = ["verdict", "stopped", "model", "findings"]

@@ -7,6 +7,7 @@ Only free text folds. All strings of the record are inert (``text.safe``, and ``
 import io
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -17,6 +18,7 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Finding, Headroom, Report
 from qwen_precision.generation import Generation
 from qwen_precision.names import name_of
+from qwen_precision.precision import precision
 from qwen_precision.record import Run
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.generation import summary, texts, trips
@@ -89,6 +91,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     for dtype in report.verdict:
         if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
             yield _headroom(report, dtype)
+    yield from _precision(report)
     yield from _weights(report)
 
 
@@ -254,6 +257,31 @@ def _headroom(report: Report, dtype: str) -> RenderableType:
     rest = len(rows) - _ROWS
     more = [Text(f"… and {rest} more layers with more headroom.", style="dim")] if rest > 0 else []
     return Group(title, table, *more)
+
+
+def _precision(report: Report) -> Iterator[RenderableType]:
+    """How far each dtype is from fp32, where it kept its own stream."""
+    found = precision(report.run)
+    if not found:
+        return
+    yield Text("\nPrecision against fp32 (own stream, all prompts)", style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("dtype", "error after last layer", "grows most in", "same top-1", "KL at most"):
+        table.add_column(name, no_wrap=True)
+    for dtype, each in found.items():
+        table.add_row(
+            dtype, number(each.layers[-1]) if each.layers and each.layers[-1] is not None else "-",
+            _steepest(each.layers), f"{each.agree} of {each.rows}" if each.rows else "-", number(each.kl),
+        )  # fmt: skip
+    yield table
+
+
+def _steepest(layers: list[float | None]) -> str:
+    """The layer in which the error grows by the largest factor."""
+    pairs = [(now / before, layer) for layer, (before, now) in enumerate(pairwise(layers), 1)
+             if before and now]  # fmt: skip
+    factor, layer = max(pairs, default=(0.0, 0))
+    return f"layer {layer} ({factor:.3g}x)" if factor > 1 else "-"
 
 
 def _weights(report: Report) -> Iterator[RenderableType]:
