@@ -134,7 +134,9 @@ def _near_overflow(facts: Facts) -> Iterator[Finding]:
         origins = {event.site for event in events if event.clean_inputs and event.clean_weights}
         carried = {event.site for event in events} - origins
         for row in facts.headroom(dtype):
-            if row.headroom >= facts.limits.near_overflow or row.headroom == 0 or row.site in origins:
+            if row.headroom >= facts.limits.near_overflow:
+                break  # they are sorted
+            if row.headroom == 0 or row.site in origins:
                 continue
             unreached = row.site in carried or _came_reseeded(facts, row)
             if row.headroom >= 1 or not unreached:
@@ -202,10 +204,11 @@ def _underflow(facts: Facts) -> Iterator[Finding]:
             continue
         tiny = DTYPES[dtype].smallest_normal
         seen: set[int] = set()
-        for each, index, value in facts.judged(dtype):
-            if 0 < value < tiny and index not in seen:
+        passes, values, ran = facts.judged(dtype)
+        for row, index in zip(*(ran & (values > 0) & (values < tiny)).nonzero(), strict=True):
+            if index not in seen:
                 seen.add(index)
-                yield _underflow_finding(facts, each, facts.run.sites[index], value, tiny)
+                yield _underflow_finding(facts, passes[row], facts.run.sites[index], float(values[row, index]), tiny)
     for weight in facts.run.weights:
         for dtype, count in weight.underflow.items():
             share = count / max(weight.elements, 1)

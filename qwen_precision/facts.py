@@ -1,11 +1,18 @@
 """A Run as the checks look at it: columns by dtype and prompt, limits by site, headroom by site."""
 
 import math
-from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest
 from qwen_precision.findings import Headroom, Limits
 from qwen_precision.record import Event, Pass, Run
+
+Array = NDArray[Any]
+
+_NOTHING = -1.0  # stands for null in an array; magnitudes are not negative
 
 
 class Facts:
@@ -15,6 +22,7 @@ class Facts:
         self.run, self.limits = run, limits
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
         self._headroom: dict[str, list[Headroom]] = {}
+        self._columns: dict[tuple[str, int], Array] = {}
 
     def passes(self, dtype: str) -> list[Pass]:
         """All passes of a dtype, prompt by prompt."""
@@ -23,10 +31,6 @@ class Facts:
     def limit(self, dtype: str, site: int) -> float:
         """The largest finite number of the format the site computes in."""
         return largest(self.run.wider.get(dtype, {}).get(site, dtype))
-
-    def computes_wider(self, dtype: str, site: int) -> bool:
-        """Whether the site computes in another format than the dtype (norms do, in fp32)."""
-        return self.run.wider.get(dtype, {}).get(site, dtype) != dtype
 
     def magnitude(self, each: Pass, site: int) -> float | None:
         """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.
@@ -41,24 +45,62 @@ class Facts:
             value = reference.abs_max[self.run.casts[site]]
         return each.abs_max[site] if value is None else value
 
-    def judged(self, dtype: str) -> Iterator[tuple[Pass, int, float]]:
-        """(pass, site, magnitude) wherever a site ran and computes in the dtype itself."""
-        for each in self.passes(dtype):
-            for site in range(len(self.run.sites)):
-                value = self.magnitude(each, site)
-                if value is not None and each.abs_max[site] is not None and not self.computes_wider(dtype, site):
-                    yield each, site, value
+    def judged(self, dtype: str) -> tuple[list[Pass], Array, Array]:
+        """Passes of a dtype, ``[passes, sites]`` magnitudes, and where a site ran and computes in the dtype itself."""
+        passes = self.passes(dtype)
+        sites = len(self.run.sites)
+        if not passes or not sites:
+            return passes, np.zeros((0, sites)), np.zeros((0, sites), dtype=bool)
+        values = np.stack([self._magnitudes(each) for each in passes])
+        ran = np.stack([self._ran(each) for each in passes])
+        ran[:, [site for site, name in self.run.wider.get(dtype, {}).items() if name != dtype]] = False
+        return passes, values, ran
+
+    def _magnitudes(self, each: Pass) -> Array:
+        """``magnitude`` of every site; -1 where there is none."""
+        own = self._column(each)
+        reference = self.by_key.get((REFERENCE, each.prompt))
+        if reference is None or each.dtype == REFERENCE:
+            return own
+        theirs = self._column(reference)
+        values = theirs.copy()
+        for site, source in self.run.casts.items():
+            if theirs[site] == _NOTHING:
+                values[site] = theirs[source]
+        return np.where(values == _NOTHING, own, values)
+
+    def _ran(self, each: Pass) -> Array:
+        ran: Array = self._column(each) != _NOTHING
+        return ran
+
+    def _column(self, each: Pass) -> Array:
+        key = (each.dtype, each.prompt)
+        if key not in self._columns:
+            self._columns[key] = np.array([_NOTHING if v is None else v for v in each.abs_max], dtype=np.float64)
+        return self._columns[key]
 
     def headroom(self, dtype: str) -> list[Headroom]:
         """The least headroom of every site that computes in the dtype itself, smallest first."""
         if dtype not in self._headroom:
-            worst: dict[int, Headroom] = {}
-            for each, site, value in self.judged(dtype):
-                room = math.inf if value == 0 else self.limit(dtype, site) / value if math.isfinite(value) else 0.0
-                if site not in worst or room < worst[site].headroom:
-                    worst[site] = Headroom(dtype, site, value, room, each.prompt)
-            self._headroom[dtype] = sorted(worst.values(), key=lambda row: row.headroom)
+            self._headroom[dtype] = self._least(dtype)
         return self._headroom[dtype]
+
+    def _least(self, dtype: str) -> list[Headroom]:
+        passes, values, ran = self.judged(dtype)
+        some = np.flatnonzero(ran.any(axis=0))
+        if not len(some):
+            return []
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            room = np.where(np.isfinite(values), np.where(values == 0, math.inf, largest(dtype) / values), 0.0)
+        room = np.where(ran, room, math.nan)
+        first = np.nanargmin(room[:, some], axis=0)
+        order = np.argsort(room[first, some], kind="stable")
+        sites, rows = some[order], first[order]
+        columns = (sites, rows, values[rows, sites], room[rows, sites])
+        return [
+            Headroom(dtype, site, value, left, passes[row].prompt)
+            for site, row, value, left in zip(*(column.tolist() for column in columns), strict=True)
+        ]
 
 
 def token_of(run: Run, each: Pass, event: Event) -> dict[str, int | str | bool | None] | None:

@@ -12,11 +12,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
 from qwen_precision.generation import Generation
+from qwen_precision.packing import pack_column, pack_list, unpack_column, unpack_list
 from qwen_precision.parts import Number, Part, in_words
 from qwen_precision.references import misfit
 from qwen_precision.upgrades import upgraded
@@ -129,7 +130,7 @@ class Pass(Part):
     dtype: str
     prompt: int
     """Index into ``prompts``."""
-    abs_max: list[Number | None]
+    abs_max: Annotated[list[Number | None], BeforeValidator(unpack_column)]
     """Largest magnitude by site; null where the site did not run (or was not reached)."""
     events: list[Event]
     reseeded: list[Reseed]
@@ -193,7 +194,7 @@ class Run(Part):
     """The dtypes asked for, in the order asked."""
     reference: bool
     """Whether the fp32 pass ran."""
-    sites: list[Site]
+    sites: Annotated[list[Site], BeforeValidator(unpack_list)]
     wider: dict[str, dict[int, str]]
     """By dtype: sites whose output is in another format than the dtype (norms compute in fp32)."""
     casts: dict[int, int]
@@ -212,7 +213,11 @@ class Run(Part):
 
 def to_json(run: Run) -> str:
     """The record as JSON text; the same run always gives the same text."""
-    plain = in_words(run.model_dump(by_alias=True))
+    plain = run.model_dump(by_alias=True)
+    plain["sites"] = pack_list(plain["sites"])
+    for each in plain["passes"]:
+        each["abs_max"] = pack_column(each["abs_max"])
+    plain = in_words(plain)
     return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 

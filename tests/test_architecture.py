@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "qwen_precision"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"errors", "dtypes", "names", "operations", "parts", "upgrades"},
+    {"errors", "dtypes", "names", "operations", "parts", "upgrades", "packing"},
     {"files", "readings", "masks", "references", "generation"},
     {"record", "watcher"},
     {"findings"},
@@ -46,6 +46,7 @@ NO_TORCH = {
     "names",
     "nextcommand",
     "operations",
+    "packing",
     "parts",
     "precision",
     "prompts",

@@ -1,19 +1,22 @@
 """A record survives the way to disk and back; anything else is refused in one sentence that names the key."""
 
+import base64
 import json
 import os
 import random
 import stat
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import exclamation_run, recovered_run
+from builders import a_pass, a_run, exclamation_run, recovered_run
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
-from qwen_precision.record import SCHEMA, Run, load, save, to_json
+from qwen_precision.packing import LARGE, pack_column
+from qwen_precision.record import SCHEMA, Run, Site, load, save, to_json
 from qwen_precision.upgrades import UPGRADES
 
 
@@ -201,6 +204,54 @@ def damaged_at_random(text: str, path: Path) -> None:
 
 def test_a_record_damaged_at_random_never_gives_a_traceback(demo_run: Run, tmp_path: Path) -> None:
     damaged_at_random(to_json(demo_run), tmp_path / "run.json")
+
+
+def big_run(sites: int) -> Run:
+    places = [Site(layer=n % 94, module=f"model.layers.{n % 94}.mlp", op="linear", call=n // 94) for n in range(sites)]
+    column = [None if n % 7 == 0 else float(f"{1.2345678 * (n + 1):.6g}") for n in range(sites)]
+    column[1], column[2] = float("inf"), float("nan")
+    return a_run([a_pass("fp32", column), a_pass("fp16", column)], sites=places)
+
+
+@pytest.mark.parametrize("sites", [LARGE - 1, LARGE])
+def test_a_large_record_is_packed_and_comes_back_as_it_was(sites: int, tmp_path: Path) -> None:
+    run = big_run(sites)
+    save(run, tmp_path / "run.json")
+    data = json.loads((tmp_path / "run.json").read_text())
+    assert isinstance(data["passes"][0]["abs_max"], str) == isinstance(data["sites"], str) == (sites == LARGE)
+    again = load(tmp_path / "run.json")
+    assert to_json(again) == to_json(run) and again.sites == run.sites
+    for ours, theirs in zip(again.passes[0].abs_max, run.passes[0].abs_max, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or str(float(f"{ours:.6g}")) == str(theirs)
+
+
+def test_a_record_of_many_layers_operations_dtypes_and_prompts_stays_small() -> None:
+    """94 layers of 1,000 operations, three dtypes, ten prompts is 30 such columns: a tenth of them is measured."""
+    dice = random.Random(0)
+    column = [float(f"{10 ** dice.uniform(-2, 4):.6g}") for _ in range(94_000)]
+    packed = pack_column(column)
+    assert 30 * len(packed) < 14_000_000
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["", "f32:", "f32:AAAA", "f32:!!!!", "json:AAAA", "f32:" + base64.b64encode(zlib.compress(b"abc")).decode(), "x"],
+)
+def test_a_damaged_packed_column_is_refused_with_its_key(column: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(changed(big_run(10), lambda data: data["passes"][0].update(abs_max=column)))
+    with pytest.raises(QprecError, match=r"passes\.0\.abs_max"):
+        load(path)
+
+
+def test_a_packed_column_is_never_unpacked_beyond_what_a_record_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    import qwen_precision.packing as packing
+
+    monkeypatch.setattr(packing, "MOST", 1000)
+    bomb = "f32:" + base64.b64encode(zlib.compress(b"\0" * 50_000_000)).decode()
+    with pytest.raises(ValueError, match="larger than a record may hold"):
+        packing.unpack_column(bomb)
 
 
 def test_a_long_path_to_a_number_is_not_in_the_record(demo_run: Run) -> None:
