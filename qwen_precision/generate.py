@@ -191,8 +191,8 @@ def _record(job: _Job, model: Any, decoder: Decoder, stopped: str | None, second
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=model_part(job.checkpoint, job.source, type(model).__name__, layers),
         environment=environment(job.device), settings=job.settings.model_dump(), choices=job.choices,
-        prompts=[job.prompt], dtypes=[name for name in DTYPES if name in used], reference=False, sites=[], wider={},
-        casts={}, passes=[], weights=[], weight_totals=[],
+        prompts=[job.prompt], dtypes=[name for name in DTYPES if name in used], reference=False,
+        sites=[], wider={}, not_run=[], casts={}, passes=[], weights=[], weight_totals=[],
         seconds={name: round(value, 3) for name, value in seconds.items()},
         generation=Generation(
             options=options(decoder.config or job.config, job.settings.seed),

@@ -149,6 +149,12 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
+def _not_run(job: _Job) -> list[str]:
+    """Modules with weights of their own that no operation was seen in."""
+    ran = {module for module, _, _ in job.collector.sites}
+    return [path for path, module in job.model.named_modules() if module._parameters and path not in ran]
+
+
 def _record(job: _Job, source: str, stopped: str | None) -> Run:
     checkpoint = job.checkpoint
     return Run(
@@ -167,6 +173,7 @@ def _record(job: _Job, source: str, stopped: str | None) -> Run:
         sites=job.collector.site_parts(),
         wider=job.collector.wider,
         casts=job.collector.casts,
+        not_run=_not_run(job),
         passes=job.collector.passes(),
         weights=job.check.weights(),
         weight_totals=job.check.totals(),

@@ -199,6 +199,8 @@ class Run(Part):
     """By dtype: sites whose output is in another format than the dtype (norms compute in fp32)."""
     casts: dict[int, int]
     """By site of a cast: the site of what ran just before, whose output it casts."""
+    not_run: list[str]
+    """Modules with weights of their own in which no pass ran any operation."""
     passes: list[Pass]
     weights: list[Weight]
     """Tensors that are damaged or inexact in some dtype; every other is exact in all of them."""

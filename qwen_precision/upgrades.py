@@ -7,12 +7,12 @@ Record = dict[str, Any]
 
 
 def _generations_and_precision_came_in(data: Record) -> Record:
-    """Schema 2 holds what was generated, and how far each pass is from the reference; schema 1 had neither."""
+    """Schema 2 holds what was generated, how far each pass is from the reference, and what never ran."""
     passes = data.get("passes")
     if isinstance(passes, list):
         passes = [{**each, "layer_error": [], "kl": []} if isinstance(each, dict) else each for each in passes]
         data = {**data, "passes": passes}
-    return {**data, "generation": None}
+    return {**data, "generation": None, "not_run": []}
 
 
 UPGRADES: list[Callable[[Record], Record]] = [_generations_and_precision_came_in]

@@ -11,6 +11,7 @@ from qwen_precision.checks import CHECKS
 from qwen_precision.cli import main
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.guardsettings import GUARDS
+from qwen_precision.render import FORMATS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -45,6 +46,12 @@ def generate_block() -> str:
     return "```\n" + "\n\n".join(shown) + "\n```"
 
 
+def formats_block() -> str:
+    rows = [f"| {name} | {' '.join(row.suffixes) or '-'} | {row.about} |" for name, row in FORMATS.items()]
+    rows.append("| bundle | .zip | all of it in one file, for a bug report |")
+    return "| format | suffix | for |\n|---|---|---|\n" + "\n".join(rows)
+
+
 def guards_block() -> str:
     rows = [f"| `{name}` | {(guard.__doc__ or '').strip().splitlines()[0]} |" for name, guard in GUARDS.items()]
     return "| guard | what it does |\n|---|---|\n" + "\n".join(rows)
@@ -68,6 +75,7 @@ BLOCKS = {
     "demo": demo_block,
     "generate": generate_block,
     "guards": guards_block,
+    "formats": formats_block,
     "checks": checks_block,
     "dtypes": dtypes_block,
     "help": help_block,

@@ -6,6 +6,7 @@ from typing import Any
 from qwen_precision.findings import Report
 from qwen_precision.nextcommand import same_again
 from qwen_precision.render.changes import change_lines
+from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import number, room, safe
 from qwen_precision.render.view import View
@@ -32,6 +33,7 @@ def render_html(view: View) -> str:
         loader=PackageLoader("qwen_precision.render", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    engine.globals["not_seen"] = not_seen
     engine.filters.update(inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room)
     pages = [
         # The SVG is matplotlib's own text, in which every string is drawn as outlines: the one thing not escaped.

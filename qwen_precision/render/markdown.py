@@ -14,6 +14,7 @@ from qwen_precision.names import name_of
 from qwen_precision.nextcommand import same_again
 from qwen_precision.precision import precision
 from qwen_precision.render.changes import change_lines
+from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 
@@ -94,6 +95,7 @@ def _head(report: Report) -> str:
     for dtype, verdict in report.verdict.items():
         first = next((f for f in report.findings if f.dtype == dtype and f.severity != "info"), None)
         lines.append(f"| {dtype} | **{verdict.upper()}** | {_place(first) if first else '-'} |")
+    lines += ["", *(escaped(line, 400) for line in not_seen(report))]
     if report.stopped:
         lines += ["", f"**Stopped early:** {escaped(report.stopped)}. What was not reached is not judged."]
     return "\n".join(lines)

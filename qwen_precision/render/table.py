@@ -22,6 +22,7 @@ from qwen_precision.precision import precision
 from qwen_precision.record import Run
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.generation import summary, texts, trips
+from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.text import count, number, quoted, room, safe
 from qwen_precision.render.view import View
 
@@ -93,6 +94,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
             yield _headroom(report, dtype)
     yield from _precision(report)
     yield from _weights(report)
+    for line in not_seen(report):
+        yield Text(safe(line, 400), style="dim")
 
 
 def _headline(report: Report) -> RenderableType:
