@@ -3,6 +3,7 @@
 import shlex
 import unicodedata
 
+from qwen_precision.config import configs_folder, read_yaml
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Report
 from qwen_precision.generation import Continuation
@@ -54,11 +55,18 @@ def same_again(run: Run, record: str = "RUN") -> str:
             parts.append(on if told[key] else off)
     texts = [row.text for prompt in run.prompts for row in prompt.rows]
     batched = run.verb == "probe" and any(len(prompt.rows) > 1 for prompt in run.prompts)
-    if sum(map(len, texts)) > _LONGEST_PROMPT or batched:
+    if run.verb == "probe" and {prompt.name for prompt in run.prompts} == _built_in():
+        pass  # the prompts that a probe takes when it is given none
+    elif sum(map(len, texts)) > _LONGEST_PROMPT or batched:
         parts.append(f"--prompts {record}")
     else:
         parts += [f"--prompt {quoted_for_a_shell(text)}" for text in texts]
     return " ".join(part for part in parts if part)
+
+
+def _built_in() -> set[str]:
+    items = read_yaml(configs_folder() / "prompts" / "default.yaml", "prompts", "the built-in set")
+    return {str(item["name"]) for item in items}
 
 
 def quoted_for_a_shell(text: str) -> str:

@@ -112,6 +112,10 @@ def test_a_quoted_word_is_read_back_by_a_shell_and_is_one_inert_line(text: str) 
     assert done.stdout.decode() == text
 
 
+def test_the_built_in_prompts_are_not_named_in_the_command(demo_run: Run) -> None:
+    assert same_again(demo_run) == "qprec probe demo --dtype fp16 --dtype bf16 --dtype fp32"
+
+
 def test_the_command_that_makes_a_run_again_names_what_was_asked_for() -> None:
     settings = {"dtype": "fp16", "temperature": 0.5, "do_sample": True, "chat": True, "guards": "strict", "seed": 3,
                 "device": "auto", "attention": None}  # fmt: skip

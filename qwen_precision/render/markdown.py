@@ -130,7 +130,8 @@ def _facts(finding: Finding) -> Iterator[str]:
         channel = f", channel {finding.channel}" if finding.channel is not None else ""
         yield f"token {token['position']} of row {token.get('row')} ({what}){channel}"
     if finding.nan or finding.inf:
-        yield f"{finding.inf:,} inf, {finding.nan:,} NaN, passed on {finding.propagated:,} times"
+        later = "later operation" if finding.step is None else "later step"
+        yield f"{finding.inf:,} inf, {finding.nan:,} NaN, passed on by {count(finding.propagated, later)}"
     yield f"cause: {escaped(finding.cause, 600)}"
     yield f"advice: {escaped(finding.advice, 600)}"
 
