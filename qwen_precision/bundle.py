@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from qwen_precision.record import MAX_BYTES, Run, parse, to_json
 
 _RUN = re.compile(r"run(-\d{1,3})?\.json")
 _OTHERS = {"report.md", "report.html", "environment.json"}
+_MOST = 64
+"""Members of a bundle."""
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 
 
@@ -47,16 +51,28 @@ def unpack(path: Path) -> list[Run]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
+            names = [info.filename for info in infos]
+            if len(set(names)) != len(names) or len(names) > _MOST:
+                raise QprecError(f"{path}: holds a member twice, or more than {_MOST}; it is not a qprec bundle.")
             for info in infos:
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+                    raise QprecError(
+                        f"{path}: {info.filename!r} is packed in a way that qprec does not write; refused."
+                    )
                 if not _RUN.fullmatch(info.filename) and info.filename not in _OTHERS:
                     raise QprecError(f"{path}: holds {info.filename!r}, which is no part of a qprec bundle; refused.")
             runs = sorted((i for i in infos if _RUN.fullmatch(i.filename)), key=lambda info: _number(info.filename))
-            if not runs or len({info.filename for info in runs}) != len(runs):
+            if not runs:
                 raise QprecError(f"{path}: holds no run.json, so it is not a qprec bundle.")
-            return [parse(_read(archive, info, path), f"{path}:{info.filename}") for info in runs]
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
-        if isinstance(error, QprecError):
-            raise
+            left, found = MAX_BYTES, []
+            for info in runs:
+                text = _read(archive, info, path, left)
+                left -= len(text)
+                found.append(parse(text, f"{path}:{info.filename}"))
+            return found
+    except OSError as error:
+        raise QprecError(f"{path}: cannot be read ({error.strerror}); give the bundle that qprec wrote.") from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise QprecError(f"{path}: is not a readable zip; give the bundle that qprec wrote.") from error
 
 
@@ -64,9 +80,9 @@ def _number(name: str) -> int:
     return int("".join(char for char in name if char.isdigit()) or 0)
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> str:
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, most: int) -> str:
     with archive.open(info) as member:
-        data = member.read(MAX_BYTES + 1)  # what the header says of the size is a stranger's word
-    if len(data) > MAX_BYTES:
-        raise QprecError(f"{path}: {info.filename} is larger than {MAX_BYTES >> 20} MiB unpacked; refused.")
+        data = member.read(most + 1)  # what the header says of the size is a stranger's word
+    if len(data) > most:
+        raise QprecError(f"{path}: is larger than {MAX_BYTES >> 20} MiB unpacked; refused.")
     return data.decode("utf-8", errors="strict")

@@ -36,15 +36,21 @@ class Changes:
     baseline: Report
     new: tuple[Finding, ...]
     fixed: tuple[Finding, ...]
+    not_compared: tuple[str, ...]
+    """Dtypes of the baseline that this run did not run, or did not finish: nothing is known to be fixed there."""
     moved: tuple[Moved, ...]
     headroom: dict[str, tuple[float, float]]
     """By dtype: the least headroom of the baseline and of the report."""
 
+    @property
+    def risen(self) -> tuple[Finding, ...]:
+        """Findings that were there, and are more severe now."""
+        return tuple(each.now for each in self.moved if each.worse and each.now.severity != each.before.severity)
+
     def exit_code(self, fail_on: str) -> int:
         """1 if something is new, or became a failure, at or above ``fail_on``; else 0."""
         severities = {"fail": {"error"}, "risk": {"error", "warning"}, "never": set()}[fail_on]
-        risen = [each.now for each in self.moved if each.worse and each.now.severity != each.before.severity]
-        return int(any(finding.severity in severities for finding in [*self.new, *risen]))
+        return int(any(finding.severity in severities for finding in [*self.new, *self.risen]))
 
 
 def changes(baseline: Report, report: Report) -> Changes:
@@ -57,15 +63,19 @@ def changes(baseline: Report, report: Report) -> Changes:
         older = baseline.headroom.get(dtype)
         if rows and older:
             room[dtype] = (older[0].headroom, rows[0].headroom)
+    unknown = [name for name in baseline.verdict if name not in report.verdict or report.stopped]
     return Changes(
         baseline=baseline, new=tuple(f for key, f in now.items() if key not in before),
-        fixed=tuple(f for key, f in before.items() if key not in now), moved=tuple(moved), headroom=room,
+        fixed=tuple(f for key, f in before.items() if key not in now and f.dtype not in unknown),
+        not_compared=tuple(unknown), moved=tuple(moved), headroom=room,
     )  # fmt: skip
 
 
 def _key(finding: Finding) -> Key:
+    # An operation that was near the limit and is beyond it now is the same one, worse.
+    kind = "range" if finding.kind in ("overflow", "nan", "near-overflow") else finding.kind
     return (
-        finding.kind, finding.dtype, finding.layer, finding.module, finding.op, finding.name, finding.row,
+        kind, finding.dtype, finding.layer, finding.module, finding.op, finding.name, finding.row,
     )  # fmt: skip
 
 

@@ -12,13 +12,16 @@ import json
 import sys
 import zlib
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 LARGE = 20_000
 """Entries from which on a list is packed."""
 
-MOST = 4_000_000
-"""Entries that a packed list may hold; a stranger's zlib stream is not unpacked any further."""
+MOST = 30_000_000
+"""Numbers that all packed columns of a record may hold together."""
+
+_MOST_TEXT = 64 * 1024 * 1024  # bytes that the packed list of sites may have as JSON
 
 _NOTHING = -1.0  # magnitudes are not negative
 _COLUMN, _LIST = "f32:", "json:"
@@ -35,18 +38,50 @@ def pack_column(values: list[Any]) -> Any:
     return _COLUMN + _packed(b"".join(data[plane::4] for plane in range(4)))
 
 
-def unpack_column(value: Any) -> Any:
-    """What was packed; anything else as it is.
+def unpack_all(data: dict[str, Any]) -> dict[str, Any]:
+    """A record with nothing packed any more; nothing else of it is looked at.
+
+    A few bytes of zlib can stand for gigabytes, so a column is unpacked no further than there are sites, and all
+    columns together no further than ``MOST`` entries.
 
     Raises:
-        ValueError: a string that is no packed column.
+        ValueError: damaged, or larger than a record may be; the message begins with the key.
     """
-    if not isinstance(value, str):
-        return value
-    data = _unpacked(value, _COLUMN, 4 * MOST)
-    if len(data) % 4:
-        raise ValueError("is a packed column of broken length")
-    count = len(data) // 4
+    sites, passes = data.get("sites"), data.get("passes")
+    if isinstance(sites, str):
+        sites = _at("sites", lambda: json.loads(_unpacked(str(data["sites"]), _LIST, _MOST_TEXT)))
+    if not isinstance(passes, list):
+        return {**data, "sites": sites}
+    packed = [each for each in passes if isinstance(each, dict) and isinstance(each.get("abs_max"), str)]
+    count = len(sites) if isinstance(sites, list) else 0
+    if count * len(packed) > MOST:
+        raise ValueError(f"passes: are {count * len(packed):,} packed numbers; a record may hold {MOST:,}")
+    whole = []
+    for number, each in enumerate(passes):
+        if isinstance(each, dict) and isinstance(each.get("abs_max"), str):
+            text = each["abs_max"]
+            column = _at(f"passes.{number}.abs_max", lambda text=text: unpack_column(text, count))  # type: ignore[misc]
+            each = {**each, "abs_max": column}
+        whole.append(each)
+    return {**data, "sites": sites, "passes": whole}
+
+
+def _at(key: str, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def unpack_column(text: str, count: int) -> list[float | None]:
+    """A packed column of ``count`` entries.
+
+    Raises:
+        ValueError: damaged, or of another length.
+    """
+    data = _unpacked(text, _COLUMN, 4 * count)
+    if len(data) != 4 * count:
+        raise ValueError(f"is a packed column of {len(data) // 4} entries for {count} sites")
     whole = bytearray(len(data))
     for plane in range(4):
         whole[plane::4] = data[plane * count : (plane + 1) * count]
@@ -63,15 +98,6 @@ def pack_list(values: list[Any]) -> Any:
     return _LIST + _packed(json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def unpack_list(value: Any) -> Any:
-    """What was packed; anything else as it is.
-
-    Raises:
-        ValueError: a string that is no packed list.
-    """
-    return json.loads(_unpacked(value, _LIST, 400 * MOST)) if isinstance(value, str) else value
-
-
 def _packed(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, 6)).decode("ascii")
 
@@ -81,9 +107,9 @@ def _unpacked(text: str, kind: str, most: int) -> bytes:
         raise ValueError(f"should be a list, or a packed one ({kind}…)")
     try:
         stream = zlib.decompressobj()
-        data = stream.decompress(base64.b64decode(text[len(kind) :], validate=True), most)
+        data = stream.decompress(base64.b64decode(text[len(kind) :], validate=True), most + 1)
     except (binascii.Error, zlib.error) as error:
         raise ValueError("is a packed list that is damaged") from error
-    if not stream.eof or stream.unused_data:
+    if len(data) > most or not stream.eof or stream.unused_data:
         raise ValueError("is a packed list that is damaged, or larger than a record may hold")
     return data

@@ -9,15 +9,16 @@ has is in ``generation``.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
 from qwen_precision.generation import Generation
-from qwen_precision.packing import pack_column, pack_list, unpack_column, unpack_list
+from qwen_precision.packing import pack_column, pack_list, unpack_all
 from qwen_precision.parts import Number, Part, in_words
 from qwen_precision.references import misfit
 from qwen_precision.upgrades import upgraded
@@ -130,7 +131,7 @@ class Pass(Part):
     dtype: str
     prompt: int
     """Index into ``prompts``."""
-    abs_max: Annotated[list[Number | None], BeforeValidator(unpack_column)]
+    abs_max: list[Number | None]
     """Largest magnitude by site; null where the site did not run (or was not reached)."""
     events: list[Event]
     reseeded: list[Reseed]
@@ -194,7 +195,7 @@ class Run(Part):
     """The dtypes asked for, in the order asked."""
     reference: bool
     """Whether the fp32 pass ran."""
-    sites: Annotated[list[Site], BeforeValidator(unpack_list)]
+    sites: list[Site]
     wider: dict[str, dict[int, str]]
     """By dtype: sites whose output is in another format than the dtype (norms compute in fp32)."""
     casts: dict[int, int]
@@ -236,9 +237,11 @@ def load(path: Path) -> Run:
             names the offending key.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # no more: a device has no end
+        if len(raw) > MAX_BYTES:
             raise QprecError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not a qprec record.")
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except OSError as error:
         raise QprecError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}.") from error
     except ValueError as error:
@@ -249,9 +252,11 @@ def load(path: Path) -> Run:
 def parse(text: str, path: str) -> Run:
     """The record that a JSON text holds; ``path`` is its name in messages. Raises as ``load`` does."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_int=_bounded)
     except (ValueError, RecursionError) as error:
         raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
+    if _SURROGATE.search(text):
+        data = _whole_characters(data)
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
         raise QprecError(f"{path}: has no `schema` number, so it is not a qprec record.")
     if data["schema"] < 1:
@@ -263,12 +268,32 @@ def parse(text: str, path: str) -> Run:
     return _validated(upgraded(data, SCHEMA), path)
 
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _whole_characters(value: Any) -> Any:
+    """Without half characters (lone surrogates), which no file could be written with."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    return [_whole_characters(item) for item in value] if isinstance(value, list) else value
+
+
 def _validated(data: dict[str, Any], path: str) -> Run:
     try:
-        run = Run.model_validate(data)
-    except (ValidationError, RecursionError) as error:
+        run = Run.model_validate(unpack_all(data))
+    except (ValueError, RecursionError) as error:
         if isinstance(error, RecursionError):
             raise QprecError(f"{path}: is nested too deeply to be a qprec record.") from error
+        if not isinstance(error, ValidationError):
+            raise QprecError(f"{path}: not a valid qprec record: {error}.") from error
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise QprecError(f"{path}: not a valid qprec record: {key}: {first['msg'].lower()}.") from error

@@ -11,7 +11,9 @@ from typing import Any
 
 from qwen_precision.record import Run
 
-_PATH = re.compile(r"(?:~|\.{0,2})?/(?:[^\s/:;,'\"()]+/)+([^\s/:;,'\"()]*)|[A-Za-z]:\\(?:[^\\\s]+\\)*([^\\\s]*)")
+_PATH = re.compile(r"""(?:(?<=[\s"'(=,;:])|^)(?:~|\.{1,2}|[A-Za-z]:)?[\\/](?:[^:;,"()\n]*[\\/])?([^\s:;,"()'\n]*)""")
+"""From a root to the last separator before a sign that ends a sentence's part: folders may hold spaces."""
+
 _TEXTS = {"text", "input", "clean_text"}
 
 
@@ -19,8 +21,10 @@ def without_paths(run: Run) -> Run:
     """Every path cut to its last part; a hub id stays. Prompts and generated texts are not looked into."""
     data = _strip(run.model_dump(by_alias=True), keep=_TEXTS | {"tokens"})
     source = str(run.model.source)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        data["model"]["source"] = source.rstrip("/").rpartition("/")[2] or "model"
+    if "\\" in source or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        parts = [part for part in re.split(r"[\\/]", source) if part and not part.endswith(":")]
+        home = len(parts) < 3 and parts[:1] in (["home"], ["Users"], ["root"], ["~"])
+        data["model"]["source"] = "model" if home or not parts else parts[-1]
     return Run.model_validate(data)
 
 
@@ -28,7 +32,8 @@ def redacted(run: Run) -> Run:
     """Without prompts, texts and token strings, too."""
     data = without_paths(run).model_dump(by_alias=True)
     names: dict[int, int] = {0: 0}
-    for prompt in data["prompts"]:
+    for number, prompt in enumerate(data["prompts"], 1):
+        prompt["name"] = f"prompt {number}"
         for row in prompt["rows"]:
             row.update(text=_digest(row["text"]), tokens=["" for _ in row["tokens"]], ids=_renamed(row["ids"], names))
     if data["generation"] is not None:
@@ -42,9 +47,10 @@ def redacted(run: Run) -> Run:
 
 def _strip(value: Any, keep: set[str]) -> Any:
     if isinstance(value, str):
-        return _PATH.sub(lambda match: match[1] or match[2] or "…", value)
+        # A last part with no suffix may be somebody's home.
+        return _PATH.sub(lambda match: match[1] if "." in match[1] else "…", value)
     if isinstance(value, dict):
-        return {key: item if key in keep else _strip(item, keep) for key, item in value.items()}
+        return {_strip(key, keep): item if key in keep else _strip(item, keep) for key, item in value.items()}
     if isinstance(value, list):
         return [_strip(item, keep) for item in value]
     return value

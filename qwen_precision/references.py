@@ -10,13 +10,30 @@ from typing import TYPE_CHECKING
 
 from qwen_precision.dtypes import DTYPES, WIDER_MAX
 
+_DEEPEST = 12
+
 if TYPE_CHECKING:
     from qwen_precision.record import Run
 
 
 def misfit(run: Run) -> str | None:
     """The key of the first reference that points nowhere, or None."""
-    return next((key for check in (_passes, _tables, _weights, _generation) for key in check(run)), None)
+    return next((key for check in (_depth, _passes, _tables, _weights, _generation) for key in check(run)), None)
+
+
+def _depth(run: Run) -> Iterator[str]:
+    """What may hold anything must at least not be nested without end."""
+    made = run.generation
+    for key, value in {
+        "settings": run.settings,
+        **({"generation": [made.options, made.guards]} if made else {}),
+    }.items():
+        level = [value]
+        for _ in range(_DEEPEST):
+            level = [item for each in level if isinstance(each, (dict, list))
+                     for item in (each.values() if isinstance(each, dict) else each)]  # fmt: skip
+        if level:
+            yield key
 
 
 def _passes(run: Run) -> Iterator[str]:

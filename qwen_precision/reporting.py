@@ -51,12 +51,20 @@ def limits(settings: dict[str, Any]) -> Limits:
 
 def open_runs(path: Path, redact: bool = False) -> list[tuple[str, Run]]:
     """Name and run of a record, or of every record in a bundle."""
-    if path.suffix.lower() == ".zip":
+    if _is_zip(path):
         runs = unpack(path)
         named = [(f"{path.name} {number}" if len(runs) > 1 else path.name, run) for number, run in enumerate(runs, 1)]
     else:
         named = [(path.name, load(path))]
     return [(name, redacted(run) if redact else run) for name, run in named]
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"PK" or path.suffix.lower() == ".zip"
+    except OSError:
+        return False  # loading it says what is wrong
 
 
 def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -> View:
@@ -67,6 +75,9 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -
         UsageError: a baseline for several runs, or one of another verb.
     """
     named = [pair for path in paths for pair in open_runs(path, redact)]
+    if len({name for name, _ in named}) < len(named):  # a/run.json b/run.json
+        named = [(str(path) + name.removeprefix(path.name), run) for path in paths
+                 for name, run in open_runs(path, redact)]  # fmt: skip
     alone = len(named) == 1 and baseline is None
     reports = [judge(run, limits(run.settings), "" if alone else name) for name, run in named]
     if baseline is None:
@@ -77,6 +88,11 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -
     if older[0].run.verb != reports[0].run.verb:
         verbs = f"a {older[0].run.verb} with a {reports[0].run.verb}"
         raise UsageError(f"--baseline {baseline}: would compare {verbs}; give two runs of the same command.")
+    old, new = older[0].run.model, reports[0].run.model
+    if (old.architecture, old.parameters, old.vocabulary) != (new.architecture, new.parameters, new.vocabulary):
+        raise UsageError(
+            f"--baseline {baseline}: is of {old.source}, another model than {new.source}; nothing to compare."
+        )
     return View(tuple(reports), fail_on, changes(older[0], reports[0]))
 
 

@@ -122,7 +122,10 @@ def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, wa
     left = [trip for trip in bad if trip.step not in mended]
     ids = row.ids[symptom.start : symptom.end]
     looks = symptom.kind == "descending" or (symptom.kind == "run" and ids[0] == 0)
-    shown = "".join(row.tokens[symptom.start : symptom.start + (symptom.period or symptom.length)])[:40]
+    stop = symptom.start + (symptom.period or symptom.length)
+    shown = "".join(row.tokens[symptom.start : stop])[:40]
+    if not shown:  # redacted, or a token without text
+        shown = "ids " + " ".join(str(each) for each in row.ids[symptom.start : stop][:8])
     tail = {"run": "over and over", "cycle": "again and again", "descending": "whose ids count down"}
     what = f"{symptom.length} tokens from step {symptom.start} on are {shown!r} {tail[symptom.kind]}"
     before = "".join(row.tokens[max(0, symptom.start - 8) : symptom.start])

@@ -201,6 +201,47 @@ def test_a_bomb_is_refused_by_what_it_unpacks_to(monkeypatch: pytest.MonkeyPatch
     assert main(["report", "b.zip"]) == 3 and "larger than 2 MiB" in sentence(capsys)
 
 
+def test_a_member_that_is_damaged_inside_is_one_sentence(capsys: Capture) -> None:
+    main(["report", "bad.json", "-o", "b.zip"])
+    data = bytearray(Path("b.zip").read_bytes())
+    data[len(data) - 1200 : len(data) - 900] = b"\x55" * 300
+    for at in (60, 200, len(data) // 2):
+        broken = bytearray(data)
+        broken[at : at + 200] = b"\x55" * 200
+        Path("b.zip").write_bytes(bytes(broken))
+        capsys.readouterr()
+        assert main(["report", "b.zip"]) in (1, 3)
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_member_packed_in_another_way_or_twice_is_refused(capsys: Capture) -> None:
+    for kind in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        with zipfile.ZipFile("b.zip", "w", kind) as archive:
+            archive.writestr("run.json", Path("bad.json").read_bytes())
+        assert main(["report", "b.zip"]) == 3 and "does not write" in sentence(capsys)
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile("b.zip", "w") as archive:
+        archive.writestr("run.json", "{}")
+        archive.writestr("run.json", "{}")
+    assert main(["report", "b.zip"]) == 3 and "twice" in sentence(capsys)
+
+
+def test_a_bundle_of_another_name_is_known_by_its_first_bytes(capsys: Capture) -> None:
+    main(["report", "bad.json", "-o", "b.zip"])
+    Path("b.zip").rename("attachment")
+    assert main(["report", "attachment"]) == 1
+
+
+def test_two_files_of_one_name_are_told_apart_and_another_model_is_no_baseline(capsys: Capture) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        save(healthy_run(), Path(folder) / "run.json")
+    assert main(["report", "a/run.json", "b/run.json"]) == 0
+    out = capsys.readouterr().out
+    assert "a/run.json (probe)" in out and "b/run.json (probe)" in out
+    save(healthy_run(model=a_model(parameters=7)), Path("other.json"))
+    assert main(["report", "bad.json", "--baseline", "other.json"]) == 2 and "another model" in sentence(capsys)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 10, 100, -1, -30])
 def test_a_damaged_zip_is_one_sentence(cut: int, capsys: Capture) -> None:
     main(["report", "bad.json", "-o", "b.zip"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import a_pass, a_run, exclamation_run, recovered_run
+from builders import a_pass, a_run, exclamation_run, healthy_run, recovered_run
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
@@ -248,10 +248,47 @@ def test_a_damaged_packed_column_is_refused_with_its_key(column: str, tmp_path: 
 def test_a_packed_column_is_never_unpacked_beyond_what_a_record_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     import qwen_precision.packing as packing
 
-    monkeypatch.setattr(packing, "MOST", 1000)
-    bomb = "f32:" + base64.b64encode(zlib.compress(b"\0" * 50_000_000)).decode()
+    bomb = base64.b64encode(zlib.compress(b"\0" * 50_000_000)).decode()
     with pytest.raises(ValueError, match="larger than a record may hold"):
-        packing.unpack_column(bomb)
+        packing.unpack_column("f32:" + bomb, 1000)
+    monkeypatch.setattr(packing, "_MOST_TEXT", 1000)
+    with pytest.raises(ValueError, match="sites: is a packed list that is damaged, or larger"):
+        packing.unpack_all({"sites": "json:" + bomb})
+    with pytest.raises(ValueError, match="packed numbers"):
+        packing.unpack_all({"sites": [0] * 400_000, "passes": [{"abs_max": "f32:"}] * 100})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["sites"][3].update(layer=10**400),
+        lambda d: d["settings"].update(deep=json.loads("[" * 300 + "]" * 300)),
+    ],
+)
+def test_absurd_numbers_and_nesting_are_refused(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(changed(healthy_run(), change))
+    with pytest.raises(QprecError, match=r"run\.json"):
+        load(tmp_path / "run.json")
+
+
+def test_half_characters_are_made_whole_so_that_every_format_can_be_written(tmp_path: Path) -> None:
+    from qwen_precision.checks import judge
+    from qwen_precision.render import FORMATS, one
+
+    (tmp_path / "run.json").write_text(changed(healthy_run(), lambda d: d["model"].update(source="a\ud800b")))
+    run = load(tmp_path / "run.json")
+    assert "?" in run.model.source
+    for each in FORMATS.values():
+        out = each.render(one(judge(run)))
+        assert isinstance(out, bytes) or out.encode("utf-8")
+
+
+def test_a_file_without_an_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import qwen_precision.record as record
+
+    monkeypatch.setattr(record, "MAX_BYTES", 1000)
+    with pytest.raises(QprecError, match="not a qprec record"):
+        load(Path("/dev/zero"))
 
 
 def test_a_long_path_to_a_number_is_not_in_the_record(demo_run: Run) -> None:

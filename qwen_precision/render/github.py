@@ -10,20 +10,21 @@ from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 
 _LEVEL = {"error": "error", "warning": "warning", "info": "notice"}
-_MOST = 10
-"""Annotations of one level that GitHub shows for a step; the rest is counted."""
+_MOST = 9
+"""Annotations of one level; GitHub shows 10 of a step, and the tenth counts the rest."""
 
 
 def render_github(view: View) -> str:
     """Annotations for errors first; with a baseline, for what is new."""
     lines = list(_lines(view))
-    return "\n".join(lines) + "\n" if lines else "::notice title=qprec::nothing found\n"
+    nothing = "nothing found" if view.changes is None else "nothing new"
+    return "\n".join(lines) + "\n" if lines else f"::notice title=qprec::{nothing}\n"
 
 
 def _lines(view: View) -> Iterator[str]:
     findings = [finding for report in view.reports for finding in report.findings]
     if view.changes is not None:
-        findings = list(view.changes.new)
+        findings = [*view.changes.new, *view.changes.risen]
     for severity, level in _LEVEL.items():
         mine = [finding for finding in findings if finding.severity == severity]
         yield from (f"::{level} title={_property(_title(finding))}::{_data(finding)}" for finding in mine[:_MOST])

@@ -5,6 +5,7 @@ from typing import Any
 
 from qwen_precision.findings import Report
 from qwen_precision.nextcommand import same_again
+from qwen_precision.precision import Precision, precision
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.pictures import pictures
@@ -22,6 +23,7 @@ class _Page:
     report: Report
     pictures: list[tuple[str, Any]]
     command: str
+    precision: dict[str, Precision]
 
 
 def render_html(view: View) -> str:
@@ -37,7 +39,12 @@ def render_html(view: View) -> str:
     engine.filters.update(inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room)
     pages = [
         # The SVG is matplotlib's own text, in which every string is drawn as outlines: the one thing not escaped.
-        _Page(report, [(caption, Markup(svg)) for caption, svg in pictures(report)], same_again(report.run))
+        _Page(
+            report,
+            [(caption, Markup(svg)) for caption, svg in pictures(report)],
+            same_again(report.run),
+            precision(report.run),
+        )
         for report in view.reports
     ]
     lines = list(change_lines(view.changes)) if view.changes is not None else []

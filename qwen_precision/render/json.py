@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 from dataclasses import asdict
 from typing import Any
 
@@ -23,7 +24,15 @@ def render_json(view: View) -> str:
         data = {"schema": SCHEMA, "exit_code": view.exit_code, "reports": [_report(each) for each in view.reports]}
     if view.changes is not None:
         data["changes"] = _changes(view.changes)
-    return json.dumps(in_words(_rounded(data)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(in_words(_rounded(data)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # On a terminal a control or right-to-left character would act; as an escape it is the same JSON.
+    hidden = {char for char in set(text) if unicodedata.category(char)[0] == "C" and char != "\n"}
+    return text.translate({ord(char): _escape(char) for char in hidden})
+
+
+def _escape(char: str) -> str:
+    units = char.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))
 
 
 def _report(report: Report) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _suites(report: Report) -> Iterator[tuple[str, _Cases, list[Finding]]]:
 def _suite(root: ElementTree.Element, name: str, cases: _Cases, findings: list[Finding], view: View) -> None:
     suite = ElementTree.SubElement(root, "testsuite", name=name, tests=str(len(cases)), errors="0")
     failing = {"fail": ("error",), "risk": ("error", "warning"), "never": ()}[view.fail_on]
-    new = None if view.changes is None else [*view.changes.new, *(m.now for m in view.changes.moved if m.worse)]
+    new = None if view.changes is None else [*view.changes.new, *view.changes.risen]
     failures = 0
     for check, kinds in cases.items():
         case = ElementTree.SubElement(suite, "testcase", name=check, classname=name, time="0")

@@ -53,8 +53,9 @@ def render_markdown(view: View) -> str:
 
 def escaped(text: str, longest: int = 300) -> str:
     """Plain text inside Markdown: nothing of it is markup, a mention or a link."""
-    shown = safe(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
-    return re.sub(r"([\\`*_{}\[\]()#!|~^$])", r"\\\1", shown).replace("://", ":&#8203;//")
+    shown = safe(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = re.sub(r"([\\`*_{}\[\]()#!|~^$])", r"\\\1", shown)
+    return shown.replace("@", "&#64;").replace("://", ":&#8203;//").replace("www.", "www&#46;")
 
 
 def fenced(text: str, longest: int = 20_000) -> str:

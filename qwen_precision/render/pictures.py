@@ -58,10 +58,11 @@ def _main(report: Report) -> Figure:
 def headroom(report: Report) -> Figure | None:
     """The least headroom of each layer, a line a dtype that has a limit worth drawing."""
     lines: dict[str, dict[int, float]] = {}
+    tight = [dtype for dtype in report.headroom if DTYPES[dtype].max < 1e30]  # the others would flatten its line
     for dtype, rows in report.headroom.items():
-        for row in rows:
+        for row in rows if dtype in tight or not tight else ():
             layer = report.run.sites[row.site].layer
-            if layer is not None and 0 <= row.headroom < 1e9:
+            if layer is not None and 0 <= row.headroom < math.inf:
                 least = lines.setdefault(dtype, {})
                 least[layer] = min(least.get(layer, math.inf), max(row.headroom, 1e-3))
     if not lines:

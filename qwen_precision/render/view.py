@@ -22,7 +22,7 @@ class View:
         """The worst of all reports: 1 before 3 before 0; the same for every format."""
         if self.changes is not None:
             codes = {self.changes.exit_code(self.fail_on)}
-            codes |= {3 for report in self.reports if report.stopped and not report.findings}
+            codes |= {3 for report in self.reports if report.stopped}
         else:
             codes = {report.exit_code(self.fail_on) for report in self.reports}
         return 1 if 1 in codes else max(codes, default=0)

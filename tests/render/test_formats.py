@@ -69,6 +69,7 @@ def test_strings_from_strangers_are_inert(name: str, text: str, run: Callable[[s
 def test_a_mention_or_a_fence_in_a_prompt_stays_text_in_markdown() -> None:
     from qwen_precision.render.markdown import escaped, fenced
 
+    assert escaped("a@b") == "a&#64;b"
     assert "@someone" not in escaped("@someone #123 [x](http://y) **b** <b>")
     assert escaped("a|b`c") == r"a\|b\`c"
     assert fenced("```\nout").startswith("````text\n") and fenced("```\nout").endswith("\n````")
@@ -153,6 +154,41 @@ def test_against_a_baseline_only_what_is_new_fails() -> None:
     assert against(healthy_run(), overflowing_run(), "never").exit_code == 0
 
 
+def test_what_was_not_run_is_not_called_fixed() -> None:
+    from builders import HEALTHY, a_pass, a_run, stopped_run
+
+    view = against(overflowing_run(), a_run([a_pass("bf16", HEALTHY)]))
+    assert view.changes is not None and view.changes.fixed == () and "fp16" in view.changes.not_compared
+    assert "not compared" in str(FORMATS["table"].render(view))
+    stopped = against(overflowing_run(), stopped_run())
+    assert stopped.exit_code == 3 and stopped.changes is not None and stopped.changes.fixed == ()
+
+
+def test_an_operation_that_went_from_near_to_beyond_is_worse_and_no_format_disagrees() -> None:
+    from builders import HEALTHY, a_pass, a_run, an_event
+
+    near, over = [*HEALTHY[:4], 40000.0, 31.0], [*HEALTHY[:4], 80000.0, 31.0]
+    older = a_run([a_pass("fp32", near), a_pass("fp16", near)])
+    newer = a_run([a_pass("fp32", over), a_pass("fp16", [*HEALTHY[:4], float("inf"), 31.0], [an_event(4)])])
+    view = against(older, newer)
+    assert view.exit_code == 1 and view.changes is not None and not view.changes.fixed and view.changes.moved[0].worse
+    assert ElementTree.fromstring(str(FORMATS["junit"].render(view))).get("failures") == "1"
+    assert str(FORMATS["github"].render(view)).startswith("::error")
+    # More of the same is told, and fails nothing: the exit code and the JUnit file say so alike.
+    worse = [*HEALTHY[:4], 55000.0, 31.0]
+    same = against(older, a_run([a_pass("fp32", worse), a_pass("fp16", worse)]), "risk")
+    assert same.exit_code == 0 and same.changes is not None and same.changes.moved
+    assert ElementTree.fromstring(str(FORMATS["junit"].render(same))).get("failures") == "0"
+
+
+def test_a_bf16_run_has_a_picture_too() -> None:
+    from builders import HEALTHY, a_pass, a_run
+
+    from qwen_precision.render.pictures import headroom
+
+    assert headroom(judge(a_run([a_pass("fp32", HEALTHY), a_pass("bf16", HEALTHY)], dtypes=["bf16"]))) is not None
+
+
 def test_a_headroom_that_moved_is_told_just_above_its_limit_and_not_below() -> None:
     from builders import HEALTHY, a_pass, a_run
 
@@ -188,6 +224,11 @@ def test_paths_and_user_names_never_go_into_a_bundle() -> None:
     )  # fmt: skip
     text = to_json(without_paths(run))
     assert "alice" not in text and '"source":"mine"' in text and "model.safetensors: broken" in text
+    told = "cannot read /home/John Smith/my models/x.safetensors, C:\\Users\\bob and /home/carol: gone /root/o'brien/y"
+    text = to_json(without_paths(overflowing_run(stopped=told, environment={"HF_HOME": "/home/dave"})))
+    assert not [name for name in ("John", "bob", "carol", "brien", "dave") if name in text], text
+    for source in ("C:\\Users\\bob", "/home/bob", "~/", "/root"):
+        assert without_paths(overflowing_run(model=a_model(source=source))).model.source == "model"
     assert without_paths(overflowing_run()).model.source == "Qwen/Qwen3-8B"
 
 
