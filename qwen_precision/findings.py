@@ -1,6 +1,7 @@
 """What judging gives: findings, headroom and the report that holds them. Data only."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qwen_precision.record import Run
 
@@ -54,9 +55,8 @@ class Finding:
     """Generated token, in a generation."""
 
 
-@dataclass(frozen=True)
-class Headroom:
-    """One site's headroom in one dtype, over all prompts."""
+class Headroom(NamedTuple):
+    """One site's headroom in one dtype, over all prompts; there can be a hundred thousand of them."""
 
     dtype: str
     site: int

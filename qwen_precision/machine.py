@@ -3,6 +3,7 @@
 import platform
 import re
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,9 @@ def environment(device: torch.device) -> dict[str, str]:
     }
     for package in ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"):
         facts[package] = metadata.version(package)
+    for package in ("accelerate", "numpy"):  # not needed, but asked for in bug reports
+        with suppress(metadata.PackageNotFoundError):
+            facts[package] = metadata.version(package)
     if device.type == "cuda":
         facts["cuda"] = str(torch.version.cuda)
         matmul = torch.backends.cuda.matmul

@@ -19,6 +19,14 @@ Number = Annotated[float, BeforeValidator(_number)]
 """A float that may be NaN or infinite; in JSON those are words."""
 
 
+def _numbers(values: object) -> object:
+    return [_WORDS.get(v, v) if isinstance(v, str) else v for v in values] if isinstance(values, list) else values
+
+
+Column = Annotated[list[float | None], BeforeValidator(_numbers)]
+"""Many such numbers, or null: looked through at once, for there can be millions."""
+
+
 class Part(BaseModel):
     """Base of every part of a record: frozen, and an unknown or missing key is an error that names it."""
 

@@ -19,7 +19,7 @@ from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
 from qwen_precision.generation import Generation
 from qwen_precision.packing import pack_column, pack_list, unpack_all
-from qwen_precision.parts import Number, Part, in_words
+from qwen_precision.parts import Column, Number, Part, in_words
 from qwen_precision.references import misfit
 from qwen_precision.upgrades import upgraded
 
@@ -131,7 +131,7 @@ class Pass(Part):
     dtype: str
     prompt: int
     """Index into ``prompts``."""
-    abs_max: list[Number | None]
+    abs_max: Column
     """Largest magnitude by site; null where the site did not run (or was not reached)."""
     events: list[Event]
     reseeded: list[Reseed]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import RUNS, a_model, exclamation_run, healthy_run, overflowing_run
+from builders import RUNS, a_model, exclamation_run, healthy_run, overflowing_run, stopped_run
 from conftest import sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -91,6 +91,9 @@ def test_an_existing_file_is_replaced_only_when_asked(capsys: Capture) -> None:
 def test_the_exit_code_is_that_of_the_worst_run_or_of_what_is_new(capsys: Capture) -> None:
     assert main(["report", "good.json", "bad.json"]) == 1
     assert main(["report", "good.json", "good.json"]) == 0
+    save(stopped_run(), Path("stopped.json"))
+    assert main(["report", "stopped.json", "good.json"]) == 3
+    assert main(["report", "stopped.json", "bad.json"]) == 1
     assert main(["report", "bad.json", "--baseline", "bad.json"]) == 0
     assert main(["report", "bad.json", "--baseline", "good.json"]) == 1
     assert "new: fp16 overflow, layer 31" in " ".join(capsys.readouterr().out.split())
@@ -140,6 +143,7 @@ def test_a_bundle_is_read_back_with_the_same_table(capsys: Capture) -> None:
     main(["report", "bad.json", "-o", "b.zip"])
     capsys.readouterr()
     assert main(["report", "b.zip"]) == 1 and capsys.readouterr().out == table
+    assert {info.date_time for info in zipfile.ZipFile("b.zip").infolist()} == {(1980, 1, 1, 0, 0, 0)}
     assert sorted(zipfile.ZipFile("b.zip").namelist()) == ["environment.json", "report.html", "report.md", "run.json"]
 
 
@@ -190,6 +194,15 @@ def test_a_zip_that_is_no_bundle_is_refused_and_nothing_is_unpacked(members: dic
     before = sorted(Path().iterdir())
     assert main(["report", "b.zip"]) == 3
     assert "b.zip" in sentence(capsys) and sorted(Path().iterdir()) == before
+
+
+def test_one_member_that_does_not_belong_spoils_a_good_bundle(capsys: Capture) -> None:
+    good = Path("bad.json").read_bytes()
+    for name in ("evil.sh", "../run-2.json", "run-2.json.exe", "a/run.json"):
+        Path("b.zip").write_bytes(zipped({"run.json": good, name: b"x"}))
+        assert main(["report", "b.zip"]) == 3 and name in sentence(capsys)
+    Path("b.zip").write_bytes(zipped({"run.json": good}))
+    assert main(["report", "b.zip"]) == 1
 
 
 def test_a_bomb_is_refused_by_what_it_unpacks_to(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -42,7 +42,7 @@ def render_html(view: View) -> str:
         _Page(
             report,
             [(caption, Markup(svg)) for caption, svg in pictures(report)],
-            same_again(report.run),
+            same_again(report.run, report.name or "run.json"),
             precision(report.run),
         )
         for report in view.reports

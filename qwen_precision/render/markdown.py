@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from qwen_precision.dtypes import REFERENCE
 from qwen_precision.findings import Finding, Report
 from qwen_precision.names import name_of
 from qwen_precision.nextcommand import same_again
@@ -73,7 +74,8 @@ def _details(title: str, text: str) -> str:
 def _sections(report: Report) -> Iterator[_Section]:
     yield _Section(100, "verdict", _head(report))
     findings: list[tuple[int, str, Callable[[Report], str]]] = [
-        (90, "findings", _findings), (80, "generated text", _texts), (85, "command", _command),
+        (90, "findings", _findings), (88, "control runs", _controls), (80, "generated text", _texts),
+        (85, "command", _command),
         (60, "trips", _trips), (70, "environment", _environment), (50, "prompts", _prompts),
         (40, "headroom", _headroom), (45, "choices", _choices), (65, "precision", _precision),
     ]  # fmt: skip
@@ -137,8 +139,23 @@ def _facts(finding: Finding) -> Iterator[str]:
     yield f"advice: {escaped(finding.advice, 600)}"
 
 
+def _controls(report: Report) -> str:
+    """The same prompts in the other dtypes, run beside it: what a maintainer asks for first."""
+    run = report.run
+    if run.generation is not None or not run.passes:
+        return ""
+    lines = []
+    for dtype in dict.fromkeys(each.dtype for each in run.passes):
+        mine = [each for each in run.passes if each.dtype == dtype]
+        bad = sum(any(event.nan or event.inf for event in each.events) for each in mine)
+        what = f"not finite on {bad} of {count(len(mine), 'prompt')}" if bad else (
+            f"every operation finite on {count(len(mine), 'prompt')}")  # fmt: skip
+        lines.append(f"- {dtype}{' (the reference)' if dtype == REFERENCE else ''}: {what}")
+    return "## Control runs\n\nThe same weights, prompts and attention in each dtype:\n\n" + "\n".join(lines)
+
+
 def _command(report: Report) -> str:
-    return "## Run it again\n\n" + fenced(same_again(report.run))
+    return "## Run it again\n\n" + fenced(same_again(report.run, report.name or "run.json"))
 
 
 def _texts(report: Report) -> str:

@@ -23,7 +23,7 @@ from qwen_precision.record import Run
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.generation import summary, texts, trips
 from qwen_precision.render.notseen import not_seen
-from qwen_precision.render.text import count, number, quoted, room, safe
+from qwen_precision.render.text import count, number, quoted, room, safe, spark
 from qwen_precision.render.view import View
 
 _STYLE = {"ok": "green", "risk": "yellow", "fail": "bold red", "incomplete": "yellow"}
@@ -277,6 +277,10 @@ def _precision(report: Report) -> Iterator[RenderableType]:
             _steepest(each.layers), f"{each.agree} of {each.rows}" if each.rows else "-", number(each.kl),
         )  # fmt: skip
     yield table
+    for dtype, each in found.items():
+        known = [value for value in each.layers if value]
+        if len(known) > 1:
+            yield Text(f"{dtype}  {spark(each.layers)}  by layer, {number(min(known))} to {number(max(known))}", "dim")
 
 
 def _steepest(layers: list[float | None]) -> str:

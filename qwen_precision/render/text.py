@@ -5,6 +5,7 @@ A control character could move the cursor or recolour the screen, a right-to-lef
 
 import math
 import unicodedata
+from collections.abc import Sequence
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
@@ -56,3 +57,16 @@ def room(headroom: float | None) -> str:
     if headroom < 1000:
         return f"{headroom:.3g}x"
     return f"{headroom:,.0f}x" if headroom < 1e6 else f"{headroom:.0e}x"
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def spark(values: Sequence[float | None], width: int = 32) -> str:
+    """A line of blocks, one a value (or the largest of a few neighbours), on a logarithmic scale; a dot is unknown."""
+    size = math.ceil(len(values) / width) if values else 1
+    groups = [[value for value in values[at : at + size] if value] for at in range(0, len(values), size)]
+    peaks = [math.log(max(group)) if group else None for group in groups]
+    known = [peak for peak in peaks if peak is not None]
+    low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
+    return "".join("·" if peak is None else _BLOCKS[round((peak - low) / span * 7)] for peak in peaks)

@@ -36,6 +36,12 @@ def test_every_kind_of_run_looks_as_expected(name: str, run: str, golden: Callab
     golden(f"{run}.{SUFFIX[name]}", text)
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_the_picture_of_every_kind_of_run_has_the_parts_it_should(run: str, golden: Callable[[str, str], None]) -> None:
+    """Which parts are drawn, in which order; where a line goes is matplotlib's, and moves with its version."""
+    golden(f"{run}.svg.txt", "\n".join(re.findall(r'<g id="([a-z]+)_', shown(RUNS[run](), "svg"))) + "\n")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("run", RUNS)
 def test_the_same_run_gives_the_same_bytes(name: str, run: str) -> None:

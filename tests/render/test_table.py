@@ -58,6 +58,14 @@ def test_many_findings_of_one_kind_are_one_group_with_its_layers() -> None:
     assert len(text.splitlines()) < 60
 
 
+def test_a_line_of_blocks_is_logarithmic_and_shows_what_is_not_known() -> None:
+    from qwen_precision.render.text import spark
+
+    assert spark([1.0, 10.0, 100.0]) == "▁▅█" and spark([1e-3, None, 1e-2]) == "▁·█"
+    assert spark([]) == "" and spark([None]) == "·" and spark([2.0, 2.0]) == "▁▁"
+    assert len(spark([1.0 + n for n in range(94)])) <= 32
+
+
 def test_colour_is_written_only_when_asked_for() -> None:
     report = judge(overflowing_run())
     assert "\x1b[" in render_table(report, colour=True)
