@@ -43,6 +43,7 @@ def pictures(report: Report) -> list[tuple[str, str]]:
     drawn = [
         ("Headroom by layer: the dtype's largest number over the largest magnitude. Below the line it overflows.",
          headroom(report)),
+        ("The same for the dtypes with a wide range, which would flatten the line above.", headroom(report, wide=True)),
         ("Magnitude by layer and operation, log2. The dtype's limit is the end of the scale; a cross is beyond it.",
          heat_map(report)),
         ("Relative error against fp32 after each layer, on the dtype's own stream.", error_growth(report)),
@@ -52,15 +53,14 @@ def pictures(report: Report) -> list[tuple[str, str]]:
 
 
 def _main(report: Report) -> Figure:
-    return steps(report) or headroom(report) or _empty()
+    return steps(report) or headroom(report) or headroom(report, wide=True) or _empty()
 
 
-def headroom(report: Report) -> Figure | None:
-    """The least headroom of each layer, a line a dtype that has a limit worth drawing."""
+def headroom(report: Report, wide: bool = False) -> Figure | None:
+    """The least headroom of each layer, a line a dtype: those whose range is as narrow as fp16's, or the others."""
     lines: dict[str, dict[int, float]] = {}
-    tight = [dtype for dtype in report.headroom if DTYPES[dtype].max < 1e30]  # the others would flatten its line
     for dtype, rows in report.headroom.items():
-        for row in rows if dtype in tight or not tight else ():
+        for row in rows if (DTYPES[dtype].max > 1e30) == wide else ():
             layer = report.run.sites[row.site].layer
             if layer is not None and 0 <= row.headroom < math.inf:
                 least = lines.setdefault(dtype, {})

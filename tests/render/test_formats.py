@@ -192,7 +192,9 @@ def test_a_bf16_run_has_a_picture_too() -> None:
 
     from qwen_precision.render.pictures import headroom
 
-    assert headroom(judge(a_run([a_pass("fp32", HEALTHY), a_pass("bf16", HEALTHY)], dtypes=["bf16"]))) is not None
+    report = judge(a_run([a_pass("fp32", HEALTHY), a_pass("bf16", HEALTHY)], dtypes=["bf16"]))
+    assert headroom(report) is None and headroom(report, wide=True) is not None
+    assert FORMATS["svg"].render(one(report)) != FORMATS["svg"].render(one(judge(RUNS["empty"]())))
 
 
 def test_a_headroom_that_moved_is_told_just_above_its_limit_and_not_below() -> None:
