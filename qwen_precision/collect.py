@@ -5,16 +5,12 @@ from dataclasses import dataclass, field
 
 from qwen_precision.locate import Located
 from qwen_precision.names import layer_of
+from qwen_precision.parts import rounded
 from qwen_precision.readings import Reading
 from qwen_precision.record import Event, Pass, Reseed, Site
 from qwen_precision.weightcheck import short_name
 
 _STEPS_A_PART = 1_000_000  # more operations than any part (a layer, the head) of a model has
-
-
-def rounded(value: float) -> float:
-    """Six significant digits: more than fp16 and bf16 have, and half the bytes in the file."""
-    return float(f"{value:.6g}") if math.isfinite(value) else value
 
 
 @dataclass

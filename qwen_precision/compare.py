@@ -5,7 +5,7 @@ A finding is the same one if kind, dtype and place are the same; the token, the 
 
 from dataclasses import dataclass
 
-from qwen_precision.findings import Finding, Report
+from qwen_precision.findings import FAILING, SEVERITIES, Finding, Report
 
 _MOVED = 0.05
 """Share by which headroom must differ to count as changed: less is the noise of another machine's sums."""
@@ -23,9 +23,8 @@ class Moved:
     @property
     def worse(self) -> bool:
         """Whether it is a failure now and was none, or has less headroom."""
-        rank = {"info": 0, "warning": 1, "error": 2}
-        if rank[self.now.severity] != rank[self.before.severity]:
-            return rank[self.now.severity] > rank[self.before.severity]
+        if self.now.severity != self.before.severity:
+            return SEVERITIES.index(self.now.severity) > SEVERITIES.index(self.before.severity)
         return (self.now.headroom or 0) < (self.before.headroom or 0)
 
 
@@ -49,8 +48,7 @@ class Changes:
 
     def exit_code(self, fail_on: str) -> int:
         """1 if something is new, or became a failure, at or above ``fail_on``; else 0."""
-        severities = {"fail": {"error"}, "risk": {"error", "warning"}, "never": set()}[fail_on]
-        return int(any(finding.severity in severities for finding in [*self.new, *self.risen]))
+        return int(any(finding.severity in FAILING[fail_on] for finding in [*self.new, *self.risen]))
 
 
 def changes(baseline: Report, report: Report) -> Changes:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen_precision.degenerate import at_the_end
 from qwen_precision.draw import Chooser, Drawn, sampling_error
-from qwen_precision.generation import BAD_LOGITS, LogitsCost, SamplingError, Trip, mended_steps
+from qwen_precision.generation import LogitsCost, SamplingError, Trip, bad_trips, mended_steps
 from qwen_precision.guards import nearly_uniform
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.lanes import Lane, Models
@@ -50,7 +50,7 @@ class Decoder:
         self.rows: list[RowState] = []
         self.trips: list[Trip] = []
         self.error: SamplingError | None = None
-        self.cost: LogitsCost | None = None
+        self._first: tuple[int, int] | None = None
         self.config: Any = None
         """The generation config as transformers prepared it, its own defaults filled in."""
         self._were_going: list[bool] = []
@@ -63,12 +63,10 @@ class Decoder:
         # Not an argument of its own: transformers would take it out of what it prepares.
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        chunk = self._guards.float32_logits.chunk if self._guards.float32_logits.enabled else 0
-        whole = Lane(model, self._dtype, range(len(input_ids)), input_ids, mask, chunk)
-        self.rows = [RowState(row) for row in whole.rows]
+        self.rows = [RowState(row) for row in range(len(input_ids))]
         for state in self.rows:
             state.moved(self._dtype)
-        self._prompt, self._mask, self.config = input_ids, mask, generation_config
+        self._prompt, self.config = input_ids, generation_config
         self._eos = set(_listed(generation_config.eos_token_id))
         self._watch = Stopwatch(input_ids.device)
         choose = Chooser(
@@ -76,16 +74,27 @@ class Decoder:
             next(iter(_listed(generation_config.pad_token_id)), 0), self._guards.watch.enabled,
         )  # fmt: skip
         self._mender = Mender(self._guards, self._models, self._dtype, mask, generation_config, self.trips)
-        self._mender.lanes, self._mender.owner = [whole], dict.fromkeys(whole.rows, whole)
+        self._mender.begin(input_ids)
         with ExitStack() as decoding:
             ids = self._step(input_ids, choose)
             # On a GPU transformers decodes the experts of a MoE layer in another way than it prefills them.
             optimised = getattr(model, "_optimize_model_for_decode", None)
-            if optimised is not None and any(state.finish is None for state in self.rows):
+            if optimised is not None and self._unfinished():
                 decoding.enter_context(optimised())
-            while any(state.finish is None for state in self.rows):
+            while self._unfinished():
                 ids = self._step(ids, choose)
         return ids
+
+    @property
+    def cost(self) -> LogitsCost | None:
+        """What the logits took so far; None before the first step. On a GPU this waits for it."""
+        if self._first is None:
+            return None
+        size, chunks = self._first
+        return LogitsCost(
+            upcast=self._guards.float32_logits.enabled, upcast_seconds=round(self._watch.seconds, 6), bytes=size,
+            whole_prompt_bytes=size * self._prompt.shape[1], chunks=chunks,
+        )  # fmt: skip
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -136,7 +145,8 @@ class Decoder:
         upcast = self._guards.float32_logits.enabled or len({lane.dtype for lane, _ in parts}) > 1
         with self._watch:
             ready = [(lane, logits.to(torch.float32) if upcast else logits) for lane, logits in parts]
-        self._count_cost(ready[0][1])
+        if self._first is None:
+            self._first = ready[0][1].numel() * ready[0][1].element_size(), parts[0][0].chunks
         if len(ready) == 1 and len(ready[0][0].rows) == len(self.rows):
             return ready[0][1]
         raw = ready[0][1].new_zeros((len(self.rows), ready[0][1].shape[-1]))
@@ -153,15 +163,6 @@ class Decoder:
         due = [s for s in self._unfinished() if s.dtype != self._dtype and not s.stays
                and s.since() >= settings.return_after]  # fmt: skip
         return self._mender.go_back(ids, due, self.rows) if due else []
-
-    def _count_cost(self, logits: Tensor) -> None:
-        size, rows = logits.element_size(), len(self.rows)
-        one = rows * logits.shape[-1] * size
-        self.cost = LogitsCost(
-            upcast=self._guards.float32_logits.enabled, upcast_seconds=round(self._watch.seconds, 6), bytes=one,
-            whole_prompt_bytes=one * self._prompt.shape[1],
-            chunks=self._mender.lanes[0].chunks if self.cost is None else self.cost.chunks,
-        )  # fmt: skip
 
     def _refused(self, step: Step) -> bool:
         """Whether torch would refuse to draw: then everything ends here, as it does in transformers."""
@@ -196,8 +197,7 @@ class Decoder:
             return
         start = state.step - len(tail) + found.start
         mended = mended_steps(self.trips, state.row)
-        made_by = [t for t in self.trips if t.row == state.row and t.kind in BAD_LOGITS and t.step >= start
-                   and t.step not in mended]  # fmt: skip
+        made_by = [t for t in bad_trips(self.trips, state.row) if t.step >= start and t.step not in mended]
         acted = self._guards.act and (bool(made_by) or limits.stop_loops)
         cause = "bad logits made it" if made_by else "the logits were healthy" if self._guards.watch.enabled else (
             "whether the logits were bad was not watched")  # fmt: skip

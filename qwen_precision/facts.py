@@ -23,6 +23,7 @@ class Facts:
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
         self._headroom: dict[str, list[Headroom]] = {}
         self._columns: dict[tuple[str, int], Array] = {}
+        self._known: dict[tuple[str, int], Array] = {}
 
     def passes(self, dtype: str) -> list[Pass]:
         """All passes of a dtype, prompt by prompt."""
@@ -37,13 +38,8 @@ class Facts:
 
         A cast has no counterpart in the reference, which has nothing to cast: its input's is taken.
         """
-        reference = self.by_key.get((REFERENCE, each.prompt))
-        if reference is None or each.dtype == REFERENCE:
-            return each.abs_max[site]
-        value = reference.abs_max[site]
-        if value is None and site in self.run.casts:
-            value = reference.abs_max[self.run.casts[site]]
-        return each.abs_max[site] if value is None else value
+        value = float(self._magnitudes(each)[site])
+        return None if value == _NOTHING else value
 
     def judged(self, dtype: str) -> tuple[list[Pass], Array, Array]:
         """Passes of a dtype, ``[passes, sites]`` magnitudes, and where a site ran and computes in the dtype itself."""
@@ -52,12 +48,18 @@ class Facts:
         if not passes or not sites:
             return passes, np.zeros((0, sites)), np.zeros((0, sites), dtype=bool)
         values = np.stack([self._magnitudes(each) for each in passes])
-        ran = np.stack([self._ran(each) for each in passes])
+        ran = np.stack([self._column(each) for each in passes]) != _NOTHING
         ran[:, [site for site, name in self.run.wider.get(dtype, {}).items() if name != dtype]] = False
         return passes, values, ran
 
     def _magnitudes(self, each: Pass) -> Array:
         """``magnitude`` of every site; -1 where there is none."""
+        key = (each.dtype, each.prompt)
+        if key not in self._known:
+            self._known[key] = self._looked_up(each)
+        return self._known[key]
+
+    def _looked_up(self, each: Pass) -> Array:
         own = self._column(each)
         reference = self.by_key.get((REFERENCE, each.prompt))
         if reference is None or each.dtype == REFERENCE:
@@ -68,10 +70,6 @@ class Facts:
             if theirs[site] == _NOTHING:
                 values[site] = theirs[source]
         return np.where(values == _NOTHING, own, values)
-
-    def _ran(self, each: Pass) -> Array:
-        ran: Array = self._column(each) != _NOTHING
-        return ran
 
     def _column(self, each: Pass) -> Array:
         key = (each.dtype, each.prompt)

@@ -79,6 +79,13 @@ class Report:
     name: str = ""
     """Name of the file it came from, where it is shown beside others."""
 
+    def tightest(self, dtype: str) -> list[Headroom]:
+        """The operation with the least headroom of each layer (and of what is outside them), smallest first."""
+        found: dict[int | None, Headroom] = {}
+        for row in self.headroom[dtype]:
+            found.setdefault(self.run.sites[row.site].layer, row)
+        return list(found.values())
+
     def exit_code(self, fail_on: str) -> int:
         """0 nothing at or above ``fail_on``, 1 findings, 3 the run did not finish and nothing was found."""
         bad = {"fail": {"fail"}, "risk": {"fail", "risk"}, "never": set()}[fail_on]
@@ -87,5 +94,7 @@ class Report:
         return 3 if self.stopped else 0
 
 
-FAIL_ON = ("fail", "risk", "never")
-"""What a run may be failed on, from strict to never."""
+FAILING: dict[str, tuple[str, ...]] = {"fail": ("error",), "risk": ("error", "warning"), "never": ()}
+"""Severities that fail a run, by what it may be failed on."""
+
+FAIL_ON = tuple(FAILING)

@@ -15,7 +15,7 @@ from qwen_precision import __version__
 from qwen_precision.checkpoint import Checkpoint, model_part, open_checkpoint
 from qwen_precision.checks import judge
 from qwen_precision.config import GenerateSettings
-from qwen_precision.decode import Decoder
+from qwen_precision.decode import Decoder, Progress
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError, in_one_line
 from qwen_precision.generation import Generation, ProbeSummary
@@ -23,14 +23,13 @@ from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.hub import locate
 from qwen_precision.lanes import Models
 from qwen_precision.machine import attention_used, choose_device, environment, out_of_memory
-from qwen_precision.names import name_of
+from qwen_precision.names import name_of, placed
 from qwen_precision.plan import encode
-from qwen_precision.prompts import PromptSpec, as_batch, rendered, tokenise
+from qwen_precision.prompts import PromptSpec, as_batch, has_template, rendered, tokenise
 from qwen_precision.record import Choice, Prompt, Run, load
 from qwen_precision.rows import continuation
 from qwen_precision.sampling import generation_config, looks_like_a_base_model, options
 
-Progress = Callable[[int, int, str], None]
 OnToken = Callable[[Any, int, int], None]
 """Called with the tokenizer, the row and the id of each token that was accepted."""
 
@@ -105,7 +104,7 @@ def _prepare(
     if settings.chat:
         specs = [PromptSpec(name=spec.name, chat=text) for spec in specs for text in spec.texts()]
     tokenizer = checkpoint.tokenizer
-    without = [spec.name for spec in specs if spec.chat is not None] if not _has_template(tokenizer) else []
+    without = [spec.name for spec in specs if spec.chat is not None] if not has_template(tokenizer) else []
     if without:
         remedy = "use --raw" if settings.chat else "give it as text"
         raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
@@ -119,10 +118,6 @@ def _prepare(
     return _Job(
         checkpoint, source, settings, guards, device, prompt, inputs, config, [device_choice, *choices], summary
     )
-
-
-def _has_template(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeSummary:
@@ -140,12 +135,11 @@ def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeS
         raise UsageError(f"--probe-run {path}: did not probe {dtype} (only {probed}); probe it with --dtype {dtype}.")
     rows = report.headroom[dtype]
     site = run.sites[rows[0].site] if rows else None
-    layer = f"layer {site.layer}, " if site is not None and site.layer is not None else ""
     return ProbeSummary(
         file=path.name,
         verdict=report.verdict[dtype],
         headroom=rows[0].headroom if rows else None,
-        where=layer + name_of(site.module, site.op, site.call) if site is not None else "",
+        where=placed(site.layer, name_of(site.module, site.op, site.call)) if site is not None else "",
     )
 
 

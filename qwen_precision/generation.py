@@ -18,6 +18,9 @@ BadKind = Literal["wholly bad", "partly bad", "flat", "all filtered", "overflowe
 
 BAD_LOGITS = get_args(BadKind)
 
+FILTERED = ("all filtered", "overflowed")
+"""Those of them in which the logits themselves were healthy."""
+
 Kind = (
     BadKind
     | Literal["repaired", "likeliest kept", "recovered", "not recovered", "stopped", "returned", "stays"]
@@ -59,6 +62,11 @@ class Trip(Part):
     before: dict[str, Number]
     after: dict[str, Number]
     poisoned: Poison | None = None
+
+
+def bad_trips(trips: Iterable[Trip], row: int) -> list[Trip]:
+    """Trips that say a row could not be used as it was."""
+    return [trip for trip in trips if trip.row == row and trip.kind in BAD_LOGITS]
 
 
 def mended_steps(trips: Iterable[Trip], row: int) -> set[int]:

@@ -5,7 +5,7 @@ name, or any file by its path; what it does not mention keeps the default. ``nam
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -13,7 +13,9 @@ from qwen_precision.config import configs_folder, first_error, known, near_or_kn
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import UsageError
 
-ON_FAILURE = ("stop", "fallback", "rescale")
+OnFailure = Literal["stop", "fallback", "rescale"]
+
+ON_FAILURE = get_args(OnFailure)
 """What ``recover`` may do with a row whose logits cannot be mended."""
 
 
@@ -72,7 +74,7 @@ class Degenerate(Guard):
 class Recover(Guard):
     """Computes a failed step again from the last clean prefix, in the next dtype of the ladder, or ends the row."""
 
-    on_failure: Literal["stop", "fallback", "rescale"] = "fallback"
+    on_failure: OnFailure = "fallback"
     ladder: list[str] = Field(default_factory=lambda: list(DTYPES), min_length=1)
     """Dtypes in the order in which they are tried; those after the one that failed."""
     then: Literal["stay", "return"] = "stay"

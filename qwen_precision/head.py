@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.collect import rounded
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.measure import Measure
+from qwen_precision.parts import rounded
 from qwen_precision.plan import FinalHook, Plan
 from qwen_precision.skeleton import path_of
 from qwen_precision.weightcheck import torch_dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen_precision.draw import Drawn
 from qwen_precision.errors import QprecError
-from qwen_precision.generation import BadKind, Kind, Poison, Trip
+from qwen_precision.generation import FILTERED, BadKind, Kind, Poison, Trip
 from qwen_precision.guards import Look, bound, clamped, look, may_repair
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.lanes import Lane, Models
@@ -58,6 +58,11 @@ class Mender:
         self.owner: dict[int, Lane] = {}
         """Which lane computes a row; a row that is over keeps its last."""
 
+    def begin(self, ids: Tensor) -> None:
+        """One lane of all rows, in the dtype asked for."""
+        lane = self._lane(self._dtype, range(len(ids)), ids)
+        self.lanes, self.owner = [lane], dict.fromkeys(lane.rows, lane)
+
     def mend(self, step: Step, bad: Sequence[RowState], rows: Sequence[RowState]) -> bool:
         """Do what the guards may about the bad rows; says whether anything is different now."""
         failed: list[tuple[RowState, Look]] = []
@@ -79,7 +84,7 @@ class Mender:
                 )
             if self._repair(step, state, seen) or self._keep(step, state, kind):
                 changed = self._guards.act or changed
-            elif kind in ("all filtered", "overflowed"):
+            elif kind in FILTERED:
                 self._end(state, seen, "another dtype would change nothing about what the processors did")
                 changed = state.finish is not None or changed
             else:
@@ -119,7 +124,7 @@ class Mender:
         return True
 
     def _keep(self, step: Step, state: RowState, kind: str) -> bool:
-        if kind not in ("all filtered", "overflowed") or not self._guards.epsilon.enabled:
+        if kind not in FILTERED or not self._guards.epsilon.enabled:
             return False
         token = int(step.raw[state.row].argmax())
         left = step.drawn[state.row].left
@@ -163,9 +168,10 @@ class Mender:
         rungs = ladder[ladder.index(dtype) + 1 :] if dtype in ladder else [name for name in ladder if name != dtype]
         why = f"{dtype} is the last dtype of the ladder ({', '.join(ladder)})"
         for rung in rungs:
-            self._leave([state for state, _ in members], rows)
+            self.drop_idle(rows, [state for state, _ in members])
             try:
-                lane, logits = self._lane(rung, [state.row for state, _ in members], step.ids)
+                lane = self._lane(rung, [state.row for state, _ in members], step.ids)
+                logits = lane.forward(step.ids)
             except QprecError as error:
                 why = str(error)
                 break
@@ -183,13 +189,11 @@ class Mender:
                        seen.numbers(), dtype=state.dtype)  # fmt: skip
             state.finish = "failed"
 
-    def _lane(self, dtype: str, members: list[int], ids: Tensor) -> tuple[Lane, Tensor]:
-        prompt = self._mask.shape[1]
-        grown = self._mask.new_ones((len(self._mask), ids.shape[1] - prompt))
-        settings = self._guards.float32_logits
+    def _lane(self, dtype: str, members: Sequence[int], ids: Tensor) -> Lane:
+        grown = self._mask.new_ones((len(self._mask), ids.shape[1] - self._mask.shape[1]))
         mask = torch.cat([self._mask, grown], dim=-1)
-        lane = Lane(self._models.get(dtype), dtype, members, ids, mask, settings.chunk if settings.enabled else 0)
-        return lane, lane.forward(ids)
+        settings = self._guards.float32_logits
+        return Lane(self._models.get(dtype), dtype, members, ids, mask, settings.chunk if settings.enabled else 0)
 
     def _settled(self, step: Step, pair: tuple[RowState, Look], lane: Lane, logits: Tensor) -> bool:
         """Take a row's new logits if they can be used; the row then belongs to the new lane."""
@@ -207,12 +211,8 @@ class Mender:
         state.moved(lane.dtype)
         return True
 
-    def drop_idle(self, rows: Sequence[RowState]) -> None:
-        """Drop lanes of which every row is over."""
-        self._leave([], rows)
-
-    def _leave(self, leaving: Sequence[RowState], rows: Sequence[RowState]) -> None:
-        """Drop lanes that compute nothing for anybody any more, and the weights that only they used."""
+    def drop_idle(self, rows: Sequence[RowState], leaving: Sequence[RowState] = ()) -> None:
+        """Drop lanes of which every row is over (or leaves now), and the weights that only they used."""
         gone = {state.row for state in leaving}
         live = [state.row for state in rows if state.finish is None and state.row not in gone]
         for lane in list(self.lanes):
@@ -224,7 +224,8 @@ class Mender:
 
     def go_back(self, ids: Tensor, due: Sequence[RowState], rows: Sequence[RowState]) -> list[tuple[Lane, Tensor]]:
         """Try the dtype asked for again, from the tokens; gives the new lane and its logits for this step."""
-        lane, logits = self._lane(self._dtype, [state.row for state in due], ids)
+        lane = self._lane(self._dtype, [state.row for state in due], ids)
+        logits = lane.forward(ids)
         back = []
         for state in due:
             seen = look(logits[lane.rows.index(state.row)], self._guards.watch)
@@ -240,7 +241,7 @@ class Mender:
         for state in back:
             self.owner[state.row] = lane
             state.moved(self._dtype)
-        self._leave([], rows)
+        self.drop_idle(rows)
         self.lanes.append(lane)
         return [(lane, logits)]
 

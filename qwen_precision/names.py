@@ -71,3 +71,8 @@ def name_of(module: str, op: str, call: int) -> str:
     if op == "cast":
         return f"{short} cast" + (f" {call + 1}" if call else "")
     return f"{op} in {short}" + (f", call {call + 1}" if call else "")
+
+
+def placed(layer: int | None, name: str) -> str:
+    """An operation and its layer, if it lies in one: ``layer 3, down_proj output``."""
+    return f"layer {layer}, {name}" if layer is not None else name

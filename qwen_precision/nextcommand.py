@@ -3,7 +3,7 @@
 import shlex
 import unicodedata
 
-from qwen_precision.config import configs_folder, read_yaml
+from qwen_precision.config import configs_folder, flag_of, read_yaml
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Report
 from qwen_precision.generation import Continuation
@@ -22,9 +22,7 @@ def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
     """
     text = row.input + (row.clean_text or "")
     prompt = f"--prompt {quoted_for_a_shell(text)}"
-    parts = ["qprec probe", quoted_for_a_shell(run.model.source)]
-    if run.model.revision:
-        parts.append(f"--revision {quoted_for_a_shell(run.model.revision)}")
+    parts = _start("probe", run)
     attention, asked = run.settings.get("attention"), run.settings.get("dtype")
     parts += [f"--attn {quoted_for_a_shell(attention)}"] if isinstance(attention, str) else []
     dtype = asked if isinstance(asked, str) and asked in DTYPES else run.dtypes[0] if run.dtypes else "fp16"
@@ -41,12 +39,10 @@ _TOLD = (
 def same_again(run: Run, record: str = "RUN") -> str:
     """The command that makes this run again; prompts that do not fit a command line are read from the record."""
     told = run.settings
-    parts = [f"qprec {run.verb}", quoted_for_a_shell(run.model.source)]
-    if run.model.revision:
-        parts.append(f"--revision {quoted_for_a_shell(run.model.revision)}")
+    parts = _start(run.verb, run)
     parts += [f"--dtype {name}" for name in (run.dtypes if run.verb == "probe" else [])]
     for key in _TOLD:
-        value, flag = told.get(key), {"attention": "--attn"}.get(key, "--" + key.replace("_", "-"))
+        value, flag = told.get(key), flag_of(key)
         if isinstance(value, (str, int, float)) and value not in ("auto", "default") and not isinstance(value, bool):
             parts.append(f"{flag} {quoted_for_a_shell(str(value))}")
     switches = {"do_sample": ("--do-sample", "--greedy"), "chat": ("--chat", ""), "reference": ("", "--no-reference")}
@@ -64,6 +60,11 @@ def same_again(run: Run, record: str = "RUN") -> str:
     return " ".join(part for part in parts if part)
 
 
+def _start(verb: str, run: Run) -> list[str]:
+    parts = [f"qprec {verb}", quoted_for_a_shell(run.model.source)]
+    return [*parts, f"--revision {quoted_for_a_shell(run.model.revision)}"] if run.model.revision else parts
+
+
 def _built_in() -> set[str]:
     items = read_yaml(configs_folder() / "prompts" / "default.yaml", "prompts", "the built-in set")
     return {str(item["name"]) for item in items}
@@ -71,14 +72,19 @@ def _built_in() -> set[str]:
 
 def quoted_for_a_shell(text: str) -> str:
     """One word of a command line; control and format characters spelled out, so that it is inert and one line."""
-    if all(unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029" for char in text):
+    if not any(_acts(char) for char in text):
         return shlex.quote(text)
     names = {"\n": "\\n", "\t": "\\t", "'": "\\'", "\\": "\\\\"}
     return "$'" + "".join(names.get(char) or _escaped(char) for char in text) + "'"
 
 
+def _acts(char: str) -> bool:
+    """Whether a terminal would do something with it other than show it."""
+    return unicodedata.category(char)[0] == "C" or char in "\u2028\u2029"
+
+
 def _escaped(char: str) -> str:
-    if unicodedata.category(char)[0] != "C" and char not in "\u2028\u2029":
+    if not _acts(char):
         return char
     return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\U{ord(char):08x}"
 

@@ -12,7 +12,8 @@ import json
 import sys
 import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LARGE = 20_000
@@ -49,7 +50,8 @@ def unpack_all(data: dict[str, Any]) -> dict[str, Any]:
     """
     sites, passes = data.get("sites"), data.get("passes")
     if isinstance(sites, str):
-        sites = _at("sites", lambda: json.loads(_unpacked(str(data["sites"]), _LIST, _MOST_TEXT)))
+        with _named("sites"):
+            sites = json.loads(_unpacked(sites, _LIST, _MOST_TEXT))
     if not isinstance(passes, list):
         return {**data, "sites": sites}
     packed = [each for each in passes if isinstance(each, dict) and isinstance(each.get("abs_max"), str)]
@@ -59,16 +61,17 @@ def unpack_all(data: dict[str, Any]) -> dict[str, Any]:
     whole = []
     for number, each in enumerate(passes):
         if isinstance(each, dict) and isinstance(each.get("abs_max"), str):
-            text = each["abs_max"]
-            column = _at(f"passes.{number}.abs_max", lambda text=text: unpack_column(text, count))  # type: ignore[misc]
-            each = {**each, "abs_max": column}
+            with _named(f"passes.{number}.abs_max"):
+                each = {**each, "abs_max": unpack_column(each["abs_max"], count)}
         whole.append(each)
     return {**data, "sites": sites, "passes": whole}
 
 
-def _at(key: str, work: Callable[[], Any]) -> Any:
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Puts the key in front of what is wrong."""
     try:
-        return work()
+        yield
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}: {error}") from error
 

@@ -33,6 +33,11 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, protected_namespaces=())
 
 
+def rounded(value: float) -> float:
+    """Six significant digits: more than fp16 and bf16 have, and half the bytes in the file."""
+    return float(f"{value:.6g}") if math.isfinite(value) else value
+
+
 def in_words(value: Any) -> Any:
     """Plain JSON values: NaN and infinity as words, every key a string."""
     if isinstance(value, float):

@@ -136,7 +136,7 @@ def tokenise(
     """
     prompts, left_out = [], []
     for spec in specs:
-        if spec.chat is not None and not getattr(tokenizer, "chat_template", None):
+        if spec.chat is not None and not has_template(tokenizer):
             left_out.append(spec.name)
             continue
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
@@ -156,6 +156,11 @@ def tokenise(
     if not prompts:
         raise UsageError("--prompts: only chat prompts, but this tokenizer has no chat template; give texts.")
     return prompts, left_out
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a chat turn can be given."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:

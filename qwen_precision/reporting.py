@@ -6,7 +6,6 @@ from typing import Any
 from qwen_precision.bundle import pack, unpack
 from qwen_precision.checks import judge
 from qwen_precision.compare import changes
-from qwen_precision.config import near_or_known
 from qwen_precision.errors import UsageError
 from qwen_precision.findings import Limits, Report
 from qwen_precision.record import Run, load
@@ -74,10 +73,10 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -
         QprecError: an unreadable record.
         UsageError: a baseline for several runs, or one of another verb.
     """
-    named = [pair for path in paths for pair in open_runs(path, redact)]
+    opened = [(path, name, run) for path in paths for name, run in open_runs(path, redact)]
+    named = [(name, run) for _, name, run in opened]
     if len({name for name, _ in named}) < len(named):  # a/run.json b/run.json
-        named = [(str(path) + name.removeprefix(path.name), run) for path in paths
-                 for name, run in open_runs(path, redact)]  # fmt: skip
+        named = [(str(path) + name.removeprefix(path.name), run) for path, name, run in opened]
     alone = len(named) == 1 and baseline is None
     reports = [judge(run, limits(run.settings), "" if alone else name) for name, run in named]
     if baseline is None:
@@ -103,14 +102,5 @@ def bundle(shown: View) -> bytes:
         judge(run, limits(run.settings), report.name) for run, report in zip(runs, shown.reports, strict=True)
     ]
     again = View(tuple(clean), shown.fail_on, shown.changes)
-    reports = {
-        f"report{FORMATS[name].suffixes[0]}": str(FORMATS[name].render(again))
-        for name in ("markdown", "html")
-        if name in FORMATS
-    }
+    reports = {f"report{FORMATS[name].suffixes[0]}": str(FORMATS[name].render(again)) for name in ("markdown", "html")}
     return pack(runs, reports)
-
-
-def unknown_format(name: str) -> str:
-    """The sentence about a format that is not there."""
-    return f"unknown format {name!r}; {near_or_known(name, NAMES)}"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_precision.draw import Drawn
-from qwen_precision.generation import BAD_LOGITS, Continuation, Finish, Stretch, Trip
+from qwen_precision.generation import Continuation, Finish, Stretch, Trip, bad_trips
+from qwen_precision.parts import rounded
 from qwen_precision.prompts import as_text
 
 
@@ -61,9 +62,9 @@ def continuation(state: RowState, given: str, trips: Sequence[Trip], tokenizer: 
     """
 
     def column(value: Callable[[Drawn], float]) -> list[float | None]:
-        return [float(f"{value(each):.6g}") for each in state.drawn]
+        return [rounded(value(each)) for each in state.drawn]
 
-    bad = [trip.step for trip in trips if trip.row == state.row and trip.kind in BAD_LOGITS]
+    bad = [trip.step for trip in bad_trips(trips, state.row)]
     return Continuation(
         row=state.row,
         input=given,

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from qwen_precision.checkpoint import Checkpoint
 from qwen_precision.config import GenerateSettings, flag_of
 from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.prompts import has_template
 from qwen_precision.record import Choice
 
 DEFAULT_NEW_TOKENS = 64
@@ -81,7 +82,7 @@ def looks_like_a_base_model(checkpoint: Checkpoint, config: GenerationConfig) ->
     ids: Sequence[int] = [] if ends is None else ends if isinstance(ends, list) else [ends]
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
     try:
-        if not getattr(tokenizer, "chat_template", None):
+        if not has_template(tokenizer):
             return "its tokenizer has no chat template"
         shown = str(tokenizer.apply_chat_template(turns, tokenize=False))
         words = [str(tokenizer.convert_ids_to_tokens(each)) for each in ids]

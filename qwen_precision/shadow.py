@@ -19,10 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.collect import Collector, rounded
+from qwen_precision.collect import Collector
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.head import Head
 from qwen_precision.measure import Measure
+from qwen_precision.parts import rounded
 from qwen_precision.plan import Encoded, FinalHook, Plan
 from qwen_precision.record import Reseed
 from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls, path_of

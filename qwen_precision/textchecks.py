@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from qwen_precision.degenerate import Symptom, symptoms
 from qwen_precision.facts import Facts
 from qwen_precision.findings import Finding
-from qwen_precision.generation import BAD_LOGITS, MENDED, Continuation, Generation, Trip, mended_steps
+from qwen_precision.generation import FILTERED, MENDED, Continuation, Generation, Trip, bad_trips, mended_steps
 from qwen_precision.guardsettings import Advice, GuardSettings
 from qwen_precision.nextcommand import next_probe
 from qwen_precision.record import Run
-
-_FILTERED = ("all filtered", "overflowed")
 
 
 def _finding(run: Run, kind: str, severity: str, dtype: str, cause: str, advice: str, **more: object) -> Finding:
@@ -33,8 +31,7 @@ def nonfinite_logits(facts: Facts) -> Iterator[Finding]:
         return
     for row in made.rows:
         for dtype in facts.run.dtypes:
-            bad = [t for t in made.trips if t.row == row.row and t.dtype == dtype and t.kind in BAD_LOGITS]
-            bad = [t for t in bad if t.kind not in _FILTERED]
+            bad = [t for t in bad_trips(made.trips, row.row) if t.dtype == dtype and t.kind not in FILTERED]
             if bad:
                 yield _bad_row(facts.run, made, row, bad)
 
@@ -87,7 +84,7 @@ def sampling_error(facts: Facts) -> Iterator[Finding]:
         )  # fmt: skip
     for row in made.rows:
         # Unwatched, the guard epsilon is the only one that saw it.
-        mine = [t for t in made.trips if t.row == row.row and (t.kind in _FILTERED or t.guard == "epsilon")]
+        mine = [t for t in made.trips if t.row == row.row and (t.kind in FILTERED or t.guard == "epsilon")]
         if not mine:
             continue
         steps, first = {trip.step for trip in mine}, mine[0]
@@ -118,7 +115,7 @@ def degenerate_text(facts: Facts) -> Iterator[Finding]:
 def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, watched: bool) -> Finding:
     span = range(symptom.start, symptom.end)
     mended = mended_steps(made.trips, row.row)
-    bad = [t for t in made.trips if t.row == row.row and t.kind in BAD_LOGITS and t.step in span]
+    bad = [t for t in bad_trips(made.trips, row.row) if t.step in span]
     left = [trip for trip in bad if trip.step not in mended]
     ids = row.ids[symptom.start : symptom.end]
     looks = symptom.kind == "descending" or (symptom.kind == "run" and ids[0] == 0)
@@ -161,9 +158,7 @@ def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings)
     for row in made.rows:
         key = tuple(row.ids)
         other = seen.setdefault(key, row)
-        bad = {t.step for t in made.trips if t.row == row.row and t.kind in BAD_LOGITS} - mended_steps(
-            made.trips, row.row
-        )
+        bad = {t.step for t in bad_trips(made.trips, row.row)} - mended_steps(made.trips, row.row)
         if len(key) < settings.degenerate.run or other is row or other.input == row.input:
             continue
         if settings.watch.enabled and not bad:
@@ -179,8 +174,10 @@ def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings)
 def masked_rows(facts: Facts) -> Iterator[Finding]:
     """Only pad positions of a row's KV cache are not finite: its padding was masked in a way that gave NaN."""
     made = facts.run.generation
-    for trip in made.trips if made is not None else []:
-        if made is not None and trip.poisoned is not None and trip.poisoned.in_padding:
+    if made is None:
+        return
+    for trip in made.trips:
+        if trip.poisoned is not None and trip.poisoned.in_padding:
             mended = trip.step in mended_steps(made.trips, trip.row)
             yield _finding(
                 facts.run, "masked-row", "warning" if mended else "error", trip.dtype,

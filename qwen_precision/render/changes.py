@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from qwen_precision.compare import Changes
 from qwen_precision.findings import Finding
+from qwen_precision.names import placed
 from qwen_precision.render.text import count, room, safe
 
 _MOST = 12
@@ -34,8 +35,7 @@ def _some(word: str, lines: list[str]) -> Iterator[str]:
 
 
 def _place(finding: Finding) -> str:
-    layer = f"layer {finding.layer}, " if finding.layer is not None else ""
-    return f"{finding.dtype} {finding.kind}, {layer}{safe(finding.name)}"
+    return f"{finding.dtype} {finding.kind}, {placed(finding.layer, safe(finding.name))}"
 
 
 def _was(finding: Finding) -> str:

@@ -6,6 +6,7 @@ Syntax: https://docs.github.com/actions/reference/workflow-commands-for-github-a
 from collections.abc import Iterator
 
 from qwen_precision.findings import Finding
+from qwen_precision.names import placed
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 
@@ -36,8 +37,7 @@ def _lines(view: View) -> Iterator[str]:
 
 
 def _title(finding: Finding) -> str:
-    layer = f" layer {finding.layer}," if finding.layer is not None else ""
-    return f"qprec {finding.dtype}: {finding.kind},{layer} {safe(finding.name)}"
+    return f"qprec {finding.dtype}: {finding.kind}, {placed(finding.layer, safe(finding.name))}"
 
 
 def _data(finding: Finding) -> str:

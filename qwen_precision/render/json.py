@@ -1,7 +1,6 @@
 """The Report as JSON, for scripts: stable keys; NaN and infinity as the words "nan", "inf" and "-inf"."""
 
 import json
-import math
 import unicodedata
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from qwen_precision.compare import Changes
 from qwen_precision.findings import Report
 from qwen_precision.generation import Generation
-from qwen_precision.parts import in_words
+from qwen_precision.parts import in_words, rounded
 from qwen_precision.precision import precision
 from qwen_precision.render.view import View
 
@@ -72,8 +71,8 @@ def _generation(made: Generation) -> dict[str, Any]:
 
 def _rounded(value: Any) -> Any:
     """Six digits: what the record has."""
-    if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.6g}")
+    if isinstance(value, float):
+        return rounded(value)
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -7,7 +7,8 @@ both. What is not allowed in XML 1.0 is spelled out before it gets here (``text.
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
-from qwen_precision.findings import Finding, Report
+from qwen_precision.findings import FAILING, Finding, Report
+from qwen_precision.names import placed
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 
@@ -51,13 +52,12 @@ def _suites(report: Report) -> Iterator[tuple[str, _Cases, list[Finding]]]:
 
 def _suite(root: ElementTree.Element, name: str, cases: _Cases, findings: list[Finding], view: View) -> None:
     suite = ElementTree.SubElement(root, "testsuite", name=name, tests=str(len(cases)), errors="0")
-    failing = {"fail": ("error",), "risk": ("error", "warning"), "never": ()}[view.fail_on]
     new = None if view.changes is None else [*view.changes.new, *view.changes.risen]
     failures = 0
     for check, kinds in cases.items():
         case = ElementTree.SubElement(suite, "testcase", name=check, classname=name, time="0")
         mine = [finding for finding in findings if finding.kind in kinds]
-        bad = [f for f in mine if f.severity in failing and (new is None or f in new)]
+        bad = [f for f in mine if f.severity in FAILING[view.fail_on] and (new is None or f in new)]
         if bad:
             failures += 1
             failure = ElementTree.SubElement(case, "failure", type=bad[0].kind, message=_line(bad[0]))
@@ -80,5 +80,4 @@ def _finished(root: ElementTree.Element, report: Report) -> None:
 
 
 def _line(finding: Finding) -> str:
-    layer = f"layer {finding.layer}, " if finding.layer is not None else ""
-    return f"{layer}{safe(finding.name)}: {safe(finding.cause, 500)}"
+    return f"{placed(finding.layer, safe(finding.name))}: {safe(finding.cause, 500)}"

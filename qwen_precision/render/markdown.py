@@ -219,13 +219,10 @@ def _headroom(report: Report) -> str:
         if not rows or dtype not in ("fp16",):
             continue
         lines = [f"**{dtype}**", "", "| layer | operation | largest | headroom |", "|---|---|---|---|"]
-        seen: set[int | None] = set()
-        for row in rows:
+        for row in report.tightest(dtype):
             site = report.run.sites[row.site]
-            if site.layer not in seen:
-                seen.add(site.layer)
-                lines.append(f"| {'-' if site.layer is None else site.layer} | "
-                             f"{escaped(name_of(site.module, site.op, site.call))} | {number(row.abs_max)} | "
-                             f"{room(row.headroom)} |")  # fmt: skip
+            lines.append(f"| {'-' if site.layer is None else site.layer} | "
+                         f"{escaped(name_of(site.module, site.op, site.call))} | {number(row.abs_max)} | "
+                         f"{room(row.headroom)} |")  # fmt: skip
         parts.append("\n".join(lines))
     return _details("Headroom, tightest operation of each layer", "\n\n".join(parts)) if parts else ""

@@ -59,12 +59,11 @@ def _main(report: Report) -> Figure:
 def headroom(report: Report, wide: bool = False) -> Figure | None:
     """The least headroom of each layer, a line a dtype: those whose range is as narrow as fp16's, or the others."""
     lines: dict[str, dict[int, float]] = {}
-    for dtype, rows in report.headroom.items():
-        for row in rows if (DTYPES[dtype].max > 1e30) == wide else ():
+    for dtype in report.headroom:
+        for row in report.tightest(dtype) if (DTYPES[dtype].max > 1e30) == wide else ():
             layer = report.run.sites[row.site].layer
-            if layer is not None and 0 <= row.headroom < math.inf:
-                least = lines.setdefault(dtype, {})
-                least[layer] = min(least.get(layer, math.inf), max(row.headroom, 1e-3))
+            if layer is not None and row.headroom < math.inf:
+                lines.setdefault(dtype, {})[layer] = max(row.headroom, 1e-3)
     if not lines:
         return None
     figure, axes = _canvas()

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.findings import Finding, Headroom, Report
+from qwen_precision.findings import Finding, Report
 from qwen_precision.generation import Generation
-from qwen_precision.names import name_of
+from qwen_precision.names import name_of, placed
 from qwen_precision.precision import precision
 from qwen_precision.record import Run
 from qwen_precision.render.changes import change_lines
@@ -131,10 +131,9 @@ def _why(report: Report, dtype: str) -> str:
     mine = [finding for finding in report.findings if finding.dtype == dtype and finding.severity != "info"]
     if mine:
         first = mine[0]
-        where = f"layer {first.layer}, " if first.layer is not None else ""
-        where = f"step {first.step}, row {first.row}, {where}" if first.step is not None else where
+        step = f"step {first.step}, row {first.row}, " if first.step is not None else ""
         first_word = "first: " if first.severity == "error" else ""
-        return f"{first_word}{where}{safe(first.name)} ({first.kind})"
+        return f"{first_word}{step}{placed(first.layer, safe(first.name))} ({first.kind})"
     if report.verdict[dtype] == "incomplete":
         return "nothing found before it stopped"
     if report.run.generation is not None:
@@ -143,9 +142,8 @@ def _why(report: Report, dtype: str) -> str:
     if tightest is None or not math.isfinite(tightest.headroom):
         return "every operation finite"
     site = report.run.sites[tightest.site]
-    layer = f"layer {site.layer}, " if site.layer is not None else ""
-    left = room(tightest.headroom)
-    return f"every operation finite; least headroom {left} at {layer}{safe(name_of(site.module, site.op, site.call))}"
+    where = placed(site.layer, safe(name_of(site.module, site.op, site.call)))
+    return f"every operation finite; least headroom {room(tightest.headroom)} at {where}"
 
 
 def _was_watched(made: Generation) -> bool:
@@ -239,10 +237,7 @@ def _layers(group: list[Finding]) -> str:
 
 def _headroom(report: Report, dtype: str) -> RenderableType:
     """The tightest operation of each layer, smallest first."""
-    tightest: dict[int | None, Headroom] = {}
-    for row in report.headroom[dtype]:
-        tightest.setdefault(report.run.sites[row.site].layer, row)
-    rows = sorted(tightest.values(), key=lambda row: row.headroom)
+    rows = report.tightest(dtype)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("layer", no_wrap=True, justify="right")
     table.add_column("operation", overflow="fold")
