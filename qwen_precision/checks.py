@@ -96,7 +96,7 @@ def _origin_finding(facts: Facts, each: Pass, event: Event, carried: int) -> Fin
         layer=site.layer, module=site.module, op=site.op, name=what, origin=True,
         reference_abs_max=magnitude, headroom=limit / magnitude if magnitude else None,
         cause=_cause(each.dtype, what, magnitude, limit, event, facts.run.reference),
-        advice=_advice(each.dtype, magnitude, limit),
+        advice=_advice(facts.run, each.dtype, magnitude, limit),
         nan=event.nan, inf=event.inf, propagated=carried,
         token=token_of(facts.run, each, event), channel=event.channel, head=event.head, expert=event.expert,
     )  # fmt: skip
@@ -117,11 +117,13 @@ def _cause(dtype: str, what: str, magnitude: float | None, limit: float, event: 
     )
 
 
-def _advice(dtype: str, magnitude: float | None, limit: float) -> str:
+def _advice(run: Run, dtype: str, magnitude: float | None, limit: float) -> str:
     if dtype == REFERENCE:
         return "Compare the file's hash with the hub's and download again; no dtype can repair this."
     if dtype == "fp16" and (magnitude is None or magnitude > limit):
-        return "Run this checkpoint in bf16 or fp32, or keep this operation in fp32."
+        otherwise = "run this checkpoint in bf16 or fp32, or keep this operation in fp32."
+        rescued = run.rescue is not None and run.rescue.possible and not run.rescue.rescaling.changes_nothing
+        return f"Rescale it exactly (see Rescue), {otherwise}" if rescued else f"R{otherwise[1:]}"
     return f"Run this checkpoint in fp32, or keep this operation out of {dtype}."
 
 
@@ -143,7 +145,7 @@ def _near_overflow(facts: Facts) -> Iterator[Finding]:
                 if row.site not in carried:
                     yield _near_finding(facts, row)
             elif not _only_carries(facts, row):
-                yield _beyond(_near_finding(facts, row))
+                yield _beyond(_near_finding(facts, row), facts.run)
 
 
 def _came_reseeded(facts: Facts, row: Headroom) -> bool:
@@ -165,13 +167,13 @@ def _only_carries(facts: Facts, row: Headroom) -> bool:
     return any(part is not None and (reference.abs_max[part] or 0) > limit for part in (stream, product))
 
 
-def _beyond(finding: Finding) -> Finding:
+def _beyond(finding: Finding, run: Run) -> Finding:
     """Out of range by itself, had the stream got here."""
     return replace(
         finding, kind="overflow", severity="error", predicted=True,
         cause=f"The {finding.name} reaches {finding.reference_abs_max:.6g} in fp32, beyond {finding.dtype}; "
         f"the {finding.dtype} stream itself had failed before and did not get here.",
-        advice=_advice(finding.dtype, math.inf, 0.0),
+        advice=_advice(run, finding.dtype, math.inf, 0.0),
     )  # fmt: skip
 
 

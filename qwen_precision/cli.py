@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,13 +15,26 @@ import typer
 
 from qwen_precision import __version__, reporting, terminal
 from qwen_precision.checks import judge
-from qwen_precision.config import ATTENTION, MEMORY, load_generate_settings, load_settings
+from qwen_precision.clioptions import (
+    DEFAULT_PROMPT,
+    AttentionOption,
+    DeviceOption,
+    KeepOption,
+    ModelArgument,
+    ReplaceOption,
+    RescueDtypeOption,
+    RescueMarginOption,
+    RescueToOption,
+    RevisionOption,
+    one_of,
+)  # fmt: skip
+from qwen_precision.config import MEMORY, RESCUE_DTYPES, ProbeSettings, load_generate_settings, load_settings
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import append, check_writable, write_atomically
-from qwen_precision.findings import FAIL_ON
+from qwen_precision.findings import FAIL_ON, rescue_exit_code
 from qwen_precision.guardsettings import ON_FAILURE, load_guards
-from qwen_precision.nextcommand import next_command
+from qwen_precision.nextcommand import next_command, next_rescue
 from qwen_precision.record import Run, save
 from qwen_precision.render import View
 
@@ -30,36 +43,6 @@ app = typer.Typer(
     help="Find where a Qwen3 checkpoint overflows in half precision, why, and how much headroom the rest has.",
     epilog="Exit codes: 0 nothing found, 1 findings at or above --fail-on, 2 bad usage, 3 could not run.",
 )  # fmt: skip
-
-
-def one_of(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
-    """A callback that accepts only the names of a table, so that help, check and table cannot drift."""
-
-    def check(value: Any) -> Any:
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and each not in names:
-                raise typer.BadParameter(f"unknown {what} {each!r}; expected one of {', '.join(names)}.")
-        return value
-
-    return check
-
-
-DEFAULT_PROMPT = "上海有个非常出名的地方，"
-"""What ``generate`` continues when nothing else is given: the prompt of the first bug reports."""
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.")]
-AttentionOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Attention implementation. Default: what transformers chooses.",
-        metavar="|".join(ATTENTION),
-        callback=one_of(ATTENTION, "attention implementation"),
-    ),
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 
 def _version(show: bool) -> None:
@@ -106,24 +89,58 @@ def probe(
         typer.Option(help="What gives exit code 1. Default: fail.", metavar="|".join(FAIL_ON),
                      callback=one_of(FAIL_ON, "level")),
     ] = None,
+    rescue_to: RescueToOption = None,
+    rescue_margin: RescueMarginOption = None,
+    rescue_dtype: RescueDtypeOption = None,
+    force: ReplaceOption = False,
+    keep_unverified: KeepOption = False,
 ) -> None:  # fmt: skip
     """Find the operation that overflows first, in which layer, at which token and channel.
 
     Runs the checkpoint in fp32, and in each dtype beside it, with every operation watched.
+
+    Where fp16 fails, it ends with the plan of an exact rescaling that makes it safe; --rescue-to carries it out.
     """
     flags = {
         "dtypes": dtype or None, "prompts": prompts, "max_tokens": max_tokens, "device": device,
         "attention": attn, "memory": memory, "reference": False if no_reference else None, "fail_on": fail_on,
+        "rescue_margin": rescue_margin,
     }  # fmt: skip
     settings = load_settings(config, flags)
     specs = _specs(prompt, settings.prompts if prompt is None or prompts else None, [])
     check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
-    from qwen_precision.probe import probe as measure
+    if rescue_to is None:
+        _without_a_folder({"--rescue-dtype": rescue_dtype, "--force": force, "--keep-unverified": keep_unverified})
+        from qwen_precision.probe import probe as measure
 
-    with terminal.progress() as (progress, _):
-        run = measure(model, settings, specs, revision, progress)
+        with terminal.progress() as (progress, _):
+            run = measure(model, settings, specs, revision, progress)
+    else:
+        _can_rescue(settings, rescue_to, output)
+        from qwen_precision.deliver import Target, probe_and_rescue
+
+        target = Target(rescue_to, rescue_dtype or RESCUE_DTYPES[0], force, keep_unverified)
+        with terminal.progress() as (progress, _):
+            run = probe_and_rescue(
+                model, settings, specs, revision, target, progress, lambda measured: save(measured, output)
+            )
     save(run, output)
-    _show(run, output, settings.fail_on)
+    _show(run, output, settings.fail_on, rescue_to is not None)
+
+
+def _without_a_folder(flags: dict[str, Any]) -> None:
+    given = [flag for flag, value in flags.items() if value]
+    if given:
+        raise UsageError(f"{given[0]}: says how to write a rescued checkpoint; add --rescue-to FOLDER.")
+
+
+def _can_rescue(settings: ProbeSettings, folder: Path, output: Path) -> None:
+    if "fp16" not in settings.dtypes:
+        raise UsageError("--rescue-to: makes a checkpoint safe in fp16, which --dtype leaves out; add --dtype fp16.")
+    if not settings.reference:
+        raise UsageError("--rescue-to: needs the fp32 reference; leave --no-reference out.")
+    if Path(os.path.realpath(folder)) in Path(os.path.realpath(output)).parents:
+        raise UsageError(f"-o {output}: lies in the folder of --rescue-to, which is written whole; choose another.")
 
 
 def _specs(texts: list[str] | None, file: str | None, instead: list[str]) -> Any:
@@ -135,15 +152,18 @@ def _specs(texts: list[str] | None, file: str | None, instead: list[str]) -> Any
     return read_prompts(texts or ([] if file is not None else instead), file)
 
 
-def _show(run: Run, path: Path, fail_on: str) -> NoReturn:
-    """The table, what to do next, and the exit code of a run that was just made."""
+def _show(run: Run, path: Path, fail_on: str, rescued: bool = False) -> NoReturn:
+    """The table, what to do next, and the exit code of a run that was just made, or of the rescue asked for."""
     report = judge(run, reporting.limits(run.settings))
     terminal.result(str(terminal.render(View((report,), fail_on), "table")))
     terminal.note(f"saved {path}; show it again with: qprec report {shlex.quote(str(path))}")
     command = next_command(report, shlex.quote(str(path)))
     if command is not None:
         terminal.note(f"find where it starts with: {command}")
-    raise typer.Exit(report.exit_code(fail_on))
+    rescue = next_rescue(report)
+    if rescue is not None:
+        terminal.note(f"make it safe in fp16 with: {rescue}")
+    raise typer.Exit(rescue_exit_code(report, fail_on) if rescued else report.exit_code(fail_on))
 
 
 @app.command()

@@ -18,6 +18,8 @@ from qwen_precision.findings import FAIL_ON
 
 ATTENTION = ("sdpa", "eager")
 MEMORY = ("auto", "resident", "streamed")
+RESCUE_DTYPES = ("fp16", "bf16", "source")
+"""What the weights of a rescued checkpoint may be written in; ``source`` leaves each tensor its own format."""
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 
@@ -35,6 +37,7 @@ class ProbeSettings(BaseModel):
     memory: str = "auto"
     near_overflow: float = Field(default=2.0, ge=1.0, le=1e6)
     underflow_share: float = Field(default=0.01, gt=0, le=1)
+    rescue_margin: float = Field(default=4.0, ge=1.0, le=1024.0)
     fail_on: str = "fail"
 
     @field_validator("dtypes")

@@ -1,6 +1,6 @@
 """What judging gives: findings, headroom and the report that holds them. Data only."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from qwen_precision.record import Run
@@ -92,6 +92,20 @@ class Report:
         if bad & set(self.verdict.values()):
             return 1
         return 3 if self.stopped else 0
+
+
+def rescue_exit_code(report: Report, fail_on: str) -> int:
+    """Exit code of a run that was to be rescued: in fp16 the exported checkpoint counts, not the one probed."""
+    plan = report.run.rescue
+    if plan is None or plan.unsupported is not None:
+        return report.exit_code(fail_on) or 1
+    if plan.rescaling.changes_nothing and plan.possible:
+        return report.exit_code(fail_on)
+    if report.stopped:
+        return 3
+    if plan.exported is None or not plan.exported.verified:
+        return 1
+    return replace(report, verdict={**report.verdict, "fp16": plan.exported.verdict}).exit_code(fail_on)
 
 
 FAILING: dict[str, tuple[str, ...]] = {"fail": ("error",), "risk": ("error", "warning"), "never": ()}

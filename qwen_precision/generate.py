@@ -24,9 +24,13 @@ from qwen_precision.hub import locate
 from qwen_precision.lanes import Models
 from qwen_precision.machine import attention_used, choose_device, environment, out_of_memory
 from qwen_precision.names import name_of, placed
+from qwen_precision.needs import DTYPE as RESCUED
 from qwen_precision.plan import encode
 from qwen_precision.prompts import PromptSpec, as_batch, has_template, rendered, tokenise
 from qwen_precision.record import Choice, Prompt, Run, load
+from qwen_precision.remedy import Rescue
+from qwen_precision.rescaler import Rescaler
+from qwen_precision.rescue import unsupported
 from qwen_precision.rows import continuation
 from qwen_precision.sampling import generation_config, looks_like_a_base_model, options
 
@@ -80,7 +84,10 @@ def generate(
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.perf_counter()
     job = _prepare(source, settings, guards, specs, revision, probe_run)
-    models = Models(job.checkpoint, job.device, settings.attention, lambda what: progress(0, 0, what))
+    rescaler = Rescaler(
+        job.checkpoint, settings.device, settings.attention, guards.recover.margin, lambda what: progress(0, 0, what)
+    )
+    models = Models(job.checkpoint, job.device, settings.attention, lambda what: progress(0, 0, what), rescaler)
     model = models.get(settings.dtype)
     loaded = time.perf_counter()
     job.choices.insert(1, attention_used(model, settings.attention))
@@ -90,7 +97,7 @@ def generate(
     stopped = _run(job, model, decoder)
     ended = time.perf_counter()
     seconds = {"loading": loaded - started, "generating": ended - loaded, "total": ended - started}
-    return _record(job, model, decoder, stopped, seconds)
+    return _record(job, model, decoder, stopped, seconds, rescaler.plan)
 
 
 def _prepare(
@@ -101,6 +108,7 @@ def _prepare(
     probed = load(probe_run) if probe_run else None
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
+    _check_rescale(guards, settings.dtype, checkpoint)
     if settings.chat:
         specs = [PromptSpec(name=spec.name, chat=text) for spec in specs for text in spec.texts()]
     tokenizer = checkpoint.tokenizer
@@ -118,6 +126,16 @@ def _prepare(
     return _Job(
         checkpoint, source, settings, guards, device, prompt, inputs, config, [device_choice, *choices], summary
     )
+
+
+def _check_rescale(guards: GuardSettings, dtype: str, checkpoint: Checkpoint) -> None:
+    if not guards.recover.enabled or guards.recover.on_failure != "rescale":
+        return
+    if dtype != RESCUED:
+        raise UsageError(f"--on-failure rescale: works in {RESCUED}, not in {dtype}; choose fallback, or --dtype fp16.")
+    reason = unsupported(checkpoint)
+    if reason is not None:
+        raise UsageError(f"--on-failure rescale: {reason}; choose fallback or stop.")
 
 
 def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeSummary:
@@ -174,14 +192,16 @@ def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
     return None
 
 
-def _record(job: _Job, model: Any, decoder: Decoder, stopped: str | None, seconds: dict[str, float]) -> Run:
+def _record(
+    job: _Job, model: Any, decoder: Decoder, stopped: str | None, seconds: dict[str, float], plan: Rescue | None
+) -> Run:
     used = [job.settings.dtype, *(stretch.dtype for state in decoder.rows for stretch in state.stretches),
             *(trip.dtype for trip in decoder.trips)]  # fmt: skip
     tokenizer = job.checkpoint.tokenizer
     rows = [continuation(state, job.inputs[state.row], decoder.trips, tokenizer) for state in decoder.rows]
     layers = int(getattr(model.config, "num_hidden_layers", 0))
     return Run(
-        schema_=2, tool=f"qprec {__version__}", verb="generate", stopped=stopped,
+        schema_=3, tool=f"qprec {__version__}", verb="generate", stopped=stopped,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=model_part(job.checkpoint, job.source, type(model).__name__, layers),
         environment=environment(job.device), settings=job.settings.model_dump(), choices=job.choices,
@@ -194,4 +214,5 @@ def _record(job: _Job, model: Any, decoder: Decoder, stopped: str | None, second
             base_model=looks_like_a_base_model(job.checkpoint, job.config), rows=rows, trips=decoder.trips,
             error=decoder.error, logits=decoder.cost, probe=job.probe,
         ),
+        rescue=plan,
     )  # fmt: skip

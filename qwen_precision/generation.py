@@ -79,6 +79,13 @@ class Stretch(Part):
 
     start: Count
     dtype: str
+    rescaled: bool
+    """Whether with weights rescaled to stay inside it."""
+
+    @property
+    def way(self) -> str:
+        """Both, in words."""
+        return f"{self.dtype} rescaled" if self.rescaled else self.dtype
 
 
 class Continuation(Part):

@@ -75,6 +75,9 @@ class Recover(Guard):
     """Computes a failed step again from the last clean prefix, in the next dtype of the ladder, or ends the row."""
 
     on_failure: OnFailure = "fallback"
+    """Rescale: in the same dtype, fp16, with weights rescaled to stay inside it."""
+    margin: float = Field(default=4.0, ge=1, le=1024)
+    """Headroom that every operation shall have after rescaling."""
     ladder: list[str] = Field(default_factory=lambda: list(DTYPES), min_length=1)
     """Dtypes in the order in which they are tried; those after the one that failed."""
     then: Literal["stay", "return"] = "stay"
@@ -165,10 +168,6 @@ def load_guards(profile: str, on_failure: str | None = None) -> GuardSettings:
     except ValidationError as error:
         key, message = first_error(error)
         raise UsageError(f"--guards {profile}: {f'{key}: ' if key else ''}{message}.") from error
-    if settings.recover.on_failure == "rescale":
-        raise UsageError(
-            "--on-failure rescale: is not available in this version of qprec; choose fallback (the next dtype) or stop."
-        )
     return settings
 
 

@@ -70,14 +70,15 @@ class Head:
                     best[key] = _better(best.get(key), logits[:, -1], start)
                     last.setdefault(key, []).append(logits[:, -1].float())
                     if on_final is not None and plan.vocabulary_rows == 0:
-                        on_final(dtype, key[1], states, logits if logits.shape[1] == states.shape[1] else None)
+                        on_final(dtype, key[1], states, logits)
                 seconds[dtype] += time.perf_counter() - started
             self._scratch.release()
+        ends = {key: torch.cat(parts, dim=-1) for key, parts in last.items()}
         if on_final is not None and plan.vocabulary_rows:
             for (dtype, prompt), states in hidden.items():
-                on_final(dtype, prompt, states, None)
+                on_final(dtype, prompt, states, ends[dtype, prompt][:, None])
         self._write(best)
-        self._diverge({key: torch.cat(parts, dim=-1) for key, parts in last.items()})
+        self._diverge(ends)
 
     def _one(self, key: tuple[str, int], states: Tensor, valid: Tensor, start: int) -> Tensor:
         """Logits of one stream for the placed rows, all positions looked at; gives the last piece."""

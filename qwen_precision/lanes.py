@@ -6,8 +6,8 @@ the other rows compute stays bit for bit what it was.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,17 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.generation import Poison
 from qwen_precision.machine import free_bytes
+from qwen_precision.rescaling import Rescaling
+
+
+class RescalerLike(Protocol):
+    """What ``rescaler.Rescaler`` offers; it stands above this floor."""
+
+    def rescaling(self, prefixes: Sequence[Sequence[int]]) -> Rescaling:
+        """The powers with which these tokens are inside fp16."""
+
+    def load(self, rescaling: Rescaling, device: torch.device) -> nn.Module:
+        """The rescaled model."""
 
 
 class NoRoom(QprecError):
@@ -32,6 +43,7 @@ class Models:
         device: where they compute.
         attention: ``sdpa``, ``eager``, or None for what transformers would choose.
         tell: called with what is being done.
+        rescaler: makes rescaled weights, where ``rescale`` may be called.
     """
 
     def __init__(
@@ -40,29 +52,59 @@ class Models:
         device: torch.device,
         attention: str | None,
         tell: Callable[[str], None] = lambda what: None,
+        rescaler: RescalerLike | None = None,
     ) -> None:
         self._checkpoint, self._device, self._attention, self._tell = checkpoint, device, attention, tell
         self._loaded: dict[str, Any] = {}
+        self._rescaler = rescaler
+        self._rescalings: dict[str, Rescaling] = {}
 
-    def get(self, dtype: str) -> Any:
-        """The model in a dtype, in evaluation mode.
+    def get(self, weights: str) -> Any:
+        """The model in a dtype (by its name), or with rescaled weights (by what ``rescale`` gave), for evaluation.
 
         Raises:
             NoRoom: it does not fit beside what is there.
             QprecError: a file is damaged, or a tensor is missing.
         """
-        if dtype not in self._loaded:
-            need = self._checkpoint.parameters * DTYPES[dtype].bytes
-            free = free_bytes(self._device)
-            if need > free:
-                raise NoRoom(f"{dtype} needs {need / 2**30:.1f} GiB on {self._device}, {free / 2**30:.1f} GiB are free")
-            self._tell(f"loading the weights in {dtype}")
-            self._loaded[dtype] = self._load(dtype)
-        return self._loaded[dtype]
+        if weights not in self._loaded:
+            self._make_room(weights)
+            self._tell(f"loading the weights in {weights}")
+            self._loaded[weights] = self._load(weights)
+        return self._loaded[weights]
 
-    def release(self, dtype: str) -> None:
+    def _make_room(self, dtype: str) -> None:
+        need, free = self._checkpoint.parameters * DTYPES[dtype].bytes, free_bytes(self._device)
+        if need > free:
+            raise NoRoom(f"{dtype} needs {need / 2**30:.1f} GiB on {self._device}, {free / 2**30:.1f} GiB are free")
+
+    def rescale(self, dtype: str, prefixes: Sequence[Sequence[int]], tried: Collection[str]) -> tuple[str, Rescaling]:
+        """Rescaled weights with which these tokens stay inside the dtype; gives their name for ``get``.
+
+        Args:
+            dtype: the format they are in.
+            prefixes: token ids, without padding.
+            tried: names of weights with which they failed.
+
+        Raises:
+            NoRoom: they do not fit beside what is there.
+            QprecError: no rescaling helps.
+        """
+        assert self._rescaler is not None, "the settings that ask for this give one"
+        rescaling = self._rescaler.rescaling(prefixes)
+        name = next((name for name, held in self._rescalings.items() if held == rescaling), None)
+        if name in tried or rescaling.changes_nothing:
+            raise QprecError(f"{dtype} fails although every operation of these tokens is in range when measured")
+        if name is None:
+            name = f"{dtype} rescaled" + (f" {len(self._rescalings) + 1}" if self._rescalings else "")
+            self._rescalings[name] = rescaling
+        if name not in self._loaded:
+            self._make_room(dtype)
+            self._loaded[name] = self._rescaler.load(rescaling, self._device)
+        return name, rescaling
+
+    def release(self, weights: str) -> None:
         """Give the memory back, whoever else still holds the module: its weights go to the meta device."""
-        model = self._loaded.pop(dtype, None)
+        model = self._loaded.pop(weights, None)
         if model is not None:
             model.to("meta")
             if self._device.type == "cuda":
@@ -101,10 +143,15 @@ class Lane:
         ids: ``[batch, tokens]`` of the whole batch.
         mask: ``[batch, tokens]`` 1 at tokens, 0 at padding, of the whole batch.
         chunk: prompt tokens that go through the model at once; 0 for all.
+        weights: name of the weights, where they are not the checkpoint's own in that dtype.
     """
 
-    def __init__(self, model: Any, dtype: str, rows: Sequence[int], ids: Tensor, mask: Tensor, chunk: int) -> None:
+    def __init__(
+        self, model: Any, dtype: str, rows: Sequence[int], ids: Tensor, mask: Tensor, chunk: int,
+        weights: str | None = None,
+    ) -> None:  # fmt: skip
         self.dtype, self.rows = dtype, list(rows)
+        self.weights = weights or dtype
         self._model, self._chunk = model, chunk
         self._index = torch.tensor(self.rows, device=ids.device)
         mask = mask[self._index]

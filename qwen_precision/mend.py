@@ -21,6 +21,9 @@ from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.lanes import Lane, Models
 from qwen_precision.rows import RowState
 
+_RESCUES = 2
+"""How often the weights are rescaled anew at one step."""
+
 
 @dataclass
 class Step:
@@ -57,6 +60,7 @@ class Mender:
         self.lanes: list[Lane] = []
         self.owner: dict[int, Lane] = {}
         """Which lane computes a row; a row that is over keeps its last."""
+        self._how: dict[str, str] = {}
 
     def begin(self, ids: Tensor) -> None:
         """One lane of all rows, in the dtype asked for."""
@@ -152,7 +156,8 @@ class Mender:
             return self._guards.act
         if not self._guards.act:
             for state, seen in failed:
-                why = "the row would be computed again in the next dtype of the ladder"
+                way = "rescaled" if settings.on_failure == "rescale" else "in the next dtype of the ladder"
+                why = f"the row would be computed again {way}"
                 self._trip(state, "recover", "recovered", why, seen.numbers())
             return False
         by_dtype: dict[str, list[tuple[RowState, Look]]] = {}
@@ -163,14 +168,21 @@ class Mender:
         return True
 
     def _climb(self, step: Step, dtype: str, members: list[tuple[RowState, Look]], rows: Sequence[RowState]) -> None:
-        """Up the ladder from ``dtype`` until every row has logits that can be used, or there is no rung left."""
-        ladder = self._guards.recover.ladder
+        """Up the ladder from ``dtype`` until every row has logits that can be used, or there is no rung left.
+
+        Told to rescale, the rungs are the same dtype with weights rescaled for these rows.
+        """
+        ladder, rescale = self._guards.recover.ladder, self._guards.recover.on_failure == "rescale"
         rungs = ladder[ladder.index(dtype) + 1 :] if dtype in ladder else [name for name in ladder if name != dtype]
+        rungs = [dtype] * _RESCUES if rescale else rungs
         why = f"{dtype} is the last dtype of the ladder ({', '.join(ladder)})"
+        tried = {self.owner[state.row].weights for state, _ in members}
         for rung in rungs:
             self.drop_idle(rows, [state for state, _ in members])
             try:
-                lane = self._lane(rung, [state.row for state, _ in members], step.ids)
+                numbers = [state.row for state, _ in members]
+                weights = self._rescaled(rung, numbers, step.ids, tried) if rescale else rung
+                lane = self._lane(rung, numbers, step.ids, weights)
                 logits = lane.forward(step.ids)
             except QprecError as error:
                 why = str(error)
@@ -184,16 +196,29 @@ class Mender:
             members, why = left, f"{rung} is the last dtype of the ladder ({', '.join(ladder)})"
             if not members:
                 return
+            tried.add(weights)
         for state, seen in members:
             self._trip(state, "recover", "not recovered", f"the row is ended after its last good token: {why}",
                        seen.numbers(), dtype=state.dtype)  # fmt: skip
             state.finish = "failed"
 
-    def _lane(self, dtype: str, members: Sequence[int], ids: Tensor) -> Lane:
+    def _rescaled(self, dtype: str, members: Sequence[int], ids: Tensor, tried: set[str]) -> str:
+        """Name of weights rescaled for what these rows have been so far."""
+        width = self._mask.shape[1]
+        first = [width - int(self._mask[row].sum()) for row in members]
+        name, rescaling = self._models.rescale(
+            dtype, [ids[row, start:].tolist() for row, start in zip(members, first, strict=True)], tried
+        )
+        self._how[name] = f"{dtype} with the residual stream times 2^-{rescaling.stream}" + (
+            f" and factors in {len(rescaling.layers)} layers" if rescaling.layers else "")  # fmt: skip
+        return name
+
+    def _lane(self, dtype: str, members: Sequence[int], ids: Tensor, weights: str | None = None) -> Lane:
         grown = self._mask.new_ones((len(self._mask), ids.shape[1] - self._mask.shape[1]))
         mask = torch.cat([self._mask, grown], dim=-1)
         settings = self._guards.float32_logits
-        return Lane(self._models.get(dtype), dtype, members, ids, mask, settings.chunk if settings.enabled else 0)
+        chunk = settings.chunk if settings.enabled else 0
+        return Lane(self._models.get(weights or dtype), dtype, members, ids, mask, chunk, weights)
 
     def _settled(self, step: Step, pair: tuple[RowState, Look], lane: Lane, logits: Tensor) -> bool:
         """Take a row's new logits if they can be used; the row then belongs to the new lane."""
@@ -204,11 +229,12 @@ class Mender:
             self._trip(state, "watch", seen.kind, _seen(seen.kind, seen), seen.numbers(),
                        poisoned=lane.poisoned(state.row), dtype=lane.dtype)  # fmt: skip
             return False
-        why = f"computed again in {lane.dtype} from the clean prefix of {step.ids.shape[1]} tokens, without its cache"
+        way = self._how.get(lane.weights, lane.dtype)
+        why = f"computed again in {way} from the clean prefix of {step.ids.shape[1]} tokens, without its cache"
         self._trip(state, "recover", "recovered", why, before.numbers(), seen.numbers())
         step.raw = _with_row(step.raw.to(torch.float32), state.row, row)
         self.owner[state.row] = lane
-        state.moved(lane.dtype)
+        state.moved(lane.dtype, lane.weights != lane.dtype)
         return True
 
     def drop_idle(self, rows: Sequence[RowState], leaving: Sequence[RowState] = ()) -> None:
@@ -218,9 +244,9 @@ class Mender:
         for lane in list(self.lanes):
             if not any(self.owner[row] is lane for row in live):
                 self.lanes.remove(lane)
-                keep = self._guards.recover.then == "return" and lane.dtype == self._dtype
-                if not keep and all(other.dtype != lane.dtype for other in self.lanes):
-                    self._models.release(lane.dtype)
+                keep = self._guards.recover.then == "return" and lane.weights == self._dtype
+                if not keep and all(other.weights != lane.weights for other in self.lanes):
+                    self._models.release(lane.weights)
 
     def go_back(self, ids: Tensor, due: Sequence[RowState], rows: Sequence[RowState]) -> list[tuple[Lane, Tensor]]:
         """Try the dtype asked for again, from the tokens; gives the new lane and its logits for this step."""

@@ -1,5 +1,6 @@
 """From a symptom to its origin: the `qprec probe` that is worth running after a generation went bad. Pure; no torch."""
 
+import re
 import shlex
 import unicodedata
 
@@ -40,7 +41,8 @@ def same_again(run: Run, record: str = "RUN") -> str:
     """The command that makes this run again; prompts that do not fit a command line are read from the record."""
     told = run.settings
     parts = _start(run.verb, run)
-    parts += [f"--dtype {name}" for name in (run.dtypes if run.verb == "probe" else [])]
+    if run.verb == "probe" and run.dtypes != list(DTYPES):
+        parts += [f"--dtype {name}" for name in run.dtypes]
     for key in _TOLD:
         value, flag = told.get(key), flag_of(key)
         if isinstance(value, (str, int, float)) and value not in ("auto", "default") and not isinstance(value, bool):
@@ -58,6 +60,16 @@ def same_again(run: Run, record: str = "RUN") -> str:
     else:
         parts += [f"--prompt {quoted_for_a_shell(text)}" for text in texts]
     return " ".join(part for part in parts if part)
+
+
+def next_rescue(report: Report) -> str | None:
+    """The command that carries a planned rescue out, where it is possible and was not done."""
+    plan, source = report.run.rescue, report.run.model.source
+    if plan is None or not plan.possible or plan.rescaling.changes_nothing or plan.exported is not None:
+        return None
+    name = re.split(r"[\\/]", source.rstrip("\\/"))[-1] or "model"
+    start = same_again(report.run) if report.run.verb == "probe" else " ".join(_start("probe", report.run))
+    return " ".join([start, f"--rescue-to {quoted_for_a_shell(f'{name}-fp16safe')}"])
 
 
 def _start(verb: str, run: Run) -> list[str]:

@@ -45,4 +45,5 @@ class Plan:
 
 
 FinalHook = Callable[[str, int, Tensor, Tensor | None], None]
-"""Called with dtype, prompt, final hidden states and (if computed whole) logits; for tests and comparisons."""
+"""Called with dtype, prompt, ``[batch, tokens, hidden]`` final hidden states, and logits: of all positions where they
+were computed whole, else of the last ones up to the end; None where there is no lm_head."""

@@ -15,11 +15,13 @@ from qwen_precision.collect import Collector
 from qwen_precision.config import ProbeSettings
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
+from qwen_precision.findings import Limits
 from qwen_precision.hub import locate
 from qwen_precision.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
-from qwen_precision.plan import FinalHook, Plan, encode
+from qwen_precision.plan import Encoded, FinalHook, Plan, encode
 from qwen_precision.prompts import PromptSpec, tokenise
 from qwen_precision.record import Choice, Prompt, Run
+from qwen_precision.rescue import plan_rescue, wanted
 from qwen_precision.shadow import Shadow
 from qwen_precision.skeleton import build, decoder_layers
 from qwen_precision.weightcheck import WeightCheck
@@ -32,9 +34,10 @@ SLICE_BYTES = 256 * 1024 * 1024
 
 
 @dataclass
-class _Job:
+class Job:
     """Everything a probe has put together before it runs."""
 
+    source: str
     checkpoint: Checkpoint
     model: nn.Module
     settings: ProbeSettings
@@ -70,22 +73,26 @@ def probe(
         QprecError: nothing could be measured. What dies later (Ctrl-C, memory, a broken shard) gives a Run
             with ``stopped`` set, holding all that was measured before.
     """
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    started = time.perf_counter()
-    job = _prepare(source, settings, specs, revision)
-    stopped = _run(job, progress, on_final)
-    job.seconds["total"] = time.perf_counter() - started
-    return _record(job, source, stopped)
+    return measure(prepare(source, settings, specs, revision), progress, on_final)
 
 
-def _prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None) -> _Job:
-    device, device_choice = choose_device(settings.device)
+def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None = None) -> Job:
+    """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
     context = getattr(checkpoint.config, "max_position_embeddings", None)
     prompts, left_out = tokenise(
         specs, checkpoint.tokenizer, checkpoint.config.vocab_size, context, settings.max_tokens
     )
+    return job_for(checkpoint, source, settings, prompts, left_out)
+
+
+def job_for(
+    checkpoint: Checkpoint, source: str, settings: ProbeSettings, prompts: list[Prompt], left_out: Sequence[str] = ()
+) -> Job:
+    """A job of prompts that are token ids already; ``left_out`` names those that could not be made into ids."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    device, device_choice = choose_device(settings.device)
     model = build(checkpoint.config, settings.attention)
     # Asked for as a dtype, fp32 is run anyway, and then it serves as the reference too.
     reference = settings.reference or REFERENCE in settings.dtypes
@@ -93,7 +100,26 @@ def _prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], 
     resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
     choices = [device_choice, memory, attention_used(model, settings.attention), *_notes(checkpoint, left_out)]
     check = WeightCheck(passes)
-    return _Job(checkpoint, model, settings, device, resident, prompts, choices, passes, check)
+    return Job(source, checkpoint, model, settings, device, resident, prompts, choices, passes, check)
+
+
+def measure(job: Job, progress: Progress = lambda done, total, what: None, on_final: FinalHook | None = None) -> Run:
+    """Run a job; where fp16 turns out to fail or to be at risk, with the plan of a rescue."""
+    started = time.perf_counter()
+    stopped = _run(job, progress, on_final)
+    job.seconds["total"] = time.perf_counter() - started
+    run = _record(job, stopped)
+    limits = Limits(job.settings.near_overflow, job.settings.underflow_share)
+    return with_plan(job, run, progress) if wanted(run, limits) else run
+
+
+def with_plan(job: Job, run: Run, progress: Progress) -> Run:
+    """The run with the plan of a rescue; without one if it was interrupted."""
+    try:
+        plan = plan_rescue(run, job.checkpoint, job.settings.rescue_margin, progress)
+    except KeyboardInterrupt:
+        return run.model_copy(update={"stopped": "interrupted while the rescue was planned"})
+    return run.model_copy(update={"rescue": plan})
 
 
 def _working(model: nn.Module) -> int:
@@ -104,7 +130,7 @@ def _working(model: nn.Module) -> int:
     return 8 * max(layer, sum(parameter.numel() for parameter in head.parameters()))
 
 
-def _notes(checkpoint: Checkpoint, left_out: list[str]) -> list[Choice]:
+def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
     notes = []
     if left_out:
         reason = "the tokenizer has no chat template"
@@ -115,7 +141,7 @@ def _notes(checkpoint: Checkpoint, left_out: list[str]) -> list[Choice]:
     return notes
 
 
-def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | None:
+def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None:
     """Run the shadow; gives why it stopped early, or None."""
     store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
     unused = store.unused(job.model)
@@ -123,10 +149,8 @@ def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | Non
         value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
         job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
     _move_buffers(job.model, job.device)
-    rows = 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
-    plan = Plan(job.passes, job.settings.near_overflow, rows)
-    encoded = [encode(prompt, job.checkpoint, job.device) for prompt in job.prompts]
-    shadow = Shadow(job.model, store, encoded, plan, job.collector, progress, on_final)
+    plan = Plan(job.passes, job.settings.near_overflow, vocabulary_rows(job))
+    shadow = Shadow(job.model, store, encoded(job), plan, job.collector, progress, on_final)
     try:
         shadow.run()
     except KeyboardInterrupt:
@@ -142,6 +166,16 @@ def _run(job: _Job, progress: Progress, on_final: FinalHook | None) -> str | Non
     return None
 
 
+def encoded(job: Job) -> list[Encoded]:
+    """The prompts as tensors."""
+    return [encode(prompt, job.checkpoint, job.device) for prompt in job.prompts]
+
+
+def vocabulary_rows(job: Job) -> int:
+    """Rows of the vocabulary that lm_head takes at once; 0 for all."""
+    return 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
+
+
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -149,21 +183,21 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _not_run(job: _Job) -> list[str]:
+def _not_run(job: Job) -> list[str]:
     """Modules with weights of their own that no operation was seen in."""
     ran = {module for module, _, _ in job.collector.sites}
     return [path for path, module in job.model.named_modules() if module._parameters and path not in ran]
 
 
-def _record(job: _Job, source: str, stopped: str | None) -> Run:
+def _record(job: Job, stopped: str | None) -> Run:
     checkpoint = job.checkpoint
     return Run(
-        schema_=2,
+        schema_=3,
         tool=f"qprec {__version__}",
         verb="probe",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         stopped=stopped,
-        model=model_part(checkpoint, source, type(job.model).__name__, len(decoder_layers(job.model)[1])),
+        model=model_part(checkpoint, job.source, type(job.model).__name__, len(decoder_layers(job.model)[1])),
         environment=environment(job.device),
         settings=job.settings.model_dump(),
         choices=job.choices,
@@ -179,4 +213,5 @@ def _record(job: _Job, source: str, stopped: str | None) -> Run:
         weight_totals=job.check.totals(),
         seconds={name: round(value, 3) for name, value in job.seconds.items()},
         generation=None,
+        rescue=None,
     )  # fmt: skip

@@ -21,9 +21,10 @@ from qwen_precision.generation import Generation
 from qwen_precision.packing import pack_column, pack_list, unpack_all
 from qwen_precision.parts import Column, Number, Part, in_words
 from qwen_precision.references import misfit
+from qwen_precision.remedy import Rescue
 from qwen_precision.upgrades import upgraded
 
-SCHEMA = 2
+SCHEMA = 3
 """The schema this version writes; older ones are upgraded on loading, newer ones are refused."""
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -179,7 +180,7 @@ class WeightTotals(Part):
 class Run(Part):
     """One run of ``qprec probe`` or ``qprec generate``."""
 
-    schema_: Literal[2] = Field(default=2, alias="schema")
+    schema_: Literal[3] = Field(default=3, alias="schema")
     tool: str
     verb: Literal["probe", "generate"]
     created: str
@@ -210,6 +211,8 @@ class Run(Part):
     """Wall time by part: reading, arithmetic of each dtype, everything."""
     generation: Generation | None
     """What was generated; null in a probe."""
+    rescue: Rescue | None
+    """The plan that would make the checkpoint safe in fp16; null where none was made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, populate_by_name=True)
 

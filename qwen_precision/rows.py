@@ -38,12 +38,13 @@ class RowState:
         """Tokens accepted in the present dtype since it was last changed."""
         return self.step - self.stretches[-1].start
 
-    def moved(self, dtype: str) -> None:
-        """From the next step on it is computed in ``dtype``."""
+    def moved(self, dtype: str, rescaled: bool = False) -> None:
+        """From the next step on it is computed in ``dtype``, with rescaled weights or the checkpoint's own."""
         if self.stretches and self.stretches[-1].start == self.step:
             self.stretches.pop()
-        if not self.stretches or self.stretches[-1].dtype != dtype:
-            self.stretches.append(Stretch(start=self.step, dtype=dtype))
+        last = self.stretches[-1] if self.stretches else None
+        if last is None or (last.dtype, last.rescaled) != (dtype, rescaled):
+            self.stretches.append(Stretch(start=self.step, dtype=dtype, rescaled=rescaled))
 
     def accept(self, drawn: Drawn) -> None:
         """One token more."""

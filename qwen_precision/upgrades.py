@@ -15,7 +15,22 @@ def _generations_and_precision_came_in(data: Record) -> Record:
     return {**data, "generation": None, "not_run": []}
 
 
-UPGRADES: list[Callable[[Record], Record]] = [_generations_and_precision_came_in]
+def _rescues_came_in(data: Record) -> Record:
+    """Schema 3 holds the plan of a rescue, and which stretches of a text were computed with rescaled weights."""
+    made = data.get("generation")
+    if isinstance(made, dict) and isinstance(made.get("rows"), list):
+        data = {**data, "generation": {**made, "rows": [_not_rescaled(row) for row in made["rows"]]}}
+    return {**data, "rescue": None}
+
+
+def _not_rescaled(row: Any) -> Any:
+    stretches = row.get("stretches") if isinstance(row, dict) else None
+    if not isinstance(stretches, list):
+        return row
+    return {**row, "stretches": [{**s, "rescaled": False} if isinstance(s, dict) else s for s in stretches]}
+
+
+UPGRADES: list[Callable[[Record], Record]] = [_generations_and_precision_came_in, _rescues_came_in]
 """The step at index 0 makes schema 2 of schema 1, and so on: a new schema is a function and a row here."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qwen_precision.checkpoint import Checkpoint
 from qwen_precision.errors import QprecError
+from qwen_precision.rescaling import EMBEDDING, HEAD, Scale
 from qwen_precision.weightcheck import WeightCheck
 
 
@@ -29,11 +30,14 @@ class WeightStore:
         device: where tensors are given out.
         resident: keep all tensors (and so read each file once), or drop them after use.
         check: the static check; sees every tensor as it is read.
+        scale: a rescaling that every tensor is given out with, exactly; None for the files' own values.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: nn.Module, device: torch.device, resident: bool, check: WeightCheck
-    ) -> None:
+        self, checkpoint: Checkpoint, model: nn.Module, device: torch.device, resident: bool, check: WeightCheck,
+        scale: Scale | None = None,
+    ) -> None:  # fmt: skip
+        self._scale = scale
         self._checkpoint = checkpoint
         self._device = device
         self._resident = resident
@@ -48,7 +52,7 @@ class WeightStore:
         """Every parameter must be in the files with the shape the config asks for."""
         for name, parameter in model.named_parameters():
             parts = self.parts(name)
-            if not parts and name != "lm_head.weight":
+            if not parts and name != HEAD:
                 raise QprecError(
                     f"{self._checkpoint.folder}: the tensor {name} is in none of its files; "
                     "the checkpoint is incomplete or its config.json is another model's."
@@ -65,6 +69,8 @@ class WeightStore:
         """Names in the files of what makes up one parameter; empty where it is missing."""
         name = self._tied.get(name, name)
         tensors = self._checkpoint.tensors
+        if name == HEAD and self._scale is not None and self._scale.rescaling.untied:
+            name = self._prefix + EMBEDDING  # whatever copy the files hold, a tied model's lm_head is its embedding
         if name in tensors:
             return [name]
         # A checkpoint saved from the bare model (embedding models are) has no "model." in front.
@@ -116,21 +122,36 @@ class WeightStore:
                     os.posix_fadvise(file.fileno(), info.start, info.size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, part: str, name: str) -> Tensor:
-        info = self._checkpoint.tensors[part]
-        path = self._checkpoint.folder / info.file
-        with _reading(path), safe_open(path, framework="pt") as file:
-            # The pages are mapped, not copied, and unmapped when the tensor goes: nothing is held twice.
-            tensor: Tensor = file.get_tensor(part)
-            self._check.feed(part, info.file, tensor, parameter=name)
-        return tensor
+        tensor = read_tensor(self._checkpoint, part)
+        self._check.feed(part, self._checkpoint.tensors[part].file, tensor, parameter=name)
+        return self._scaled(tensor, part if self._fused.has(name) else name)
 
     def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
-        info = self._checkpoint.tensors[part]
-        path = self._checkpoint.folder / info.file
-        with _reading(path), safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(part)[start:stop]  # mapped: only these rows' pages are read
-            self._check.feed(part, info.file, tensor, start, self._tied.get(name, name))
-        return tensor
+        tensor = read_tensor(self._checkpoint, part)[start:stop]  # mapped: only these rows' pages are read
+        self._check.feed(part, self._checkpoint.tensors[part].file, tensor, start, self._tied.get(name, name))
+        return self._scaled(tensor, self._tied.get(name, name))
+
+    def _scaled(self, tensor: Tensor, name: str) -> Tensor:
+        factor = 0 if self._scale is None else self._scale.factor(name)
+        return scaled(tensor, factor) if factor else tensor
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor as the files have it. The pages are mapped, not copied, and unmapped when it goes.
+
+    Raises:
+        QprecError: its shard cannot be read.
+    """
+    path = checkpoint.folder / checkpoint.tensors[name].file
+    with _reading(path), safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def scaled(tensor: Tensor, factor: int) -> Tensor:
+    """``tensor`` times 2^factor, exactly: fp16, whose range is short, comes out as fp32."""
+    wide = tensor.float() if tensor.dtype == torch.float16 else tensor
+    return wide * 2.0**factor
 
 
 class _reading:
@@ -151,8 +172,7 @@ def _tied_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Which parameter stands for which: a tied lm_head is the embedding, whatever the file also holds."""
     if not getattr(checkpoint.config, "tie_word_embeddings", False):
         return {}
-    embed = getattr(model, "base_model_prefix", "model") + ".embed_tokens.weight"
-    return {"lm_head.weight": embed}
+    return {HEAD: getattr(model, "base_model_prefix", "model") + "." + EMBEDDING}
 
 
 class _Fusions:

@@ -1,6 +1,6 @@
 """Speed and memory, as ratios measured interleaved in one run; no number here is asserted anywhere.
 
-    python scripts/bench.py [watch] [generate] [small] [large] [linear]      (default: all; `large` writes 16 GB)
+    python scripts/bench.py [watch] [generate] [export] [small] [large] [linear]     (default: all; large writes 16 GB)
 
 QPREC_BENCH_DIR says where the checkpoints are written (default: a folder in the system's temporary one);
 they are kept there for the next run. Figures are the minimum and the median of ``RUNS``.
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,8 +31,10 @@ import qwen_precision
 from qwen_precision.checkpoint import open_checkpoint
 from qwen_precision.decode import Decoder
 from qwen_precision.dtypes import DTYPES
+from qwen_precision.export import Exporter
 from qwen_precision.guardsettings import load_guards
 from qwen_precision.lanes import Models
+from qwen_precision.rescaling import Rescaling
 
 RUNS = 7
 TOKENS = 128
@@ -235,7 +238,48 @@ def generate_once(folder: str, how: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-PARTS = {"watch": watch_overhead, "generate": generating, "small": small, "large": large, "linear": linear}
+def exporting() -> None:
+    """A rescaled 0.6B-shaped checkpoint written to disk, against copying its files; both to the disk itself."""
+    folder = checkpoint("0.6B")
+    target = FOLDER / "export"
+
+    def copy() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for path in folder.iterdir():
+            shutil.copyfile(path, target / path.name)
+            with (target / path.name).open("rb+") as file:
+                os.fsync(file.fileno())
+
+    def export() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        export_once(str(folder), str(target))
+
+    show("a 0.6B-shaped checkpoint, every tensor of the stream rescaled, to fp16", interleaved(
+        {"copying its files": copy, "export, with hashes": export}))  # fmt: skip
+    shutil.rmtree(target)
+    target.mkdir()
+    command = [sys.executable, __file__, "--export", str(folder), str(target)]
+    peaks = []
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    shutil.rmtree(target)
+    print(f"  peak memory of a process that exports {min(peaks) * 1024 / 1e9:.3f} GB")
+
+
+def export_once(folder: str, target: str) -> None:
+    """One export in this process."""
+    rescaling = Rescaling(stream=4, final_norm=4, untied=False, eps=1e-6, layers=[])
+    opened = open_checkpoint(Path(folder), folder)
+    Exporter(opened, rescaling, "fp16", lambda done, total, what: None).write(Path(target))
+
+
+PARTS = {
+    "watch": watch_overhead, "generate": generating, "export": exporting, "small": small, "large": large,
+    "linear": linear,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -249,6 +293,10 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["--generate"]:
         generate_once(sys.argv[2], sys.argv[3])
+        return
+    if sys.argv[1:2] == ["--export"]:
+        export_once(sys.argv[2], sys.argv[3])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")

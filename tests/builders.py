@@ -5,6 +5,8 @@ from typing import Any
 from qwen_precision.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.record import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
+from qwen_precision.remedy import Exported, Loss, Rescue, Stuck
+from qwen_precision.rescaling import LayerPowers, Rescaling
 
 SITES = [
     Site(layer=None, module="model.embed_tokens", op="embedding", call=0),
@@ -62,14 +64,14 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
     dtypes = list(dict.fromkeys(each.dtype for each in passes))
     return Run(
         **{
-            "schema_": 2, "tool": "qprec 0.1.0", "verb": "probe", "created": "2026-01-01T00:00:00+00:00",
+            "schema_": 3, "tool": "qprec 0.1.0", "verb": "probe", "created": "2026-01-01T00:00:00+00:00",
             "stopped": None, "model": a_model(), "environment": {"python": "3.11.7", "torch": "2.13.0"},
             "settings": {}, "choices": [Choice(what="device", value="cpu", reason="auto: no GPU is here")],
             "prompts": [a_prompt()], "dtypes": dtypes, "reference": True, "sites": SITES, "wider": {},
             "not_run": [], "casts": {},
             "passes": passes, "weights": [],
             "weight_totals": [WeightTotals(dtype="fp16", elements=8_190_735_360, overflow=0, underflow=7, inexact=900)],
-            "seconds": {"total": 12.5}, "generation": None, **changes,
+            "seconds": {"total": 12.5}, "generation": None, "rescue": None, **changes,
         }
     )  # fmt: skip
 
@@ -89,6 +91,36 @@ def overflowing_run(**changes: Any) -> Run:
         an_event(3, inf=0, value=40000.0), an_event(4), an_event(5, nan=300, inf=0, clean_inputs=False),
     ])  # fmt: skip
     return a_run([a_pass("fp32", reference), fp16, a_pass("bf16", reference)], **changes)
+
+
+def a_plan(**changes: Any) -> Rescue:
+    layers = [LayerPowers(layer=31, input_norm=0, value=0, post_norm=0, product=[2])]
+    rescaling = Rescaling(stream=3, final_norm=3, untied=False, eps=1e-6, layers=layers)
+    loss = {"kind": "q_proj", "tensors": 32, "elements": 536870912, "inexact_before": 7, "inexact": 1200, "to_zero": 3}
+    return Rescue(
+        **{
+            "margin": 4.0, "unsupported": None, "rescaling": rescaling, "losses": [Loss(**loss, error=2.5e-7)],
+            "stuck": [], "fp32_modules": [], "exported": None, **changes,
+        }
+    )  # fmt: skip
+
+
+def rescued_run() -> Run:
+    exported = Exported(
+        folder="Qwen3-8B-fp16safe", dtype="fp16", bytes=16_381_470_720, identical=True, compared=2, verdict="ok",
+        headroom=6.99, where="layer 31, residual add after mlp", verified=True, why=None, kept=True,
+        logit_error={"fp16": None, "bf16": 0.0042, "after": 0.00051},
+    )  # fmt: skip
+    return overflowing_run(rescue=a_plan(exported=exported))
+
+
+def not_rescuable_run() -> Run:
+    stuck = [
+        Stuck(layer=None, module="lm_head", name="logits", headroom=0.5, fails=True, why="a logit is the answer"),
+        Stuck(layer=31, module="model.layers.31.mlp.gate_proj", name="gate_proj output", headroom=3.1, fails=False,
+              why="SiLU is not linear"),
+    ]  # fmt: skip
+    return overflowing_run(rescue=a_plan(stuck=stuck, fp32_modules=["lm_head"]))
 
 
 def many_overflows_run() -> Run:
@@ -118,7 +150,7 @@ def a_continuation(ids: list[int], tokens: list[str], **changes: Any) -> Continu
     return Continuation(
         **{
             "row": 0, "input": "Hello there", "ids": ids, "tokens": tokens, "text": "".join(tokens),
-            "clean_text": None, "stretches": [Stretch(start=0, dtype="fp16")], "top1": [0.9] * count,
+            "clean_text": None, "stretches": [Stretch(start=0, dtype="fp16", rescaled=False)], "top1": [0.9] * count,
             "margin": [2.5] * count, "entropy": [0.4] * count, "finish": "eos", **changes,
         }
     )  # fmt: skip
@@ -171,7 +203,7 @@ def exclamation_run() -> Run:
 def recovered_run() -> Run:
     row = a_continuation(
         [9707, 1052, 0], [" general", " Kenobi", "!"], clean_text=" general",
-        stretches=[Stretch(start=0, dtype="fp16"), Stretch(start=1, dtype="bf16")],
+        stretches=[Stretch(start=0, dtype="fp16", rescaled=False), Stretch(start=1, dtype="bf16", rescaled=False)],
     )  # fmt: skip
     other = a_continuation([9707], ["."], row=1)
     trips = [a_trip(1), a_trip(1, "recover", "recovered", why="computed again in bf16 from the clean prefix",
@@ -192,7 +224,8 @@ def interrupted_text_run() -> Run:
 
 
 RUNS = {
-    "healthy": healthy_run, "one-overflow": overflowing_run, "many": many_overflows_run, "stopped": stopped_run,
+    "healthy": healthy_run, "one-overflow": overflowing_run, "rescued": rescued_run,
+    "not-rescuable": not_rescuable_run, "many": many_overflows_run, "stopped": stopped_run,
     "empty": empty_run, "text-healthy": healthy_text_run, "text-exclamation": exclamation_run,
     "text-recovered": recovered_run, "text-refused": refused_run, "text-interrupted": interrupted_text_run,
 }  # fmt: skip
@@ -221,5 +254,10 @@ def hostile_run(text: str) -> Run:
         a_pass("fp16", [float("inf"), float("inf")], [an_event(0), an_event(1)]),
     ], sites=sites, prompts=[a_prompt(text, text, tokens=[text, text])], stopped=text,
         model=a_model(source=text, revision=text, architecture=text, source_dtype=text),
-        choices=[Choice(what=text, value=text, reason=text)], environment={text: text})  # fmt: skip
+        choices=[Choice(what=text, value=text, reason=text)], environment={text: text},
+        rescue=a_plan(unsupported=None, fp32_modules=[text], stuck=[
+            Stuck(layer=0, module=text, name=text, headroom=0.5, fails=True, why=text)],
+            exported=Exported(folder=text, dtype=text, bytes=1, identical=False, compared=1, verdict=text,
+                              headroom=1.0, where=text, logit_error={text: None}, verified=False, why=text, kept=True)),
+    )  # fmt: skip
     return run

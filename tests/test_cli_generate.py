@@ -268,7 +268,7 @@ def test_a_base_model_asked_to_chat_is_advice(broken: Path, capsys: Capture) -> 
         (["--guards", "missing.yaml"], ["--guards missing.yaml", "No such file"]),
         (["--no-guards", "--guards", "strict"], ["--no-guards", "--guards"]),
         (["--no-guards", "--on-failure", "stop"], ["--no-guards", "--on-failure"]),
-        (["--on-failure", "rescale"], ["--on-failure rescale", "not available"]),
+        (["--on-failure", "rescale", "--dtype", "bf16"], ["--on-failure rescale", "fp16", "fallback"]),
         (["--on-failure", "pray"], ["pray", "fallback"]),
         (["--prompt", ""], ["--prompt", "empty"]),
         (["--prompt", "x", "--prompts", "y"], ["--prompt and --prompts"]),

@@ -46,6 +46,12 @@ def generate_block() -> str:
     return "```\n" + "\n\n".join(shown) + "\n```"
 
 
+def rescue_block() -> str:
+    text = printed(["probe", "demo", "--rescue-to", "demo-fp16safe"])
+    shown = text[text.index("Rescue\n") : text.index("\n\nPrecision")]
+    return f"```\n$ qprec probe demo --rescue-to demo-fp16safe\n…\n{shown}\n```"
+
+
 def formats_block() -> str:
     rows = [f"| {name} | {' '.join(row.suffixes) or '-'} | {row.about} |" for name, row in FORMATS.items()]
     rows.append("| bundle | .zip | all of it in one file, for a bug report |")
@@ -74,6 +80,7 @@ def dtypes_block() -> str:
 BLOCKS = {
     "demo": demo_block,
     "generate": generate_block,
+    "rescue": rescue_block,
     "guards": guards_block,
     "formats": formats_block,
     "checks": checks_block,

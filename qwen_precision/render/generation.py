@@ -55,7 +55,7 @@ def texts(made: Generation) -> Iterator[RenderableType]:
 
 def _how(row: Continuation) -> str:
     parts = [f"{count(len(row.ids), 'token')}, {_FINISH[row.finish]}"]
-    stretches = [f"{each.dtype} from step {each.start}" for each in row.stretches]
+    stretches = [f"{each.way} from step {each.start}" for each in row.stretches]
     parts.append(", ".join(stretches[:6]) + (" …" if len(stretches) > 6 else ""))
     margins = [(value, step) for step, value in enumerate(row.margin) if value is not None and math.isfinite(value)]
     if margins:

@@ -6,11 +6,13 @@ from typing import Any
 from qwen_precision.findings import Report
 from qwen_precision.nextcommand import same_again
 from qwen_precision.precision import Precision, precision
+from qwen_precision.render import rescuewords as words
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import number, room, safe
 from qwen_precision.render.view import View
+from qwen_precision.rescued import Moved, moved
 
 _MOST = 60
 """Findings, trips and prompts shown of each; the rest is counted."""
@@ -24,6 +26,31 @@ class _Page:
     pictures: list[tuple[str, Any]]
     command: str
     precision: dict[str, Precision]
+    rescue: "_Rescue | None"
+
+
+@dataclass(frozen=True)
+class _Rescue:
+    """A planned rescue as the template sees it."""
+
+    headline: str
+    factors: list[str]
+    rows: list[Moved]
+    costs: str
+    stuck: list[str]
+    proof: list[tuple[str, str]]
+
+
+def _rescue(report: Report) -> _Rescue | None:
+    plan = report.run.rescue
+    if plan is None:
+        return None
+    nothing = plan.rescaling.changes_nothing
+    return _Rescue(
+        words.headline(plan), list(words.factors(plan)), [] if nothing else moved(report.run)[:_MOST],
+        "" if nothing else words.costs(plan), list(words.stuck(plan)),
+        list(words.proof(report, plan.exported)) if plan.exported is not None else [],
+    )  # fmt: skip
 
 
 def render_html(view: View) -> str:
@@ -44,6 +71,7 @@ def render_html(view: View) -> str:
             [(caption, Markup(svg)) for caption, svg in pictures(report)],
             same_again(report.run, report.name or "run.json"),
             precision(report.run),
+            _rescue(report),
         )
         for report in view.reports
     ]

@@ -11,6 +11,7 @@ from qwen_precision.generation import Generation
 from qwen_precision.parts import in_words, rounded
 from qwen_precision.precision import precision
 from qwen_precision.render.view import View
+from qwen_precision.rescued import moved
 
 SCHEMA = 1
 
@@ -43,7 +44,20 @@ def _report(report: Report) -> dict[str, Any]:
         "model": report.run.model.model_dump(),
         "findings": [asdict(finding) for finding in report.findings],
         **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),
+        **({"rescue": _rescue(report)} if report.run.rescue is not None else {}),
         **({"generation": _generation(report.run.generation)} if report.run.generation is not None else {}),
+    }
+
+
+def _rescue(report: Report) -> dict[str, Any]:
+    """The plan, and the headroom of every operation before and after it."""
+    plan = report.run.rescue
+    assert plan is not None
+    return {
+        **plan.model_dump(),
+        "possible": plan.possible,
+        "new_eps": plan.rescaling.new_eps,
+        "headroom": [row._asdict() for row in moved(report.run)],
     }
 
 

@@ -14,16 +14,20 @@ from qwen_precision.findings import Finding, Report
 from qwen_precision.names import name_of
 from qwen_precision.nextcommand import same_again
 from qwen_precision.precision import precision
+from qwen_precision.render import rescuewords as words
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
+from qwen_precision.rescued import moved
 
 LONGEST = 65_000
 """Characters; GitHub's limit is 65,536."""
 
 _FINDINGS = 40
 _IDS = 400
+_MOVED = 12
+"""Operations whose headroom before and after a rescue is shown."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def _sections(report: Report) -> Iterator[_Section]:
         (90, "findings", _findings), (88, "control runs", _controls), (80, "generated text", _texts),
         (85, "command", _command),
         (60, "trips", _trips), (70, "environment", _environment), (50, "prompts", _prompts),
-        (40, "headroom", _headroom), (45, "choices", _choices), (65, "precision", _precision),
+        (40, "headroom", _headroom), (45, "choices", _choices), (65, "precision", _precision), (87, "rescue", _rescue),
     ]  # fmt: skip
     for weight, name, make in findings:
         text = make(report)
@@ -164,7 +168,7 @@ def _texts(report: Report) -> str:
         return ""
     lines = ["## Generated", ""]
     for row in made.rows[:20]:
-        stretches = ", ".join(f"{each.dtype} from step {each.start}" for each in row.stretches[:8])
+        stretches = ", ".join(f"{each.way} from step {each.start}" for each in row.stretches[:8])
         lines += [f"Row {row.row}: {count(len(row.ids), 'token')}, {escaped(row.finish)}; {stretches}",
                   fenced(f"{row.input[:500]}\n----\n{row.text[:2000]}"), ""]  # fmt: skip
     return "\n".join(lines)
@@ -211,6 +215,28 @@ def _precision(report: Report) -> str:
     ]
     head = "## Precision against fp32\n\n| dtype | relative error after last layer | same top-1 | KL at most |\n"
     return head + "|---|---|---|---|\n" + "\n".join(rows) if rows else ""
+
+
+def _rescue(report: Report) -> str:
+    """The plan that makes it safe in fp16, and what was proven of it."""
+    plan = report.run.rescue
+    if plan is None:
+        return ""
+    lines = ["## Rescue", "", escaped(words.headline(plan), 600), ""]
+    lines += [f"- {escaped(line)}" for line in words.factors(plan)]
+    if not plan.rescaling.changes_nothing:
+        lines += ["", "| operation | layer | headroom before | after |", "|---|---|---|---|"]
+        lines += [
+            f"| {escaped(row.name)} | {'-' if row.layer is None else row.layer} | {room(row.before)} | "
+            f"{room(row.after)} |" for row in moved(report.run)[:_MOVED]
+        ]  # fmt: skip
+        lines += ["", escaped(words.costs(plan), 600)]
+    lines += (
+        ["", "What no factor moves:", "", *(f"- {escaped(line)}" for line in words.stuck(plan))] if plan.stuck else []
+    )
+    if plan.exported is not None:
+        lines += ["", *(f"- {key}: {escaped(value, 600)}" for key, value in words.proof(report, plan.exported))]
+    return "\n".join(lines)
 
 
 def _headroom(report: Report) -> str:

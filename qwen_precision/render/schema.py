@@ -24,6 +24,7 @@ def report_schema() -> dict[str, Any]:
         "model": {"type": "object"},
         "findings": {"type": "array", "items": {"$ref": "#/$defs/finding"}},
         "precision": {"type": "object"},
+        "rescue": {"type": "object", "required": ["margin", "rescaling", "possible", "stuck", "exported", "headroom"]},
         "generation": {"type": "object"},
     }
     needed = ["verdict", "stopped", "model", "findings"]

@@ -23,6 +23,7 @@ from qwen_precision.record import Run
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.generation import summary, texts, trips
 from qwen_precision.render.notseen import not_seen
+from qwen_precision.render.rescuetable import rescue_parts
 from qwen_precision.render.text import count, number, quoted, room, safe, spark
 from qwen_precision.render.view import View
 
@@ -92,6 +93,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     for dtype in report.verdict:
         if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
             yield _headroom(report, dtype)
+    yield from rescue_parts(report)
     yield from _precision(report)
     yield from _weights(report)
     for line in not_seen(report):

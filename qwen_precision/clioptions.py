@@ -1,0 +1,63 @@
+"""Arguments and options of the command line that stand on their own, checked against the tables they come from."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen_precision.config import ATTENTION, RESCUE_DTYPES
+
+
+def one_of(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
+    """A callback that accepts only the names of a table, so that help, check and table cannot drift."""
+
+    def check(value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each not in names:
+                raise typer.BadParameter(f"unknown {what} {each!r}; expected one of {', '.join(names)}.")
+        return value
+
+    return check
+
+
+DEFAULT_PROMPT = "上海有个非常出名的地方，"
+"""What ``generate`` continues when nothing else is given: the prompt of the first bug reports."""
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention implementation. Default: what transformers chooses.",
+        metavar="|".join(ATTENTION),
+        callback=one_of(ATTENTION, "attention implementation"),
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+_RESCUE = "Rescue"
+RescueToOption = Annotated[
+    Path | None,
+    typer.Option(help="Write the checkpoint, rescaled to be safe in fp16, into this folder.", rich_help_panel=_RESCUE),
+]
+RescueMarginOption = Annotated[
+    float | None,
+    typer.Option(help="Headroom that every operation shall have then. Default: 4.", rich_help_panel=_RESCUE),
+]
+RescueDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of its weights. Default: fp16.",
+        metavar="|".join(RESCUE_DTYPES),
+        callback=one_of(RESCUE_DTYPES, "format"),
+        rich_help_panel=_RESCUE,
+    ),
+]
+ReplaceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier export.", rich_help_panel=_RESCUE)]
+KeepOption = Annotated[
+    bool,
+    typer.Option("--keep-unverified", help="Keep the folder although it was not verified.", rich_help_panel=_RESCUE),
+]

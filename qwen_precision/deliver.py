@@ -1,0 +1,169 @@
+"""Carry a rescue out: prove it, write it, probe what was written, and keep it only if it is what was promised."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from qwen_precision import __version__
+from qwen_precision.checks import judge
+from qwen_precision.config import ProbeSettings
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.export import NOTE, Exporter, beside, check_folder
+from qwen_precision.findings import Headroom, Report
+from qwen_precision.names import name_of, placed
+from qwen_precision.needs import DTYPE
+from qwen_precision.parts import in_words, rounded
+from qwen_precision.probe import Job, encoded, measure, prepare, vocabulary_rows, with_plan
+from qwen_precision.prompts import PromptSpec
+from qwen_precision.record import Run
+from qwen_precision.remedy import Exported, Rescue
+from qwen_precision.rescue import Finals, can_plan, prove
+
+Progress = Callable[[int, int, str], None]
+
+_SLACK = 0.99
+"""Of the margin: rounding the weights to fp16 moves a magnitude a little."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the rescaled checkpoint shall go, and how."""
+
+    folder: Path
+    dtype: str = DTYPE
+    """Of ``config.RESCUE_DTYPES``."""
+    force: bool = False
+    """Replace an earlier export."""
+    keep: bool = False
+    """Keep it although it could not be verified."""
+
+
+def probe_and_rescue(
+    source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None, target: Target,
+    progress: Progress = lambda done, total, what: None, on_measured: Callable[[Run], None] = lambda run: None,
+) -> Run:  # fmt: skip
+    """Probe a checkpoint and export it rescaled, if that is possible and needed.
+
+    Args:
+        source, settings, specs, revision, progress: as for ``probe``.
+        target: where to, and how.
+        on_measured: called with the run before anything is written, so that it can be saved.
+
+    Raises:
+        QprecError: as ``probe`` does; or the folder cannot be written.
+    """
+    job = prepare(source, settings, specs, revision)
+    check_folder(target.folder, job.checkpoint.folder, target.force)
+    before = Finals()
+    run = measure(job, progress, before)
+    if can_plan(run) and run.rescue is None:
+        run = with_plan(job, run, progress)
+    on_measured(run)
+    plan = run.rescue
+    if plan is None or plan.rescaling.changes_nothing or not (plan.possible or target.keep):
+        return run
+    try:
+        exported = _carry_out(job, run, plan, before, specs, target, progress)
+    except KeyboardInterrupt:
+        return run.model_copy(update={"stopped": "interrupted while the rescue was carried out; nothing was exported"})
+    return run.model_copy(update={"rescue": plan.model_copy(update={"exported": exported})})
+
+
+def _carry_out(
+    job: Job, run: Run, plan: Rescue, before: Finals, specs: Sequence[PromptSpec], target: Target, progress: Progress
+) -> Exported:
+    identical, compared = prove(
+        job.checkpoint, plan.rescaling, encoded(job), before, job.settings.attention, job.resident,
+        vocabulary_rows(job), _said("proving", progress),
+    )  # fmt: skip
+    exporter = Exporter(job.checkpoint, plan.rescaling, target.dtype, progress)
+    with beside(target.folder) as (folder, finish):
+        hashes = exporter.write(folder)
+        after = Finals()
+        again = prepare(str(folder), job.settings.model_copy(update={"dtypes": [DTYPE], "reference": True}), specs)
+        report = judge(measure(again, _said("probing the export", progress), after))
+        exported = _judged(run, plan, report, identical, compared)
+        exported = exported.model_copy(update={
+            "folder": target.folder.name, "dtype": target.dtype, "bytes": exporter.bytes,
+            "kept": exported.verified or target.keep, "logit_error": _errors(run, before, after),
+        })  # fmt: skip
+        if exported.kept:
+            _write_note(folder / NOTE, run, plan, exported, hashes)
+            finish()
+    return exported
+
+
+def _said(doing: str, progress: Progress) -> Progress:
+    return lambda done, total, what: progress(done, total, f"{doing}: {what}")
+
+
+def _judged(run: Run, plan: Rescue, report: Report, identical: bool, compared: int) -> Exported:
+    """Whether what was written keeps the promise."""
+    rows = report.headroom.get(DTYPE, [])
+    where = _where(report, rows[0]) if rows else ""
+    stuck = {(each.layer, each.name) for each in plan.stuck}
+    short = next((row for row in rows if row.headroom < plan.margin * _SLACK and _key(report, row) not in stuck), None)
+    why = None
+    if not identical:
+        why = "in fp32 the rescaled model does not equal the original bit for bit"
+    elif report.run.stopped:
+        why = f"the probe of the exported folder stopped: {report.run.stopped}"
+    elif report.verdict[DTYPE] == "fail":
+        first = next(each for each in report.findings if each.dtype == DTYPE and each.severity == "error")
+        why = f"the exported folder still fails in fp16: {placed(first.layer, first.name)} ({first.kind})"
+    elif short is not None:
+        why = f"{_where(report, short)} has {short.headroom:.3g}x headroom, less than {plan.margin:g}x"
+    least = rows[0].headroom if rows and math.isfinite(rows[0].headroom) else None
+    return Exported(
+        folder="", dtype="", bytes=0, identical=identical, compared=compared, verdict=report.verdict[DTYPE],
+        headroom=least, where=where, logit_error={}, verified=why is None, why=why, kept=False,
+    )  # fmt: skip
+
+
+def _key(report: Report, row: Headroom) -> tuple[int | None, str]:
+    site = report.run.sites[row.site]
+    return site.layer, name_of(site.module, site.op, site.call)
+
+
+def _where(report: Report, row: Headroom) -> str:
+    return placed(*_key(report, row))
+
+
+def _errors(run: Run, before: Finals, after: Finals) -> dict[str, float | None]:
+    """Relative root mean square error of the last logits against the original's in fp32."""
+    replaced = {each.dtype for each in run.passes if each.reseeded}
+    own = [dtype for dtype in run.dtypes if dtype != REFERENCE]
+    errors = {dtype: None if dtype in replaced else _error(before, before, dtype) for dtype in own}
+    return {**errors, "after": _error(before, after, DTYPE)}
+
+
+def _error(before: Finals, finals: Finals, dtype: str) -> float | None:
+    wrong = total = 0.0
+    for (name, prompt), wanted in before.logits.items():
+        if name == REFERENCE and (dtype, prompt) in finals.logits:
+            wrong += float((finals.logits[dtype, prompt].double() - wanted.double()).square().sum())
+            total += float(wanted.double().square().sum())
+    return rounded(math.sqrt(wrong / total)) if total and math.isfinite(wrong) else None
+
+
+def _write_note(path: Path, run: Run, plan: Rescue, exported: Exported, hashes: dict[str, dict[str, str]]) -> None:
+    """What was done, beside the weights; no prompt and no path is in it."""
+    note: dict[str, Any] = {
+        "tool": f"qprec {__version__}",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "source": {
+            "name": run.model.source if run.model.revision else Path(run.model.source).name,
+            "revision": run.model.revision,
+            "sha256": hashes["source"],
+        },
+        "margin": plan.margin,
+        "rescaling": {**plan.rescaling.model_dump(), "new_eps": plan.rescaling.new_eps},
+        "losses": [each.model_dump() for each in plan.losses],
+        "verification": exported.model_dump(exclude={"folder", "kept"}),
+        "sha256": hashes["written"],
+    }
+    path.write_text(json.dumps(in_words(note), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

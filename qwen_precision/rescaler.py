@@ -1,0 +1,81 @@
+"""Rescaled weights for a generation that failed: measured on the tokens it failed at, planned, and loaded.
+
+The measurement is a probe of those tokens, a layer at a time, so that nothing but one layer is ever held in fp32.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from qwen_precision.checkpoint import Checkpoint
+from qwen_precision.config import ProbeSettings
+from qwen_precision.errors import QprecError
+from qwen_precision.needs import DTYPE
+from qwen_precision.probe import job_for, measure, with_plan
+from qwen_precision.record import Prompt, Row
+from qwen_precision.remedy import Rescue
+from qwen_precision.rescaling import Rescaling
+from qwen_precision.rescue import can_plan, rescaled_store
+from qwen_precision.weightcheck import torch_dtype
+
+
+class Rescaler:
+    """Plans a rescaling from token ids, and loads the model with it.
+
+    Args:
+        checkpoint: a checked checkpoint of a model that can be rescaled (``rescue.unsupported`` says).
+        device: asked for, in the user's words.
+        attention: ``sdpa``, ``eager``, or None for what transformers would choose.
+        margin: headroom that every operation shall have.
+        tell: called with what is being done.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: str, attention: str | None, margin: float, tell: Callable[[str], None]
+    ) -> None:
+        self._checkpoint, self._device, self._attention, self._tell = checkpoint, device, attention, tell
+        self._settings = ProbeSettings(
+            dtypes=[DTYPE], device=device, attention=attention, memory="streamed", rescue_margin=margin
+        )
+        self.plan: Rescue | None = None
+        """The last one made."""
+
+    def rescaling(self, prefixes: Sequence[Sequence[int]]) -> Rescaling:
+        """The powers with which these tokens are inside fp16.
+
+        Raises:
+            QprecError: no rescaling does that, or it cannot be measured.
+        """
+        rows = [Row(text="", ids=list(ids), tokens=["" for _ in ids], padding=0) for ids in prefixes]
+        prompts = [Prompt(name=f"row {number}", rows=[row]) for number, row in enumerate(rows)]
+        job = job_for(self._checkpoint, self._checkpoint.source, self._settings, prompts)
+        tell = self._tell
+        run = measure(job, lambda done, total, what: tell(f"measuring for the rescue: {what}"))
+        if run.stopped is None and run.rescue is None and can_plan(run):
+            run = with_plan(job, run, lambda done, total, what: tell(what))
+        if run.stopped is not None and run.stopped.startswith("interrupted"):
+            raise KeyboardInterrupt
+        if run.rescue is None:
+            raise QprecError(f"the rescue could not be measured: {run.stopped}")
+        self.plan = run.rescue
+        blocking = next((each for each in self.plan.stuck if each.fails), None)
+        if blocking is not None:
+            raise QprecError(f"no rescaling can help: {blocking.name} in {blocking.module}: {blocking.why}")
+        return self.plan.rescaling
+
+    def load(self, rescaling: Rescaling, device: torch.device) -> nn.Module:
+        """The rescaled model in fp16; every number is rounded once, from the files' own.
+
+        Raises:
+            QprecError: a shard cannot be read.
+        """
+        self._tell(f"loading the rescaled weights in {DTYPE}")
+        model, store = rescaled_store(self._checkpoint, rescaling, self._attention, device, resident=False)
+        for name, parameter in list(model.named_parameters()):
+            new = nn.Parameter(store.tensor(name).to(torch_dtype(DTYPE)), requires_grad=False)
+            for module in model.modules():  # tied weights are one parameter that two modules hold
+                for key, held in module._parameters.items():
+                    if held is parameter:
+                        module._parameters[key] = new
+        return model.to(device)

@@ -1,0 +1,39 @@
+"""What a planned rescue does to every operation's headroom: derived from the run, like every judgement. No torch."""
+
+from typing import NamedTuple
+
+from qwen_precision.facts import Facts
+from qwen_precision.findings import Limits
+from qwen_precision.names import name_of
+from qwen_precision.needs import DTYPE
+from qwen_precision.record import Run
+from qwen_precision.rescaling import Scale
+
+
+class Moved(NamedTuple):
+    """One operation, the worst of all layers, in fp16."""
+
+    name: str
+    layer: int | None
+    """Where it has the least headroom before."""
+    before: float
+    after: float
+    """The least of all layers, after."""
+
+
+def moved(run: Run) -> list[Moved]:
+    """Headroom of each operation before and after the planned rescue, the tightest first; nothing without a plan."""
+    if run.rescue is None:
+        return []
+    scale = Scale(run.rescue.rescaling)
+    sparse = {site.layer for site in run.sites if ".experts" in site.module}
+    found: dict[str, Moved] = {}
+    for row in Facts(run, Limits()).headroom(DTYPE):  # smallest first
+        site = run.sites[run.casts.get(row.site, row.site)]
+        after = row.headroom * 2.0 ** -scale.output(site.module, site.op, site.call, site.layer in sparse)
+        own = run.sites[row.site]
+        name = name_of(own.module, own.op, own.call)
+        first = found.setdefault(name, Moved(name, own.layer, row.headroom, after))
+        if after < first.after:
+            found[name] = first._replace(after=after)
+    return sorted(found.values(), key=lambda each: each.before)

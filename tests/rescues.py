@@ -1,0 +1,52 @@
+"""Rescues for tests: random powers on random tiny models, and one call that probes, exports and gives all of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qwen_precision.checkpoint import open_checkpoint
+from qwen_precision.config import load_settings
+from qwen_precision.deliver import Target, probe_and_rescue
+from qwen_precision.export import Exporter
+from qwen_precision.prompts import read_prompts
+from qwen_precision.record import Run
+from qwen_precision.rescaling import LayerPowers, Rescaling
+
+TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
+IDS = torch.arange(1, 25).reshape(2, 12) * 17 % 500
+
+
+def rescue(source: Path | str, folder: Path, texts: list[str] | None = None, **options: Any) -> Run:
+    """Probe and export; ``dtype``, ``force`` and ``keep`` are the target's, the rest is settings."""
+    target = Target(folder, **{key: options.pop(key) for key in ("dtype", "force", "keep") if key in options})
+    return probe_and_rescue(
+        str(source), load_settings(None, options), read_prompts(TEXTS if texts is None else texts, None), None, target
+    )
+
+
+def export(source: Path, folder: Path, rescaling: Rescaling, dtype: str = "source") -> Path:
+    """Write a rescaling, whatever it is good for."""
+    folder.mkdir()
+    checkpoint = open_checkpoint(source, str(source))
+    Exporter(checkpoint, rescaling, dtype, lambda done, total, what: None).write(folder)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """By plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+def logits(folder: Path, dtype: torch.dtype, ids: torch.Tensor = IDS, attention: str = "sdpa") -> torch.Tensor:
+    with torch.inference_mode():
+        return load(folder, dtype, attention)(ids).logits.float()
+
+
+def powers(**changes: Any) -> Rescaling:
+    return Rescaling(**{"stream": 0, "final_norm": 0, "untied": False, "eps": 1e-6, "layers": [], **changes})
+
+
+def layer_powers(layer: int, **changes: Any) -> LayerPowers:
+    return LayerPowers(**{"layer": layer, "input_norm": 0, "value": 0, "post_norm": 0, "product": [0], **changes})
