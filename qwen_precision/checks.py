@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from qwen_precision import textchecks
+from qwen_precision.causes import advice_for, cause_of, weight_cause
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.facts import Facts, token_of
 from qwen_precision.findings import SEVERITIES, Finding, Headroom, Limits, Report
 from qwen_precision.names import layer_of, name_of
-from qwen_precision.record import Event, Pass, Run, Site
+from qwen_precision.precision import precision
+from qwen_precision.record import Event, Pass, Run, Site, Weight
 
 
 def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
@@ -89,42 +91,15 @@ def _origin_finding(facts: Facts, each: Pass, event: Event, carried: int) -> Fin
     if magnitude is not None and not math.isfinite(magnitude):
         magnitude = None
     limit = facts.limit(each.dtype, event.site)
-    what = name_of(site.module, site.op, site.call)
-    kind = "overflow" if event.inf else "nan"
+    why = cause_of(facts, each, event)
     return Finding(
-        kind=kind, severity="error", dtype=each.dtype, prompt=facts.run.prompts[each.prompt].name,
-        layer=site.layer, module=site.module, op=site.op, name=what, origin=True,
-        reference_abs_max=magnitude, headroom=limit / magnitude if magnitude else None,
-        cause=_cause(each.dtype, what, magnitude, limit, event, facts.run.reference),
-        advice=_advice(facts.run, each.dtype, magnitude, limit),
-        nan=event.nan, inf=event.inf, propagated=carried,
+        kind="overflow" if event.inf else "nan", severity="error", dtype=each.dtype,
+        prompt=facts.run.prompts[each.prompt].name, layer=site.layer, module=site.module, op=site.op,
+        name=name_of(site.module, site.op, site.call), origin=True, reference_abs_max=magnitude,
+        headroom=limit / magnitude if magnitude else None, cause=why.sentence, advice=why.advice,
+        cause_kind=why.kind, evidence=why.evidence, site=event.site, nan=event.nan, inf=event.inf, propagated=carried,
         token=token_of(facts.run, each, event), channel=event.channel, head=event.head, expert=event.expert,
     )  # fmt: skip
-
-
-def _cause(dtype: str, what: str, magnitude: float | None, limit: float, event: Event, reference: bool) -> str:
-    padding = " Only pad positions are affected." if event.in_padding else ""
-    if dtype == REFERENCE:
-        return f"The {what} is not finite even in fp32, from finite inputs.{padding}"
-    if magnitude is None:
-        why = "the reference is not finite here either" if reference else "there is no reference to tell how far"
-        return f"The {what} left the range of {dtype} ({limit:.6g}) from finite inputs; {why}.{padding}"
-    if magnitude > limit:
-        return f"The {what} reaches {magnitude:.6g} in fp32; {dtype} ends at {limit:.6g}.{padding}"
-    return (
-        f"The {what} reaches only {magnitude:.6g} in fp32, within {dtype}'s range of {limit:.6g}, yet is not finite: "
-        f"the accumulation or an intermediate value left the range.{padding}"
-    )
-
-
-def _advice(run: Run, dtype: str, magnitude: float | None, limit: float) -> str:
-    if dtype == REFERENCE:
-        return "Compare the file's hash with the hub's and download again; no dtype can repair this."
-    if dtype == "fp16" and (magnitude is None or magnitude > limit):
-        otherwise = "run this checkpoint in bf16 or fp32, or keep this operation in fp32."
-        rescued = run.rescue is not None and run.rescue.possible and not run.rescue.rescaling.changes_nothing
-        return f"Rescale it exactly (see Rescue), {otherwise}" if rescued else f"R{otherwise[1:]}"
-    return f"Run this checkpoint in fp32, or keep this operation out of {dtype}."
 
 
 def _near_overflow(facts: Facts) -> Iterator[Finding]:
@@ -173,7 +148,7 @@ def _beyond(finding: Finding, run: Run) -> Finding:
         finding, kind="overflow", severity="error", predicted=True,
         cause=f"The {finding.name} reaches {finding.reference_abs_max:.6g} in fp32, beyond {finding.dtype}; "
         f"the {finding.dtype} stream itself had failed before and did not get here.",
-        advice=_advice(run, finding.dtype, math.inf, 0.0),
+        advice=advice_for(run, finding.dtype, math.inf, 0.0), cause_kind="out-of-range",
     )  # fmt: skip
 
 
@@ -191,7 +166,7 @@ def _near_finding(facts: Facts, row: Headroom) -> Finding:
         headroom=row.headroom,
         cause=f"The {what} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}: {row.headroom:.3g}x headroom.",
         advice=f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}.",
-        prompts=(prompt,),
+        prompts=(prompt,), site=row.site,
     )  # fmt: skip
     if event is None:
         return finding
@@ -239,7 +214,7 @@ def _weights(facts: Facts) -> Iterator[Finding]:
             advice = "The checkpoint is damaged: compare the file's hash with the hub's and download it again."
             for dtype in facts.run.dtypes:
                 found = _weight_finding("weight-nonfinite", "error", dtype, weight.parameter, text, advice)
-                yield _counted(found, facts, dtype, weight.nan, weight.inf)
+                yield _counted(_because(found, facts.run, weight, True), facts, dtype, weight.nan, weight.inf)
         for dtype, count in weight.overflow.items():
             if dtype not in facts.run.dtypes:
                 continue
@@ -249,7 +224,12 @@ def _weights(facts: Facts) -> Iterator[Finding]:
             found = _weight_finding(
                 "weight-overflow", "error", dtype, weight.parameter, text, advice, weight.abs_max, limit
             )
-            yield _counted(found, facts, dtype, 0, count)
+            yield _counted(_because(found, facts.run, weight, False), facts, dtype, 0, count)
+
+
+def _because(finding: Finding, run: Run, weight: Weight, damaged: bool) -> Finding:
+    kind, evidence = weight_cause(run, weight, damaged)
+    return replace(finding, cause_kind=kind, evidence=evidence)
 
 
 def _weight_finding(
@@ -277,11 +257,32 @@ def _counted(finding: Finding, facts: Facts, dtype: str, nan: int, inf: int) -> 
     return replace(finding, nan=nan, inf=inf, propagated=carried)
 
 
+def _divergence(facts: Facts) -> Iterator[Finding]:
+    """Finite everywhere, but the next token, its distribution and log-probabilities are too far from fp32's."""
+    limits = facts.limits
+    for dtype, found in precision(facts.run).items():
+        if any(event.nan or event.inf for each in facts.passes(dtype) for event in each.events):
+            continue
+        kl, logprob = found.kl or 0.0, found.logprob or 0.0
+        if found.agree < found.rows and kl > limits.kl and logprob > limits.logprob:
+            yield Finding(
+                kind="divergence", severity="warning", dtype=dtype, prompt=None, layer=None, module="lm_head",
+                op="linear", name="logits", origin=False, reference_abs_max=None, headroom=None,
+                cause=f"{dtype} is finite everywhere; its next token is fp32's on {found.agree} of {found.rows} rows.",
+                advice="Use a dtype with more precision; see the error by layer for where it grows.",
+                cause_kind="precision", evidence=(
+                    f"KL divergence up to {kl:.3g} nats (limit {limits.kl:g})",
+                    f"log-probability error {logprob:.3g} nats (limit {limits.logprob:g})",
+                ),
+            )  # fmt: skip
+
+
 CHECKS: dict[str, Callable[[Facts], Iterator[Finding]]] = {
     "weights": _weights,
     "overflow": _overflow,
     "near-overflow": _near_overflow,
     "underflow": _underflow,
+    "divergence": _divergence,
     "nonfinite-logits": textchecks.nonfinite_logits,
     "sampling-error": textchecks.sampling_error,
     "degenerate-text": textchecks.degenerate_text,

@@ -14,20 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from qwen_precision import __version__, reporting, terminal
+from qwen_precision import clioptions as options
 from qwen_precision.checks import judge
-from qwen_precision.clioptions import (
-    DEFAULT_PROMPT,
-    AttentionOption,
-    DeviceOption,
-    KeepOption,
-    ModelArgument,
-    ReplaceOption,
-    RescueDtypeOption,
-    RescueMarginOption,
-    RescueToOption,
-    RevisionOption,
-    one_of,
-)  # fmt: skip
 from qwen_precision.config import MEMORY, RESCUE_DTYPES, ProbeSettings, load_generate_settings, load_settings
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError
@@ -62,38 +50,43 @@ def _top(
 
 @app.command()
 def probe(
-    model: ModelArgument,
+    model: options.ModelArgument,
     dtype: Annotated[
         list[str] | None,
         typer.Option(help="Dtype to try; repeatable. Default: all three.", metavar="|".join(DTYPES),
-                     callback=one_of(DTYPES, "dtype")),
+                     callback=options.one_of(DTYPES, "dtype")),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. Default: a built-in set.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Cut every prompt to so many tokens.")] = None,
-    device: DeviceOption = None,
-    attn: AttentionOption = None,
+    device: options.DeviceOption = None,
+    attn: options.AttentionOption = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Keep all weights, or one layer at a time. Default: auto, by the memory that is free.",
-                     metavar="|".join(MEMORY), callback=one_of(MEMORY, "memory mode")),
+                     metavar="|".join(MEMORY), callback=options.one_of(MEMORY, "memory mode")),
     ] = None,
     no_reference: Annotated[
         bool, typer.Option("--no-reference", help="Leave the fp32 reference out: no headroom is predicted.")
     ] = False,
     config: Annotated[str | None, typer.Option(help="A YAML profile, by file or name. Flags win over it.")] = None,
-    revision: RevisionOption = None,
+    revision: options.RevisionOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-run.json"),
     fail_on: Annotated[
         str | None,
         typer.Option(help="What gives exit code 1. Default: fail.", metavar="|".join(FAIL_ON),
-                     callback=one_of(FAIL_ON, "level")),
+                     callback=options.one_of(FAIL_ON, "level")),
     ] = None,
-    rescue_to: RescueToOption = None,
-    rescue_margin: RescueMarginOption = None,
-    rescue_dtype: RescueDtypeOption = None,
-    force: ReplaceOption = False,
-    keep_unverified: KeepOption = False,
+    explain: options.ExplainOption = None,
+    budget: options.BudgetOption = None,
+    sweep: options.SweepOption = None,
+    sweep_limit: options.SweepLimitOption = None,
+    sweep_texts: options.SweepTextsOption = None,
+    rescue_to: options.RescueToOption = None,
+    rescue_margin: options.RescueMarginOption = None,
+    rescue_dtype: options.RescueDtypeOption = None,
+    force: options.ReplaceOption = False,
+    keep_unverified: options.KeepOption = False,
 ) -> None:  # fmt: skip
     """Find the operation that overflows first, in which layer, at which token and channel.
 
@@ -104,26 +97,27 @@ def probe(
     flags = {
         "dtypes": dtype or None, "prompts": prompts, "max_tokens": max_tokens, "device": device,
         "attention": attn, "memory": memory, "reference": False if no_reference else None, "fail_on": fail_on,
-        "rescue_margin": rescue_margin,
+        "rescue_margin": rescue_margin, "explain": explain, "budget": budget,
+        "sweep": sweep, "sweep_limit": sweep_limit, "sweep_texts": sweep_texts,
     }  # fmt: skip
     settings = load_settings(config, flags)
     specs = _specs(prompt, settings.prompts if prompt is None or prompts else None, [])
     check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
+    target = None
     if rescue_to is None:
         _without_a_folder({"--rescue-dtype": rescue_dtype, "--force": force, "--keep-unverified": keep_unverified})
-        from qwen_precision.probe import probe as measure
-
-        with terminal.progress() as (progress, _):
-            run = measure(model, settings, specs, revision, progress)
     else:
         _can_rescue(settings, rescue_to, output)
-        from qwen_precision.deliver import Target, probe_and_rescue
+    from qwen_precision.deliver import Target
+    from qwen_precision.diagnose import diagnose
 
+    if rescue_to is not None:
         target = Target(rescue_to, rescue_dtype or RESCUE_DTYPES[0], force, keep_unverified)
-        with terminal.progress() as (progress, _):
-            run = probe_and_rescue(
-                model, settings, specs, revision, target, progress, lambda measured: save(measured, output)
-            )
+    with terminal.progress() as (progress, _):
+        run = diagnose(
+            model, settings, specs, revision, target, progress, terminal.note, lambda measured: save(measured, output),
+            output.with_name(f"{output.name}.sweep"),
+        )  # fmt: skip
     save(run, output)
     _show(run, output, settings.fail_on, rescue_to is not None)
 
@@ -139,7 +133,8 @@ def _can_rescue(settings: ProbeSettings, folder: Path, output: Path) -> None:
         raise UsageError("--rescue-to: makes a checkpoint safe in fp16, which --dtype leaves out; add --dtype fp16.")
     if not settings.reference:
         raise UsageError("--rescue-to: needs the fp32 reference; leave --no-reference out.")
-    if Path(os.path.realpath(folder)) in Path(os.path.realpath(output)).parents:
+    real = Path(os.path.realpath(output))
+    if Path(os.path.realpath(folder)) in (real, *real.parents):
         raise UsageError(f"-o {output}: lies in the folder of --rescue-to, which is written whole; choose another.")
 
 
@@ -160,19 +155,21 @@ def _show(run: Run, path: Path, fail_on: str, rescued: bool = False) -> NoReturn
     command = next_command(report, shlex.quote(str(path)))
     if command is not None:
         terminal.note(f"find where it starts with: {command}")
-    rescue = next_rescue(report)
-    if rescue is not None:
+    rescue = next_rescue(report, shlex.quote(str(path)))
+    if rescue is not None and not rescued:
         terminal.note(f"make it safe in fp16 with: {rescue}")
+    if rescued and (run.rescue is None or run.rescue.exported is None):
+        terminal.note("no rescaled checkpoint was written")
     raise typer.Exit(rescue_exit_code(report, fail_on) if rescued else report.exit_code(fail_on))
 
 
 @app.command()
 def generate(
-    model: ModelArgument,
+    model: options.ModelArgument,
     dtype: Annotated[
         str | None,
         typer.Option(help="Dtype to generate in. Default: fp16.", metavar="|".join(DTYPES),
-                     callback=one_of(DTYPES, "dtype")),
+                     callback=options.one_of(DTYPES, "dtype")),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable: they make one batch.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
@@ -197,17 +194,14 @@ def generate(
     on_failure: Annotated[
         str | None,
         typer.Option(help="What to do with a row that failed.", metavar="|".join(ON_FAILURE),
-                     callback=one_of(ON_FAILURE, "way")),
+                     callback=options.one_of(ON_FAILURE, "way")),
     ] = None,
     probe_run: Annotated[Path | None, typer.Option(help="A probe of the same checkpoint, for advice.")] = None,
-    device: DeviceOption = None,
-    attn: AttentionOption = None,
-    revision: RevisionOption = None,
+    device: options.DeviceOption = None,
+    attn: options.AttentionOption = None,
+    revision: options.RevisionOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-gen.json"),
-    fail_on: Annotated[
-        str,
-        typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level")),
-    ] = "fail",
+    fail_on: options.FailOnOption = "fail",
 ) -> None:  # fmt: skip
     """Generate text in one dtype, with guards against NaN and overflow; says what they saw and did.
 
@@ -223,7 +217,7 @@ def generate(
         "attention": attn,
     })  # fmt: skip
     chosen = load_guards(profile, on_failure)
-    specs = _specs(prompt, prompts, [DEFAULT_PROMPT])
+    specs = _specs(prompt, prompts, [options.DEFAULT_PROMPT])
     inputs = [model, prompts, probe_run, *([guards] if guards and Path(guards).suffix else [])]
     check_writable(output, [Path(each) for each in inputs if each])
     from qwen_precision.generate import generate as run_it
@@ -242,7 +236,7 @@ def report(
     format: Annotated[
         str | None,
         typer.Option("-f", "--format", help="How to show it. Default: by the suffix of -o, else table.",
-                     metavar="|".join(reporting.NAMES), callback=one_of(reporting.NAMES, "format")),
+                     metavar="|".join(reporting.NAMES), callback=options.one_of(reporting.NAMES, "format")),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file, not stdout.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
@@ -250,10 +244,7 @@ def report(
         Path | None, typer.Option(help="An older run: only what is new gives exit code 1.")
     ] = None,
     redact: Annotated[bool, typer.Option("--redact", help="Without prompts, texts and token strings.")] = False,
-    fail_on: Annotated[
-        str,
-        typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level")),
-    ] = "fail",
+    fail_on: options.FailOnOption = "fail",
 ) -> None:  # fmt: skip
     """Show saved runs again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing."""
     name = reporting.format_for(format, output)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen_precision.config import ATTENTION, RESCUE_DTYPES
+from qwen_precision.config import ATTENTION, RESCUE_DTYPES, SWEEPS
+from qwen_precision.findings import FAIL_ON
 
 
 def one_of(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
@@ -37,6 +38,39 @@ AttentionOption = Annotated[
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+FailOnOption = Annotated[
+    str, typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level"))
+]
+
+_WHY = "Why it failed"
+ExplainOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--explain/--no-explain",
+        help="Control runs and every measure of precision, or none. Default: controls after a failure.",
+        rich_help_panel=_WHY,
+    ),
+]
+BudgetOption = Annotated[
+    int | None, typer.Option(help="Forwards that control runs may take. Default: 8.", rich_help_panel=_WHY)
+]
+
+SweepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Search for triggers: every token as the first one, or lengths of a failing prompt.",
+        metavar="|".join(SWEEPS),
+        callback=one_of(SWEEPS, "sweep"),
+        rich_help_panel=_WHY,
+    ),
+]
+SweepLimitOption = Annotated[
+    int | None, typer.Option(help="So many first tokens, evenly spread. Default: all.", rich_help_panel=_WHY)
+]
+SweepTextsOption = Annotated[
+    str | None, typer.Option(help="A file of texts, one a line, in place of tokens.", rich_help_panel=_WHY)
+]
 
 _RESCUE = "Rescue"
 RescueToOption = Annotated[

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from qwen_precision.evidence import Massive
 from qwen_precision.locate import Located
 from qwen_precision.names import layer_of
 from qwen_precision.parts import rounded
@@ -21,6 +22,9 @@ class _Column:
     top1: list[int | None] = field(default_factory=list)
     layer_error: list[float | None] = field(default_factory=list)
     kl: list[float | None] = field(default_factory=list)
+    massive: list[Massive] = field(default_factory=list)
+    local_error: list[float | None] = field(default_factory=list)
+    logprob_error: list[float | None] = field(default_factory=list)
     parts: int = 0
 
 
@@ -82,6 +86,9 @@ class Collector:
                 top1=column.top1,
                 layer_error=column.layer_error,
                 kl=column.kl,
+                massive=column.massive,
+                local_error=column.local_error,
+                logprob_error=column.logprob_error,
             )
             for (dtype, prompt), column in self._columns.items()
         ]

@@ -18,6 +18,8 @@ from qwen_precision.findings import FAIL_ON
 
 ATTENTION = ("sdpa", "eager")
 MEMORY = ("auto", "resident", "streamed")
+SWEEPS = ("first-token", "length")
+"""Searches for what triggers an overflow."""
 RESCUE_DTYPES = ("fp16", "bf16", "source")
 """What the weights of a rescued checkpoint may be written in; ``source`` leaves each tensor its own format."""
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
@@ -38,6 +40,13 @@ class ProbeSettings(BaseModel):
     near_overflow: float = Field(default=2.0, ge=1.0, le=1e6)
     underflow_share: float = Field(default=0.01, gt=0, le=1)
     rescue_margin: float = Field(default=4.0, ge=1.0, le=1024.0)
+    explain: bool | None = None
+    """Control runs: after a failure (None), always and with all that measures precision (True), or never."""
+    budget: int = Field(default=8, ge=0, le=1000)
+    """Forwards that control runs may take."""
+    sweep: str | None = None
+    sweep_limit: int | None = Field(default=None, ge=1)
+    sweep_texts: str | None = None
     fail_on: str = "fail"
 
     @field_validator("dtypes")
@@ -49,11 +58,12 @@ class ProbeSettings(BaseModel):
             raise ValueError(f"at least one dtype is needed; expected {one_of(DTYPES)}")
         return list(dict.fromkeys(value))
 
-    @field_validator("memory", "attention", "fail_on")
+    @field_validator("memory", "attention", "fail_on", "sweep")
     @classmethod
     def _known_word(cls, value: str | None, info: ValidationInfo) -> str | None:
         table, what = {
             "memory": (MEMORY, "mode"), "attention": (ATTENTION, "implementation"), "fail_on": (FAIL_ON, "level"),
+            "sweep": (SWEEPS, "sweep"),
         }[str(info.field_name)]  # fmt: skip
         return None if value is None else known(value, table, what)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from qwen_precision import __version__
 from qwen_precision.checks import judge
-from qwen_precision.config import ProbeSettings
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.export import NOTE, Exporter, beside, check_folder
+from qwen_precision.export import NOTE, Exporter, beside
 from qwen_precision.findings import Headroom, Report
 from qwen_precision.names import name_of, placed
 from qwen_precision.needs import DTYPE
@@ -25,6 +24,8 @@ from qwen_precision.rescue import Finals, can_plan, prove
 
 Progress = Callable[[int, int, str], None]
 
+_MOST_ERROR = 0.02
+"""Relative error of the last logits, where bf16's was not measured: some ten times what fp16 has on a healthy model."""
 _SLACK = 0.99
 """Of the margin: rounding the weights to fp16 moves a magnitude a little."""
 
@@ -42,27 +43,25 @@ class Target:
     """Keep it although it could not be verified."""
 
 
-def probe_and_rescue(
-    source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None, target: Target,
-    progress: Progress = lambda done, total, what: None, on_measured: Callable[[Run], None] = lambda run: None,
+def delivered(
+    job: Job, run: Run, before: Finals, specs: Sequence[PromptSpec], target: Target,
+    progress: Progress = lambda done, total, what: None,
 ) -> Run:  # fmt: skip
-    """Probe a checkpoint and export it rescaled, if that is possible and needed.
+    """Export the rescaled checkpoint, if that is possible and needed.
 
     Args:
-        source, settings, specs, revision, progress: as for ``probe``.
+        job: that the run was made with.
+        run: the probe.
+        before: what came out of it.
+        specs: its prompts.
         target: where to, and how.
-        on_measured: called with the run before anything is written, so that it can be saved.
+        progress: as for ``probe``.
 
     Raises:
-        QprecError: as ``probe`` does; or the folder cannot be written.
+        QprecError: the folder cannot be written.
     """
-    job = prepare(source, settings, specs, revision)
-    check_folder(target.folder, job.checkpoint.folder, target.force)
-    before = Finals()
-    run = measure(job, progress, before)
     if can_plan(run) and run.rescue is None:
         run = with_plan(job, run, progress)
-    on_measured(run)
     plan = run.rescue
     if plan is None or plan.rescaling.changes_nothing or not (plan.possible or target.keep):
         return run
@@ -81,15 +80,18 @@ def _carry_out(
         vocabulary_rows(job), _said("proving", progress),
     )  # fmt: skip
     exporter = Exporter(job.checkpoint, plan.rescaling, target.dtype, progress)
-    with beside(target.folder) as (folder, finish):
+    with beside(target.folder, target.force) as (folder, finish):
         hashes = exporter.write(folder)
         after = Finals()
         again = prepare(str(folder), job.settings.model_copy(update={"dtypes": [DTYPE], "reference": True}), specs)
-        report = judge(measure(again, _said("probing the export", progress), after))
-        exported = _judged(run, plan, report, identical, compared)
+        checked = measure(again, _said("probing the export", progress), after)
+        if checked.stopped == "interrupted":
+            raise KeyboardInterrupt
+        errors = _errors(run, before, after)
+        exported = _judged(run, plan, judge(checked), identical, compared, errors)
         exported = exported.model_copy(update={
             "folder": target.folder.name, "dtype": target.dtype, "bytes": exporter.bytes,
-            "kept": exported.verified or target.keep, "logit_error": _errors(run, before, after),
+            "kept": exported.verified or target.keep,
         })  # fmt: skip
         if exported.kept:
             _write_note(folder / NOTE, run, plan, exported, hashes)
@@ -101,7 +103,9 @@ def _said(doing: str, progress: Progress) -> Progress:
     return lambda done, total, what: progress(done, total, f"{doing}: {what}")
 
 
-def _judged(run: Run, plan: Rescue, report: Report, identical: bool, compared: int) -> Exported:
+def _judged(
+    run: Run, plan: Rescue, report: Report, identical: bool, compared: int, errors: dict[str, float | None]
+) -> Exported:
     """Whether what was written keeps the promise."""
     rows = report.headroom.get(DTYPE, [])
     where = _where(report, rows[0]) if rows else ""
@@ -117,11 +121,25 @@ def _judged(run: Run, plan: Rescue, report: Report, identical: bool, compared: i
         why = f"the exported folder still fails in fp16: {placed(first.layer, first.name)} ({first.kind})"
     elif short is not None:
         why = f"{_where(report, short)} has {short.headroom:.3g}x headroom, less than {plan.margin:g}x"
+    else:
+        why = _too_far(errors)
     least = rows[0].headroom if rows and math.isfinite(rows[0].headroom) else None
     return Exported(
         folder="", dtype="", bytes=0, identical=identical, compared=compared, verdict=report.verdict[DTYPE],
-        headroom=least, where=where, logit_error={}, verified=why is None, why=why, kept=False,
+        headroom=least, where=where, logit_error=errors, verified=why is None, why=why, kept=False,
     )  # fmt: skip
+
+
+def _too_far(errors: dict[str, float | None]) -> str | None:
+    """Whether the rescued model is further from fp32 than bf16 is, or than any fp16 model should be."""
+    after, other = errors["after"], errors.get("bf16")
+    if after is None:
+        return "the logits of the exported folder cannot be compared with fp32's" if len(errors) > 1 else None
+    if other is not None and after > other:
+        return f"its logits are {after:.3g} from fp32's, those of bf16 only {other:.3g}: run it in bf16"
+    if other is None and after > _MOST_ERROR:
+        return f"its logits are {after:.3g} from fp32's, more than {_MOST_ERROR:g}"
+    return None
 
 
 def _key(report: Report, row: Headroom) -> tuple[int | None, str]:

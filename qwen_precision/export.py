@@ -65,30 +65,44 @@ def check_folder(folder: Path, source: Path | None, force: bool) -> None:
             raise UsageError(f"--rescue-to {folder}: would write over what is read ({source}); choose another folder.")
     if not real.exists() or (real.is_dir() and not any(real.iterdir())):
         return
+    if not (real / NOTE).is_file():
+        raise UsageError(f"--rescue-to {folder}: is there already and was not written by qprec; choose another name.")
     if not force:
         raise UsageError(f"--rescue-to {folder}: is there already; add --force to replace it, or choose another name.")
-    if not (real / NOTE).is_file():
-        raise UsageError(f"--rescue-to {folder}: was not written by qprec, so --force does not remove it; do so first.")
 
 
 @contextmanager
-def beside(folder: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A hidden folder to write into, and what renames it into place; without that call it is removed again."""
+def beside(folder: Path, force: bool) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A hidden folder to write into, and what renames it into place; without that call it is removed again.
+
+    Raises:
+        QprecError: something cannot be written.
+    """
     real = Path(os.path.realpath(folder))
-    made = Path(tempfile.mkdtemp(dir=real.parent, prefix=f".{real.name}.partial-"))
+    try:
+        made = Path(tempfile.mkdtemp(dir=real.parent, prefix=f".{real.name}.partial-"))
+    except OSError as error:
+        raise QprecError(f"--rescue-to {folder}: cannot be written ({error.strerror}).") from error
 
     def finish() -> None:
+        check_folder(folder, None, force)  # much may have happened since it was looked at first
         umask = os.umask(0)
         os.umask(umask)
         made.chmod(0o777 & ~umask)  # a temporary folder is private, a result is not
         old = real.with_name(f"{made.name}.old")
-        if real.exists():
-            real.rename(old)
-        made.rename(real)
+        try:
+            if real.exists():
+                real.rename(old)
+            made.rename(real)
+        finally:
+            if old.exists() and not real.exists():
+                old.rename(real)
         shutil.rmtree(old, ignore_errors=True)
 
     try:
         yield made, finish
+    except OSError as error:
+        raise QprecError(f"--rescue-to {folder}: cannot be written ({error.strerror}).") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -189,7 +203,7 @@ class Exporter:
         source = self._checkpoint.folder
         for pattern in _COPIED:
             for path in sorted(source.glob(pattern)):
-                if path.is_file() and path.name not in (_INDEX, NOTE) and path.stat().st_size <= _MOST_COPIED:
+                if path.is_file() and _travels(path):
                     shutil.copyfile(path, folder / path.name)
         if (source / _INDEX).is_file():
             weight_map = {name: file for file, shard in self._shards.items() for name in shard}
@@ -204,6 +218,14 @@ class Exporter:
             config[key] = str(_torch_dtype(_FORMATS[self._dtype])).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return {path.name: _hash(path) for path in folder.iterdir() if path.name not in self._shards}
+
+
+def _travels(path: Path) -> bool:
+    """Whether a runtime may need it: not the indices of weights that are not here, nor what qprec wrote before."""
+    if path.name == NOTE or path.name.endswith(".index.json") or path.stat().st_size > _MOST_COPIED:
+        return False
+    with path.open("rb") as file:
+        return not file.read(64).startswith(b'{"schema":')
 
 
 @contextmanager

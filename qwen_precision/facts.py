@@ -21,6 +21,8 @@ class Facts:
     def __init__(self, run: Run, limits: Limits) -> None:
         self.run, self.limits = run, limits
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
+        self.sparse = {site.layer for site in run.sites if ".experts" in site.module}
+        """Layers that have experts."""
         self._headroom: dict[str, list[Headroom]] = {}
         self._columns: dict[tuple[str, int], Array] = {}
         self._known: dict[tuple[str, int], Array] = {}

@@ -16,6 +16,10 @@ class Limits:
     """Headroom below which an operation is near overflow."""
     underflow_share: float = 0.01
     """Share of a tensor's elements that may become zero in a dtype."""
+    kl: float = 0.1
+    """Nats that the next token's distribution may be from fp32's, where the likeliest token differs too."""
+    logprob: float = 0.25
+    """Nats, root mean square, that a token's log-probability may be from fp32's, then."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class Finding:
     """Of the batch, in a generation."""
     step: int | None = None
     """Generated token, in a generation."""
+    cause_kind: str | None = None
+    """Of ``causes.CAUSES``, where it could be told."""
+    site: int | None = None
+    """Index of the operation in the run's ``sites``, where it is one."""
+    evidence: tuple[str, ...] = ()
+    """What shows the cause: measurements, and control runs with their outcome."""
 
 
 class Headroom(NamedTuple):

@@ -214,5 +214,5 @@ def _record(
             base_model=looks_like_a_base_model(job.checkpoint, job.config), rows=rows, trips=decoder.trips,
             error=decoder.error, logits=decoder.cost, probe=job.probe,
         ),
-        rescue=plan,
+        rescue=plan, explanation=None, sweep=None,
     )  # fmt: skip

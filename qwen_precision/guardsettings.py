@@ -131,6 +131,8 @@ class GuardSettings(BaseModel):
         blind = [name for name in ("clamp", "recover") if getattr(self, name).enabled and not self.watch.enabled]
         if blind:
             raise ValueError(f"{blind[0]} acts on what watch sees; switch watch on, or {blind[0]} off")
+        if self.recover.on_failure == "rescale" and self.recover.then == "return":
+            raise ValueError("recover: rescaled weights are fp16 already: nothing to return to; use then: stay")
         if self.recover.enabled and not self.float32_logits.enabled:
             raise ValueError("recover puts rows of two dtypes side by side; switch float32_logits on, or recover off")
         return self

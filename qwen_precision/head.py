@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.dtypes import REFERENCE
+from qwen_precision.logprobs import LogProbs
 from qwen_precision.measure import Measure
 from qwen_precision.parts import rounded
-from qwen_precision.plan import FinalHook, Plan
+from qwen_precision.plan import Encoded, FinalHook, Plan
 from qwen_precision.skeleton import path_of
 from qwen_precision.weightcheck import torch_dtype
 from qwen_precision.weights import Scratch, WeightStore
@@ -36,7 +37,7 @@ class Head:
     def run(
         self,
         hidden: dict[tuple[str, int], Tensor],
-        masks: list[Tensor],
+        prompts: list[Encoded],
         plan: Plan,
         seconds: dict[str, float],
         on_final: FinalHook | None,
@@ -45,7 +46,7 @@ class Head:
 
         Args:
             hidden: by (dtype, prompt), ``[batch, tokens, hidden]`` after the final norm.
-            masks: by prompt, ``[batch, tokens]``.
+            prompts: what the streams are of.
         """
         name = f"{self._path}.weight"
         if not self._store.parts(name):
@@ -57,6 +58,7 @@ class Head:
         best: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         last: dict[tuple[str, int], list[Tensor]] = {}
         step = plan.vocabulary_rows or (1 << 62)
+        self._logprobs = LogProbs(prompts)
         for start, rows in self._store.row_chunks(name, step):
             for dtype in plan.dtypes:
                 started = time.perf_counter()
@@ -66,7 +68,7 @@ class Head:
                 for key, states in hidden.items():
                     if key[0] != dtype:
                         continue
-                    logits = self._one(key, states, masks[key[1]].bool(), start)
+                    logits = self._one(key, states, prompts[key[1]].mask.bool(), start)
                     best[key] = _better(best.get(key), logits[:, -1], start)
                     last.setdefault(key, []).append(logits[:, -1].float())
                     if on_final is not None and plan.vocabulary_rows == 0:
@@ -79,6 +81,8 @@ class Head:
                 on_final(dtype, prompt, states, ends[dtype, prompt][:, None])
         self._write(best)
         self._diverge(ends)
+        for key, errors in self._logprobs.errors().items():
+            self._measure.collector.column(*key).logprob_error = errors
 
     def _one(self, key: tuple[str, int], states: Tensor, valid: Tensor, start: int) -> Tensor:
         """Logits of one stream for the placed rows, all positions looked at; gives the last piece."""
@@ -92,6 +96,7 @@ class Head:
             logits = self._measure.run(
                 key, valid[:, begin : begin + step], self._head, partial(self._head, piece), slice_at=(begin, start)
             )
+            self._logprobs.add(key, logits, begin, start)
         return logits
 
     def _write(self, best: dict[tuple[str, int], tuple[Tensor, Tensor]]) -> None:

@@ -24,8 +24,8 @@ from qwen_precision.rescaling import Rescaling
 class RescalerLike(Protocol):
     """What ``rescaler.Rescaler`` offers; it stands above this floor."""
 
-    def rescaling(self, prefixes: Sequence[Sequence[int]]) -> Rescaling:
-        """The powers with which these tokens are inside fp16."""
+    def rescaling(self, prefixes: Sequence[Sequence[int]], more: float = 1.0) -> Rescaling:
+        """The powers with which these tokens are inside fp16, with so many times the margin."""
 
     def load(self, rescaling: Rescaling, device: torch.device) -> nn.Module:
         """The rescaled model."""
@@ -77,20 +77,23 @@ class Models:
         if need > free:
             raise NoRoom(f"{dtype} needs {need / 2**30:.1f} GiB on {self._device}, {free / 2**30:.1f} GiB are free")
 
-    def rescale(self, dtype: str, prefixes: Sequence[Sequence[int]], tried: Collection[str]) -> tuple[str, Rescaling]:
+    def rescale(
+        self, dtype: str, prefixes: Sequence[Sequence[int]], tried: Collection[str], more: float
+    ) -> tuple[str, Rescaling]:
         """Rescaled weights with which these tokens stay inside the dtype; gives their name for ``get``.
 
         Args:
             dtype: the format they are in.
             prefixes: token ids, without padding.
             tried: names of weights with which they failed.
+            more: times the margin that is usual.
 
         Raises:
             NoRoom: they do not fit beside what is there.
             QprecError: no rescaling helps.
         """
         assert self._rescaler is not None, "the settings that ask for this give one"
-        rescaling = self._rescaler.rescaling(prefixes)
+        rescaling = self._rescaler.rescaling(prefixes, more)
         name = next((name for name, held in self._rescalings.items() if held == rescaling), None)
         if name in tried or rescaling.changes_nothing:
             raise QprecError(f"{dtype} fails although every operation of these tokens is in range when measured")

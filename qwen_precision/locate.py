@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_precision.microscope import closeup
 from qwen_precision.record import Event
 from qwen_precision.watcher import Seen
 
@@ -74,11 +75,15 @@ class Inspector:
         nan, count = int((torch.isnan(out) & hits).sum()), int(hits.sum()) if failed else 0
         index, in_padding = self._extreme(hits, seen)
         row, position, channel, head, expert = self._place(index, seen)
+        look = None
+        if failed and clean:
+            inputs = [(arg, self._is_weight(arg)) for arg in _tensors(seen.args) if arg.is_floating_point()]
+            look = closeup(inputs, out, seen.op, index, expert)
         event = Event(
             site=0, step=self._step, nan=nan if failed else 0, inf=count - nan if failed else 0,
             elements=out.numel(), value=(math.nan if nan else math.inf) if failed else float(magnitude.max()),
             clean_inputs=clean, clean_weights=self._clean_weights(seen), row=row, position=position,
-            channel=channel, head=head, expert=expert, in_padding=in_padding,
+            channel=channel, head=head, expert=expert, in_padding=in_padding, closeup=look,
         )  # fmt: skip
         self.found.append(Located(seen.path, seen.op, seen.call, event))
 

@@ -22,7 +22,7 @@ from qwen_precision.lanes import Lane, Models
 from qwen_precision.rows import RowState
 
 _RESCUES = 2
-"""How often the weights are rescaled anew at one step."""
+"""How often the weights are rescaled anew at one step; the second time with four times the margin."""
 
 
 @dataclass
@@ -177,11 +177,11 @@ class Mender:
         rungs = [dtype] * _RESCUES if rescale else rungs
         why = f"{dtype} is the last dtype of the ladder ({', '.join(ladder)})"
         tried = {self.owner[state.row].weights for state, _ in members}
-        for rung in rungs:
+        for attempt, rung in enumerate(rungs):
             self.drop_idle(rows, [state for state, _ in members])
             try:
                 numbers = [state.row for state, _ in members]
-                weights = self._rescaled(rung, numbers, step.ids, tried) if rescale else rung
+                weights = self._rescaled(rung, numbers, step.ids, tried, attempt) if rescale else rung
                 lane = self._lane(rung, numbers, step.ids, weights)
                 logits = lane.forward(step.ids)
             except QprecError as error:
@@ -202,13 +202,14 @@ class Mender:
                        seen.numbers(), dtype=state.dtype)  # fmt: skip
             state.finish = "failed"
 
-    def _rescaled(self, dtype: str, members: Sequence[int], ids: Tensor, tried: set[str]) -> str:
+    def _rescaled(self, dtype: str, members: Sequence[int], ids: Tensor, tried: set[str], attempt: int) -> str:
         """Name of weights rescaled for what these rows have been so far."""
         width = self._mask.shape[1]
         first = [width - int(self._mask[row].sum()) for row in members]
         name, rescaling = self._models.rescale(
-            dtype, [ids[row, start:].tolist() for row, start in zip(members, first, strict=True)], tried
-        )
+            dtype, [ids[row, start:].tolist() for row, start in zip(members, first, strict=True)], tried,
+            4.0**attempt,
+        )  # fmt: skip
         self._how[name] = f"{dtype} with the residual stream times 2^-{rescaling.stream}" + (
             f" and factors in {len(rescaling.layers)} layers" if rescaling.layers else "")  # fmt: skip
         return name

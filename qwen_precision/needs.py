@@ -1,13 +1,12 @@
 """What a rescue has to do, from a probe alone: the bits that each power must take away, and what none can. No torch."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from qwen_precision.facts import Facts
 from qwen_precision.findings import Headroom
 from qwen_precision.names import layer_of, name_of
-from qwen_precision.record import Event, Site
+from qwen_precision.record import Site
 from qwen_precision.remedy import Stuck
 from qwen_precision.rescaling import GATE_AND_UP, expert_of, moved_by, powers_of
 
@@ -59,13 +58,9 @@ def needs(facts: Facts, margin: float, gate_channels: int) -> Needs:
     """
     found = Needs()
     _weights(facts, found)
-    sparse = {site.layer for site in facts.run.sites if ".experts" in site.module}
     failing = _failing(facts)
     for row in facts.headroom(DTYPE):
-        site = _own(facts, row.site)
-        power = moved_by(site.module, site.op, site.call, site.layer in sparse)
-        if power is not None and (site.op, site.call) == GATE_AND_UP and _in_gate(facts, row, gate_channels):
-            power = None
+        site, power = mover(facts, row, gate_channels)
         dead = row.headroom == 0
         if power is None or dead:
             fails = dead or row.headroom < 1 or row.site in failing
@@ -86,20 +81,21 @@ def _failing(facts: Facts) -> set[int]:
     return {event.site for event in events if event.clean_inputs and event.clean_weights}
 
 
-def _own(facts: Facts, index: int) -> Site:
-    """The operation, or for a cast the one whose output it casts."""
-    source = facts.run.casts.get(index)
-    return facts.run.sites[index if source is None else source]
+def mover(facts: Facts, row: Headroom, gate_channels: int) -> tuple[Site, str | None]:
+    """The operation (for a cast, the one whose output it casts), and the power that moves it, or None."""
+    source = facts.run.casts.get(row.site)
+    site = facts.run.sites[row.site if source is None else source]
+    power = moved_by(site.module, site.op, site.call, site.layer in facts.sparse)
+    if power is not None and (site.op, site.call) == GATE_AND_UP and not _in_up(facts, row, gate_channels):
+        power = None
+    return site, power
 
 
-def _in_gate(facts: Facts, row: Headroom, gate_channels: int) -> bool:
-    """Whether the extreme of the fused projection lies in the gate's half, as far as anything was seen of it."""
-    events = [event for each in facts.run.passes if each.prompt == row.prompt for event in each.events]
-    return any(_gate(event, row.site, gate_channels) for event in events)
-
-
-def _gate(event: Event, site: int, gate_channels: int) -> bool:
-    return event.site == site and event.channel is not None and event.channel < gate_channels
+def _in_up(facts: Facts, row: Headroom, gate_channels: int) -> bool:
+    """Whether the extreme of the fused projection was seen to lie in the half that is not the gate."""
+    events = (event for each in facts.run.passes if each.prompt == row.prompt for event in each.events)
+    channels = [event.channel for event in events if event.site == row.site and event.channel is not None]
+    return bool(channels) and min(channels) >= gate_channels
 
 
 def _stick(found: Needs, site: Site, row: Headroom, fails: bool) -> None:
@@ -146,8 +142,3 @@ def _least(modules: list[str]) -> list[str]:
 def _order(module: str) -> tuple[int, str]:
     layer = layer_of(module)
     return (FAR * FAR if layer is None else layer), module
-
-
-def lacking(found: Needs) -> Iterator[tuple[str, int | None, int | None]]:
-    """Powers, layers and experts in which there is not enough headroom."""
-    return (key for key, bits in found.bits.items() if bits > 0)

@@ -4,7 +4,7 @@ import re
 import shlex
 import unicodedata
 
-from qwen_precision.config import configs_folder, flag_of, read_yaml
+from qwen_precision.config import ProbeSettings, configs_folder, flag_of, read_yaml
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Report
 from qwen_precision.generation import Continuation
@@ -32,7 +32,7 @@ def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
 
 _TOLD = (
     "dtype", "attention", "max_tokens", "device", "memory", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "seed", "guards", "on_failure",
+    "repetition_penalty", "seed", "guards", "on_failure", "rescue_margin",
 )  # fmt: skip
 """Settings that are flags with a value."""
 
@@ -45,6 +45,8 @@ def same_again(run: Run, record: str = "RUN") -> str:
         parts += [f"--dtype {name}" for name in run.dtypes]
     for key in _TOLD:
         value, flag = told.get(key), flag_of(key)
+        if key in ProbeSettings.model_fields and value == ProbeSettings.model_fields[key].default:
+            continue
         if isinstance(value, (str, int, float)) and value not in ("auto", "default") and not isinstance(value, bool):
             parts.append(f"{flag} {quoted_for_a_shell(str(value))}")
     switches = {"do_sample": ("--do-sample", "--greedy"), "chat": ("--chat", ""), "reference": ("", "--no-reference")}
@@ -62,14 +64,19 @@ def same_again(run: Run, record: str = "RUN") -> str:
     return " ".join(part for part in parts if part)
 
 
-def next_rescue(report: Report) -> str | None:
-    """The command that carries a planned rescue out, where it is possible and was not done."""
-    plan, source = report.run.rescue, report.run.model.source
+def next_rescue(report: Report, record: str = "RUN") -> str | None:
+    """The command that carries a planned rescue out, where it is possible and was not done; ``record`` is its file."""
+    run, plan = report.run, report.run.rescue
     if plan is None or not plan.possible or plan.rescaling.changes_nothing or plan.exported is not None:
         return None
-    name = re.split(r"[\\/]", source.rstrip("\\/"))[-1] or "model"
-    start = same_again(report.run) if report.run.verb == "probe" else " ".join(_start("probe", report.run))
-    return " ".join([start, f"--rescue-to {quoted_for_a_shell(f'{name}-fp16safe')}"])
+    parts = [part for part in re.split(r"[\\/]", run.model.source) if part not in ("", ".", "..")]
+    folder = f"{parts[-1]}-fp16safe" if parts else "../model-fp16safe"  # the checkpoint is where the shell stands
+    if run.verb == "probe":
+        start = same_again(run, record)
+    else:
+        start = next((next_probe(run, row, record) for row in run.generation.rows), "") if run.generation else ""
+        start = start.replace(" --dtype fp16", "")
+    return f"{start} --rescue-to {quoted_for_a_shell(folder)}"
 
 
 def _start(verb: str, run: Run) -> list[str]:

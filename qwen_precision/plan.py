@@ -42,6 +42,8 @@ class Plan:
     """Locate an operation whose headroom is below this."""
     vocabulary_rows: int
     """Rows of the vocabulary that lm_head takes at once; 0 for all."""
+    local: bool = False
+    """Run every layer on the reference's hidden states, too, for the error that it makes by itself."""
 
 
 FinalHook = Callable[[str, int, Tensor, Tensor | None], None]

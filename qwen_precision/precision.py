@@ -17,6 +17,10 @@ class Precision:
     """Rows whose likeliest next token is the reference's."""
     rows: int
     """Rows that could be compared."""
+    logprob: float | None
+    """Root mean square over the rows of the error of a token's log-probability given those before it, in nats."""
+    local: list[float | None]
+    """As ``layers``, of each layer by itself, on the reference's hidden states; empty unless it was measured."""
     kl: float | None
     """Largest Kullback-Leibler divergence of the next token's distribution from the reference's, in nats."""
 
@@ -32,8 +36,9 @@ def precision(run: Run) -> dict[str, Precision]:
         pairs = [pair for each in mine if each.prompt in reference for pair in _pairs(each, reference[each.prompt])]
         kl = [value for each in mine for value in each.kl if value is not None and math.isfinite(value)]
         found[dtype] = Precision(
-            layers=_layers(mine), agree=sum(ours == theirs for ours, theirs in pairs), rows=len(pairs),
-            kl=max(kl, default=None),
+            layers=_layers([each.layer_error for each in mine]), local=_layers([each.local_error for each in mine]),
+            logprob=_mean([value for each in mine for value in each.logprob_error]),
+            agree=sum(ours == theirs for ours, theirs in pairs), rows=len(pairs), kl=max(kl, default=None),
         )  # fmt: skip
     return found
 
@@ -43,10 +48,12 @@ def _pairs(each: Pass, reference: Pass) -> list[tuple[int, int]]:
     return [(ours, theirs) for ours, theirs in both if ours is not None and theirs is not None]
 
 
-def _layers(passes: list[Pass]) -> list[float | None]:
-    layers: list[float | None] = []
-    for index in range(max((len(each.layer_error) for each in passes), default=0)):
-        values = [each.layer_error[index] for each in passes if index < len(each.layer_error)]
-        known = [value for value in values if value is not None and math.isfinite(value)]
-        layers.append(math.sqrt(sum(value * value for value in known) / len(known)) if known else None)
-    return layers
+def _layers(columns: list[list[float | None]]) -> list[float | None]:
+    longest = max(map(len, columns), default=0)
+    return [_mean([column[index] for column in columns if index < len(column)]) for index in range(longest)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Root mean square of those that are known."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return math.sqrt(sum(value * value for value in known) / len(known)) if known else None

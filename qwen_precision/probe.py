@@ -149,7 +149,8 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
         value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
         job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
     _move_buffers(job.model, job.device)
-    plan = Plan(job.passes, job.settings.near_overflow, vocabulary_rows(job))
+    near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
+    plan = Plan(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
     shadow = Shadow(job.model, store, encoded(job), plan, job.collector, progress, on_final)
     try:
         shadow.run()
@@ -214,4 +215,6 @@ def _record(job: Job, stopped: str | None) -> Run:
         seconds={name: round(value, 3) for name, value in job.seconds.items()},
         generation=None,
         rescue=None,
+        explanation=None,
+        sweep=None,
     )  # fmt: skip

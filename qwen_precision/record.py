@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from qwen_precision.errors import QprecError
+from qwen_precision.evidence import Closeup, Explanation, Massive, Sweep
 from qwen_precision.files import write_atomically
 from qwen_precision.generation import Generation
 from qwen_precision.packing import pack_column, pack_list, unpack_all
@@ -114,6 +115,8 @@ class Event(Part):
     expert: int | None
     in_padding: bool
     """Whether only pad positions are affected."""
+    closeup: Closeup | None
+    """Of an origin; null where it only passed something on, or was finite."""
 
 
 class Reseed(Part):
@@ -141,6 +144,13 @@ class Pass(Part):
     layer_error: list[Number | None]
     """After each layer, the norm of the difference from the reference's hidden states over the norm of those, real
     tokens only; null from where the stream was not this dtype's own any more, and in the reference itself."""
+    massive: list[Massive]
+    """Of the reference: massive activations, after each layer that has one."""
+    local_error: list[Number | None]
+    """As ``layer_error``, but with the reference's hidden states going into each layer; empty unless asked for."""
+    logprob_error: list[Number | None]
+    """Of each row, the root mean square over its tokens of the difference of their log-probability (nats) from the
+    reference's, each token given those before it."""
     kl: list[Number | None]
     """Of each row, the Kullback-Leibler divergence (nats) of the next token's distribution from the reference's."""
 
@@ -213,6 +223,10 @@ class Run(Part):
     """What was generated; null in a probe."""
     rescue: Rescue | None
     """The plan that would make the checkpoint safe in fp16; null where none was made."""
+    explanation: Explanation | None
+    """Control runs; null where none were made."""
+    sweep: Sweep | None
+    """A search for triggers; null where none was asked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, populate_by_name=True)
 

@@ -32,10 +32,18 @@ def redacted(run: Run) -> Run:
     """Without prompts, texts and token strings, too."""
     data = without_paths(run).model_dump(by_alias=True)
     names: dict[int, int] = {0: 0}
-    for number, prompt in enumerate(data["prompts"], 1):
-        prompt["name"] = f"prompt {number}"
+    called = {prompt["name"]: f"prompt {number}" for number, prompt in enumerate(data["prompts"], 1)}
+    for prompt in data["prompts"]:
+        prompt["name"] = called[prompt["name"]]
         for row in prompt["rows"]:
             row.update(text=_digest(row["text"]), tokens=["" for _ in row["tokens"]], ids=_renamed(row["ids"], names))
+    made, sweep = data["explanation"], data["sweep"]
+    for each in [*made["controls"], *made["continuations"]] if made is not None else []:
+        each["prompt"] = called.get(each["prompt"], "")
+    if sweep is not None:
+        sweep["prompt"] = called.get(sweep["prompt"])
+        for each in sweep["worst"]:
+            each.update(text="", id=_renamed([each["id"] or 0], names)[0])
     if data["generation"] is not None:
         for row in data["generation"]["rows"]:
             row.update({key: _digest(row[key]) for key in _TEXTS if row.get(key)})

@@ -22,6 +22,8 @@ class Loss(Part):
     inexact: Count
     """Cast after the factor, where some fall below fp16's normal range and lose bits."""
     to_zero: Count
+    badly: Count
+    """Those of the inexact that change by more than 1 %."""
     error: Number
     """Root mean square of the changes over that of the weights."""
 
@@ -77,6 +79,8 @@ class Rescue(Part):
     stuck: list[Stuck]
     fp32_modules: list[str]
     """The smallest set of modules that would have to compute in fp32 instead, for what fails and is stuck."""
+    gate_channels: Count
+    """Channels of the experts' fused gate and up projection that belong to the gate, which no power moves."""
     exported: Exported | None
 
     @property

@@ -41,15 +41,17 @@ class Rescaler:
         self.plan: Rescue | None = None
         """The last one made."""
 
-    def rescaling(self, prefixes: Sequence[Sequence[int]]) -> Rescaling:
-        """The powers with which these tokens are inside fp16.
+    def rescaling(self, prefixes: Sequence[Sequence[int]], more: float = 1.0) -> Rescaling:
+        """The powers with which these tokens are inside fp16, with so many times the margin.
 
         Raises:
             QprecError: no rescaling does that, or it cannot be measured.
         """
         rows = [Row(text="", ids=list(ids), tokens=["" for _ in ids], padding=0) for ids in prefixes]
         prompts = [Prompt(name=f"row {number}", rows=[row]) for number, row in enumerate(rows)]
-        job = job_for(self._checkpoint, self._checkpoint.source, self._settings, prompts)
+        margin = min(1024.0, self._settings.rescue_margin * more)
+        settings = self._settings.model_copy(update={"rescue_margin": margin})
+        job = job_for(self._checkpoint, self._checkpoint.source, settings, prompts)
         tell = self._tell
         run = measure(job, lambda done, total, what: tell(f"measuring for the rescue: {what}"))
         if run.stopped is None and run.rescue is None and can_plan(run):

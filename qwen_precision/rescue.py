@@ -21,7 +21,7 @@ from qwen_precision.needs import DTYPE
 from qwen_precision.plan import Encoded, Plan
 from qwen_precision.record import Run
 from qwen_precision.remedy import Rescue
-from qwen_precision.rescaling import Rescaling, Scale, powers_of
+from qwen_precision.rescaling import EMBEDDING, HEAD, Rescaling, Scale, powers_of
 from qwen_precision.rescueplan import Planner, Shape
 from qwen_precision.shadow import Shadow
 from qwen_precision.skeleton import build
@@ -58,7 +58,7 @@ def plan_rescue(
     if reason is not None:
         nothing = Rescaling(stream=0, final_norm=0, untied=False, eps=eps, layers=[])
         return Rescue(margin=margin, unsupported=reason, rescaling=nothing, losses=[], stuck=[], fp32_modules=[],
-                      exported=None)  # fmt: skip
+                      gate_channels=0, exported=None)  # fmt: skip
     shape = Shape(
         tied=bool(getattr(config, "tie_word_embeddings", False)), eps=eps,
         gate_channels=int(getattr(config, "moe_intermediate_size", 0) or 0),
@@ -76,6 +76,10 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
     unknown = [name for name in checkpoint.tensors if powers_of(name) is None and not name.endswith("inv_freq")]
     if unknown:
         return f"the tensor {unknown[0]} is not one that qprec knows how to rescale"
+    if getattr(checkpoint.config, "tie_word_embeddings", False) and HEAD in checkpoint.tensors:
+        embedding = next(name for name in checkpoint.tensors if name.endswith(EMBEDDING))
+        if not torch.equal(read_tensor(checkpoint, HEAD), read_tensor(checkpoint, embedding)):
+            return "config.json ties lm_head to the embedding, but the files hold another lm_head; which one counts?"
     return None
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from qwen_precision.facts import Facts
 from qwen_precision.findings import Limits
 from qwen_precision.names import name_of
-from qwen_precision.needs import DTYPE
+from qwen_precision.needs import DTYPE, mover
 from qwen_precision.record import Run
 from qwen_precision.rescaling import Scale
 
@@ -25,12 +25,12 @@ def moved(run: Run) -> list[Moved]:
     """Headroom of each operation before and after the planned rescue, the tightest first; nothing without a plan."""
     if run.rescue is None:
         return []
-    scale = Scale(run.rescue.rescaling)
-    sparse = {site.layer for site in run.sites if ".experts" in site.module}
+    scale, facts = Scale(run.rescue.rescaling), Facts(run, Limits())
     found: dict[str, Moved] = {}
-    for row in Facts(run, Limits()).headroom(DTYPE):  # smallest first
-        site = run.sites[run.casts.get(row.site, row.site)]
-        after = row.headroom * 2.0 ** -scale.output(site.module, site.op, site.call, site.layer in sparse)
+    for row in facts.headroom(DTYPE):  # smallest first
+        site, power = mover(facts, row, run.rescue.gate_channels)
+        exponent = scale.output(site.module, site.op, site.call, site.layer in facts.sparse) if power else 0
+        after = row.headroom * 2.0**-exponent
         own = run.sites[row.site]
         name = name_of(own.module, own.op, own.call)
         first = found.setdefault(name, Moved(name, own.layer, row.headroom, after))

@@ -1,7 +1,7 @@
 """The smallest powers of two that bring every operation inside fp16, from a probe's magnitudes and the weights.
 
 The stream's power is the most that anything that goes with the stream asks for. Within a layer, where a factor may go
-to either of two tensors (up or down_proj, v or o_proj), it goes where the fewest weights lose bits in fp16.
+to either of two tensors (up or down_proj, v or o_proj), it goes where the fewest bits are lost in fp16.
 """
 
 from collections import defaultdict
@@ -89,12 +89,13 @@ class Planner:
             self._lose(names, scale, held, losses)
         final, untied = self._final(stream)
         found = _rescaling(stream, layers, self._shape.eps, final, untied)
-        self._lose(self._outside.values(), Scale(found), {}, losses)
+        unused = {"lm_head"} if self._shape.tied else set()  # a copy of the embedding, written from it
+        self._lose([name for leaf, name in self._outside.items() if leaf not in unused], Scale(found), {}, losses)
         return Rescue(
             margin=self._margin, unsupported=None, rescaling=found,
             losses=[_loss(kind, *each) for kind, each in losses.items()],
             stuck=sorted(self._needs.stuck, key=lambda each: not each.fails), fp32_modules=self._needs.modules,
-            exported=None,
+            gate_channels=self._shape.gate_channels, exported=None,
         )  # fmt: skip
 
     # -- powers ------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ class Planner:
     def _side(self, layer: int, power: str, expert: int, norm: int, stream: int, held: dict[str, WeightBits]) -> int:
         """How much of the stream's factor the first of the two tensors takes, and how much is passed on by the product.
 
-        The least that its operations need, or more where fewer weights then lose bits.
+        The least that its operations need, or more where fewer bits are then lost.
         """
         block = self._blocks[layer]
         reads, writes = ("up_proj", "down_proj") if power == "product" else ("v_proj", "o_proj")
@@ -184,8 +185,7 @@ class Planner:
             return least
         most = max(least, min(stream, stream + self._room(second, held)))
         one, other = self._look(first, held), self._look(second, held)
-        lost = {each: one.lost(norm - each).inexact + other.lost(each - stream).inexact
-                for each in range(least, most + 1)}  # fmt: skip
+        lost = {each: one.bits_lost(norm - each) + other.bits_lost(each - stream) for each in range(least, most + 1)}
         return min(lost, key=lambda each: (lost[each], each))
 
     def _final(self, stream: int) -> tuple[int, bool]:
@@ -200,7 +200,9 @@ class Planner:
             return stream, False  # lm_head is the embedding, so it has the stream's factor; the norm takes it back
         low = -self._room(head) if high < 0 or head in self._too_large else -FAR
         if low > high:
-            self._stick(None, "norm", "lm_head has no room in fp16 to make up for a smaller output")
+            own = self._room(norm) < -asked
+            why = "its weight has no room" if own else "lm_head has no room to make up for a smaller output"
+            self._stick(None, "norm", f"{why} in fp16")
             return 0, self._shape.tied and stream != 0
         power = min(high, max(low, 0))
         return power, self._shape.tied and power != stream
@@ -233,5 +235,5 @@ def _rescaling(stream: int, layers: list[LayerPowers], eps: float, final: int = 
 def _loss(kind: str, tensors: int, before: Lost, after: Lost) -> Loss:
     return Loss(
         kind=kind, tensors=tensors, elements=after.elements, inexact_before=before.inexact, inexact=after.inexact,
-        to_zero=after.to_zero, error=after.relative,
+        to_zero=after.to_zero, badly=after.badly, error=after.relative,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qwen_precision.collect import Collector
 from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.evidence import Massive
 from qwen_precision.head import Head
 from qwen_precision.measure import Measure
 from qwen_precision.parts import rounded
@@ -39,7 +40,33 @@ class _Stream:
     embedded: Tensor
     hidden: Tensor
     calls: list[LayerCall]
+    given: Tensor = field(default_factory=lambda: torch.empty(0))
+    """What went into the layer that ran last."""
     reseeded_rows: set[int] = field(default_factory=set)
+
+
+_MASSIVE, _TIMES = 100.0, 1000.0
+"""A massive activation is above both: the magnitude, and so many times the median (arXiv 2402.17762, section 2)."""
+
+
+def massive(hidden: Tensor, valid: Tensor, layer: int) -> Massive | None:
+    """The largest hidden state at a real token, if it is massive.
+
+    Args:
+        hidden: ``[batch, tokens, hidden]``.
+        valid: ``[batch, tokens]`` bool, False at padding.
+        layer: after which it is.
+    """
+    size = hidden.abs().float()
+    size = torch.where(valid[..., None] & torch.isfinite(size), size, torch.zeros_like(size))
+    place, median = int(size.argmax()), float(size[valid].median())
+    value = float(size.flatten()[place])
+    if value <= max(_MASSIVE, _TIMES * median):
+        return None
+    row, rest = divmod(place, size.shape[1] * size.shape[2])
+    position, channel = divmod(rest, size.shape[2])
+    return Massive(layer=layer, row=row, position=position, channel=channel, value=rounded(value),
+                   median=rounded(median))  # fmt: skip
 
 
 class Shadow:
@@ -135,10 +162,13 @@ class Shadow:
             for prompt in range(len(self.prompts)):
                 stream = self._streams[name, prompt]
                 call = stream.calls[index]
+                stream.given = stream.hidden
                 stream.hidden = self._watched(
                     name, prompt, path, layer, partial(_call, layer, stream.hidden, call), call
                 )
                 self._compare(name, prompt)
+                self._massive(name, prompt, index)
+                self._local(name, prompt, layer, call)
                 self._reseed(name, prompt, index)
             self.seconds["read and cast"] += placed - started
             self.seconds[name] += time.perf_counter() - placed
@@ -185,9 +215,26 @@ class Shadow:
             return
         own = self.prompts[prompt].mask.bool().clone()
         own[sorted(stream.reseeded_rows)] = False
-        wanted = reference.hidden[own].double()
-        error = float((stream.hidden[own].double() - wanted).norm() / wanted.norm()) if bool(own.any()) else math.nan
-        self.collector.column(name, prompt).layer_error.append(rounded(error) if math.isfinite(error) else None)
+        error = _relative(stream.hidden[own], reference.hidden[own])
+        self.collector.column(name, prompt).layer_error.append(error)
+
+    def _local(self, name: str, prompt: int, layer: nn.Module, call: LayerCall) -> None:
+        """The error that this layer makes by itself: it is run on the reference's hidden states."""
+        reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
+        if not self.plan.local or reference is None or name == REFERENCE:
+            return
+        out = _call(layer, reference.given.to(stream.hidden.dtype), call)
+        own = self.prompts[prompt].mask.bool()
+        self.collector.column(name, prompt).local_error.append(_relative(out[own], reference.hidden[own]))
+
+    def _massive(self, name: str, prompt: int, index: int) -> None:
+        """Note the reference's largest hidden state after a layer, where it dwarfs the others."""
+        if name != REFERENCE:
+            return
+        hidden = self._streams[name, prompt].hidden
+        if not all(float(bound.abs()) <= _MASSIVE for bound in torch.aminmax(hidden)):
+            found = massive(hidden, self.prompts[prompt].mask.bool(), index)
+            self.collector.column(name, prompt).massive += [found] if found is not None else []
 
     def _reseed(self, name: str, prompt: int, index: int) -> None:
         """Replace the rows of a stream that are no longer finite by the reference's, for the next layer."""
@@ -230,13 +277,22 @@ class Shadow:
             self.seconds[name] += time.perf_counter() - started
         self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
         head = Head(self.model, self.store, self.scratch, self.measure)
-        head.run(hidden, [prompt.mask for prompt in self.prompts], self.plan, self.seconds, self.on_final)
+        head.run(hidden, self.prompts, self.plan, self.seconds, self.on_final)
         for (name, prompt), stream in self._streams.items():
             column = self.collector.column(name, prompt)
             for row in stream.reseeded_rows & set(range(len(column.top1))):
                 column.top1[row] = None  # what follows a re-seeded stream is not what this dtype would print
-                if row < len(column.kl):
-                    column.kl[row] = None
+                for measured in (column.kl, column.logprob_error):
+                    if row < len(measured):
+                        measured[row] = None
+
+
+def _relative(ours: Tensor, wanted: Tensor) -> float | None:
+    """Norm of the difference over the norm, or None where there is nothing finite to compare."""
+    if not len(wanted):
+        return None
+    error = float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+    return rounded(error) if math.isfinite(error) else None
 
 
 def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:

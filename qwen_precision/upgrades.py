@@ -16,11 +16,26 @@ def _generations_and_precision_came_in(data: Record) -> Record:
 
 
 def _rescues_came_in(data: Record) -> Record:
-    """Schema 3 holds the plan of a rescue, and which stretches of a text were computed with rescaled weights."""
+    """Schema 3 holds rescues, stretches of a text computed with rescaled weights, and why something failed."""
     made = data.get("generation")
     if isinstance(made, dict) and isinstance(made.get("rows"), list):
         data = {**data, "generation": {**made, "rows": [_not_rescaled(row) for row in made["rows"]]}}
-    return {**data, "rescue": None}
+    passes = data.get("passes")
+    if isinstance(passes, list):
+        data = {**data, "passes": [_not_explained(each) for each in passes]}
+    return {**data, "rescue": None, "explanation": None, "sweep": None}
+
+
+def _not_explained(each: Any) -> Any:
+    if not isinstance(each, dict):
+        return each
+    events = each.get("events")
+    if isinstance(events, list):
+        each = {
+            **each,
+            "events": [{**event, "closeup": None} if isinstance(event, dict) else event for event in events],
+        }
+    return {**each, "massive": [], "local_error": [], "logprob_error": []}
 
 
 def _not_rescaled(row: Any) -> Any:

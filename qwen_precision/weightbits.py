@@ -14,6 +14,8 @@ from torch import Tensor
 from qwen_precision.dtypes import DTYPES
 
 _CHUNK = 1 << 20
+_SIGNIFICANT = 11  # bits of fp16's significand
+_LAST_BIT = -24  # exponent of fp16's smallest number
 _DROPPED = 13  # of fp32's 23 mantissa bits fp16 keeps 10
 
 
@@ -32,6 +34,11 @@ class WeightBits:
         keep = np.isfinite(values) & (values != 0)
         self._values, self._counts = values[keep], counts[patterns[keep]]
         self.abs_max = float(np.abs(self._values).max(initial=0.0))
+        mantissa, exponent = np.frexp(np.abs(self._values))
+        significand = (mantissa * 2.0**_SIGNIFICANT).astype(np.int64)
+        zeros = np.log2((significand & -significand).astype(np.float64)).astype(np.int64) if len(keep) else exponent
+        self._last_bit = exponent - _SIGNIFICANT + zeros
+        self._bits = _SIGNIFICANT - zeros
 
     def room(self) -> int:
         """The largest power of two it could be multiplied by and still fit into fp16."""
@@ -39,6 +46,11 @@ class WeightBits:
             return 120
         room = math.floor(math.log2(DTYPES["fp16"].max / self.abs_max))
         return max(-120, min(120, room))
+
+    def bits_lost(self, exponent: int) -> int:
+        """Significant bits that fp16 drops of all elements times 2^exponent; a weight that becomes zero loses all."""
+        below = _LAST_BIT - (self._last_bit + exponent)
+        return int((self._counts * np.clip(below, 0, self._bits)).sum())
 
     def lost(self, exponent: int) -> "Lost":
         """What fp16 does not hold of the tensor times 2^exponent."""
@@ -51,6 +63,7 @@ class WeightBits:
             self.elements,
             int(self._counts[wrong].sum()),
             int(self._counts[held == 0].sum()),
+            int(self._counts[np.abs(error) > 0.01 * np.abs(wanted)].sum()),
             float((self._counts * error**2).sum()) * 4.0**-exponent,
             float((self._counts * self._values**2).sum()),
         )
@@ -63,18 +76,19 @@ class Lost:
         elements: in all.
         inexact: whose value changes.
         to_zero: that become zero.
+        badly: that change by more than 1 %.
         error: sum of the squared changes, in units of the original tensor.
         total: sum of the squares of all elements.
     """
 
-    def __init__(self, elements: int, inexact: int, to_zero: int, error: float, total: float) -> None:
-        self.elements, self.inexact, self.to_zero = elements, inexact, to_zero
+    def __init__(self, elements: int, inexact: int, to_zero: int, badly: int, error: float, total: float) -> None:
+        self.elements, self.inexact, self.to_zero, self.badly = elements, inexact, to_zero, badly
         self.error, self.total = error, total
 
     def __add__(self, other: "Lost") -> "Lost":
         return Lost(
             self.elements + other.elements, self.inexact + other.inexact, self.to_zero + other.to_zero,
-            self.error + other.error, self.total + other.total,
+            self.badly + other.badly, self.error + other.error, self.total + other.total,
         )  # fmt: skip
 
     @property
@@ -83,7 +97,7 @@ class Lost:
         return math.sqrt(self.error / self.total) if self.total else 0.0
 
 
-NOTHING_LOST = Lost(0, 0, 0, 0.0, 0.0)
+NOTHING_LOST = Lost(0, 0, 0, 0, 0.0, 0.0)
 
 
 def _counted(flat: Tensor) -> NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """Speed and memory, as ratios measured interleaved in one run; no number here is asserted anywhere.
 
-    python scripts/bench.py [watch] [generate] [export] [small] [large] [linear]     (default: all; large writes 16 GB)
+    python scripts/bench.py [watch] [generate] [export] [sweep] [small] [large] [linear]     (default: all)
 
 QPREC_BENCH_DIR says where the checkpoints are written (default: a folder in the system's temporary one);
 they are kept there for the next run. Figures are the minimum and the median of ``RUNS``.
@@ -269,6 +269,25 @@ def exporting() -> None:
     print(f"  peak memory of a process that exports {min(peaks) * 1024 / 1e9:.3f} GB")
 
 
+def sweeping() -> None:
+    """4,096 first tokens of a 0.6B-shaped checkpoint: seconds in all, and for a thousand tokens."""
+    folder = checkpoint("0.6B")
+    seconds = []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "run.json"
+            command = [sys.executable, "-m", "qwen_precision", "probe", str(folder), "--prompt", "a", "--dtype", "fp16",
+                       "--sweep", "first-token", "--sweep-limit", "4096", "-o", str(out),
+                       "--fail-on", "never"]  # fmt: skip
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            sweep = json.loads(out.read_text())["sweep"]
+            seconds.append((time.perf_counter() - started, float(sweep["seconds"]), sweep["layers"]))
+    whole, alone, layers = min(seconds)
+    print(f"\nsweep of 4,096 first tokens, 0.6B, {layers} layers: {whole:.1f} s whole command, "
+          f"{alone:.1f} s the sweep, {alone / 4.096:.2f} s a thousand tokens")  # fmt: skip
+
+
 def export_once(folder: str, target: str) -> None:
     """One export in this process."""
     rescaling = Rescaling(stream=4, final_norm=4, untied=False, eps=1e-6, layers=[])
@@ -277,8 +296,8 @@ def export_once(folder: str, target: str) -> None:
 
 
 PARTS = {
-    "watch": watch_overhead, "generate": generating, "export": exporting, "small": small, "large": large,
-    "linear": linear,
+    "watch": watch_overhead, "generate": generating, "export": exporting, "sweep": sweeping, "small": small,
+    "large": large, "linear": linear,
 }  # fmt: skip
 
 

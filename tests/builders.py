@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from qwen_precision.evidence import Closeup, Contribution, Control, Explanation, Massive, Operand, Source, Sweep, Swept
+from qwen_precision.evidence import Continuation as Continued
 from qwen_precision.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
 from qwen_precision.guardsettings import GuardSettings
 from qwen_precision.record import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
@@ -39,7 +41,7 @@ def an_event(site: int, **changes: Any) -> Event:
             "site": site, "step": site, "nan": 0, "inf": 12, "elements": 8192, "value": float("inf"),
             "clean_inputs": True,
             "clean_weights": True, "row": 0, "position": 0, "channel": 35, "head": None, "expert": None,
-            "in_padding": False, **changes,
+            "in_padding": False, "closeup": None, **changes,
         }
     )  # fmt: skip
 
@@ -55,6 +57,9 @@ def a_pass(dtype: str, abs_max: list[float | None], events: list[Event] | None =
             "top1": [5],
             "layer_error": [],
             "kl": [],
+            "massive": [],
+            "local_error": [],
+            "logprob_error": [],
             **changes,
         }
     )
@@ -71,7 +76,8 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
             "not_run": [], "casts": {},
             "passes": passes, "weights": [],
             "weight_totals": [WeightTotals(dtype="fp16", elements=8_190_735_360, overflow=0, underflow=7, inexact=900)],
-            "seconds": {"total": 12.5}, "generation": None, "rescue": None, **changes,
+            "seconds": {"total": 12.5}, "generation": None, "rescue": None,
+            "explanation": None, "sweep": None, **changes,
         }
     )  # fmt: skip
 
@@ -96,11 +102,14 @@ def overflowing_run(**changes: Any) -> Run:
 def a_plan(**changes: Any) -> Rescue:
     layers = [LayerPowers(layer=31, input_norm=0, value=0, post_norm=0, product=[2])]
     rescaling = Rescaling(stream=3, final_norm=3, untied=False, eps=1e-6, layers=layers)
-    loss = {"kind": "q_proj", "tensors": 32, "elements": 536870912, "inexact_before": 7, "inexact": 1200, "to_zero": 3}
+    loss = {
+        "kind": "q_proj", "tensors": 32, "elements": 536870912, "inexact_before": 7, "inexact": 1200, "to_zero": 3,
+        "badly": 40,
+    }  # fmt: skip
     return Rescue(
         **{
             "margin": 4.0, "unsupported": None, "rescaling": rescaling, "losses": [Loss(**loss, error=2.5e-7)],
-            "stuck": [], "fp32_modules": [], "exported": None, **changes,
+            "stuck": [], "fp32_modules": [], "gate_channels": 0, "exported": None, **changes,
         }
     )  # fmt: skip
 
@@ -121,6 +130,31 @@ def not_rescuable_run() -> Run:
               why="SiLU is not linear"),
     ]  # fmt: skip
     return overflowing_run(rescue=a_plan(stuck=stuck, fp32_modules=["lm_head"]))
+
+
+def explained_run() -> Run:
+    look = Closeup(
+        operands=[Operand(role="input", shape=[1, 2, 4096], dtype="fp16", low=-300.0, high=210.0, bad=0),
+                  Operand(role="output", shape=[1, 2, 4096], dtype="fp16", low=-4000.0, high=60000.0, bad=12)],
+        source=Source(file="transformers/models/qwen3/modeling_qwen3.py", line=81, text="down = self.down_proj(x)"),
+        contributions=[Contribution(channel=7, value=12.5, weight=1800.0, share=0.93)],
+    )  # fmt: skip
+    controls = [Control(what="token alone", dtype="fp16", prompt="plain", row=0, tokens=1, clean=False,
+                        detail="token 0 ('Hello') alone"),
+                Control(what="without the first token", dtype="fp16", prompt="plain", row=0, tokens=1, clean=True,
+                        detail="the row without token 0 ('Hello')")]  # fmt: skip
+    made = Explanation(budget=2, controls=controls, left_out=["fp16: other template: beyond --budget 2"], hashes={},
+                       continuations=[Continued(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
+                       )  # fmt: skip
+    worst = [Swept(id=9707, text="Hello", magnitude=74945.8, layer=31, channel=35, fails=True)]
+    sweep = Sweep(kind="first-token", dtype="fp16", tried=4096, total=4096, layers=32, over=1, worst=worst, prompt=None,
+                  shortest_failing=None, longest_clean=None, seconds=12.5)  # fmt: skip
+    reference = [1.5, 20.0, 300.0, 40000.0, 74945.8, 31.0]
+    massive = [Massive(layer=31, row=0, position=0, channel=35, value=74945.8, median=0.4)]
+    fp16 = a_pass("fp16", [1.5, 20.0, 300.0, 40000.0, float("inf"), float("nan")], [
+        an_event(4, closeup=look), an_event(5, nan=300, inf=0, clean_inputs=False),
+    ], top1=[None])  # fmt: skip
+    return a_run([a_pass("fp32", reference, massive=massive), fp16], explanation=made, sweep=sweep)
 
 
 def many_overflows_run() -> Run:
@@ -224,7 +258,7 @@ def interrupted_text_run() -> Run:
 
 
 RUNS = {
-    "healthy": healthy_run, "one-overflow": overflowing_run, "rescued": rescued_run,
+    "healthy": healthy_run, "one-overflow": overflowing_run, "rescued": rescued_run, "explained": explained_run,
     "not-rescuable": not_rescuable_run, "many": many_overflows_run, "stopped": stopped_run,
     "empty": empty_run, "text-healthy": healthy_text_run, "text-exclamation": exclamation_run,
     "text-recovered": recovered_run, "text-refused": refused_run, "text-interrupted": interrupted_text_run,
@@ -260,4 +294,15 @@ def hostile_run(text: str) -> Run:
             exported=Exported(folder=text, dtype=text, bytes=1, identical=False, compared=1, verdict=text,
                               headroom=1.0, where=text, logit_error={text: None}, verified=False, why=text, kept=True)),
     )  # fmt: skip
-    return run
+    look = Closeup(
+        operands=[Operand(role="input", shape=[1], dtype=text, low=0.0, high=1.0, bad=0)],
+        source=Source(file=text, line=1, text=text), contributions=[],
+    )  # fmt: skip
+    passes = [run.passes[0], run.passes[1].model_copy(update={"events": [an_event(0, closeup=look), an_event(1)]})]
+    control = Control(what="sdpa", dtype=text, prompt=text, row=0, tokens=1, clean=True, detail=text)
+    made = Explanation(budget=1, controls=[control], left_out=[text], hashes={text: text}, continuations=[
+        Continued(dtype=text, prompt=text, tokens=1, first_difference=None)])  # fmt: skip
+    sweep = Sweep(kind="length", dtype=text, tried=1, total=1, layers=1, over=0, prompt=text, shortest_failing=1,
+                  longest_clean=0, seconds=1,
+                  worst=[Swept(id=1, text=text, magnitude=1, layer=1, channel=1, fails=None)])  # fmt: skip
+    return run.model_copy(update={"passes": passes, "explanation": made, "sweep": sweep})

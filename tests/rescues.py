@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from qwen_precision.checkpoint import open_checkpoint
 from qwen_precision.config import load_settings
-from qwen_precision.deliver import Target, probe_and_rescue
+from qwen_precision.deliver import Target
+from qwen_precision.diagnose import diagnose
 from qwen_precision.export import Exporter
 from qwen_precision.prompts import read_prompts
 from qwen_precision.record import Run
@@ -21,9 +22,8 @@ IDS = torch.arange(1, 25).reshape(2, 12) * 17 % 500
 def rescue(source: Path | str, folder: Path, texts: list[str] | None = None, **options: Any) -> Run:
     """Probe and export; ``dtype``, ``force`` and ``keep`` are the target's, the rest is settings."""
     target = Target(folder, **{key: options.pop(key) for key in ("dtype", "force", "keep") if key in options})
-    return probe_and_rescue(
-        str(source), load_settings(None, options), read_prompts(TEXTS if texts is None else texts, None), None, target
-    )
+    specs = read_prompts(TEXTS if texts is None else texts, None)
+    return diagnose(str(source), load_settings(None, {"explain": False, **options}), specs, target=target)
 
 
 def export(source: Path, folder: Path, rescaling: Rescaling, dtype: str = "source") -> Path:

@@ -346,7 +346,7 @@ def test_stdout_holds_only_the_result(capfd: pytest.CaptureFixture[str]) -> None
     out, err = capfd.readouterr()
     assert out.startswith("qprec  demo") and "saved" not in out
     lines = [line for line in err.splitlines() if line.strip()]  # no progress bar off a terminal
-    assert [line.split()[0] for line in lines] == ["saved", "make"]
+    assert [line.split()[0] for line in lines] == ["telling", "saved", "make"]
 
 
 def test_no_reference_measures_the_dtype_alone(capsys: Capture) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_precision.causes import CAUSES
 from qwen_precision.checks import CHECKS
 from qwen_precision.cli import main
 from qwen_precision.dtypes import DTYPES
@@ -48,7 +49,7 @@ def generate_block() -> str:
 
 def rescue_block() -> str:
     text = printed(["probe", "demo", "--rescue-to", "demo-fp16safe"])
-    shown = text[text.index("Rescue\n") : text.index("\n\nPrecision")]
+    shown = text[text.index("Rescue\n") : text.index("\n\nError against")]
     return f"```\n$ qprec probe demo --rescue-to demo-fp16safe\n…\n{shown}\n```"
 
 
@@ -61,6 +62,11 @@ def formats_block() -> str:
 def guards_block() -> str:
     rows = [f"| `{name}` | {(guard.__doc__ or '').strip().splitlines()[0]} |" for name, guard in GUARDS.items()]
     return "| guard | what it does |\n|---|---|\n" + "\n".join(rows)
+
+
+def causes_block() -> str:
+    rows = [f"| {name} | {shows} |" for name, shows in CAUSES.items()]
+    return "| cause | what shows it |\n|---|---|\n" + "\n".join(rows)
 
 
 def checks_block() -> str:
@@ -83,6 +89,7 @@ BLOCKS = {
     "rescue": rescue_block,
     "guards": guards_block,
     "formats": formats_block,
+    "causes": causes_block,
     "checks": checks_block,
     "dtypes": dtypes_block,
     "help": help_block,

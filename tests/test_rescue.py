@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO, make_checkpoint, run_probe
-from rescues import IDS, TEXTS, export, load, logits, powers, rescue
+from rescues import TEXTS, export, load, logits, powers, rescue
 from test_planted_faults import (
-    FAULTS,
     down_proj_output,
     expert_product,
     lm_head_output,
@@ -28,7 +27,10 @@ from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.export import NOTE
 from qwen_precision.generation import Stretch
 from qwen_precision.guardsettings import load_guards
+from qwen_precision.names import name_of
+from qwen_precision.nextcommand import next_rescue
 from qwen_precision.rescued import moved
+from qwen_precision.shadow import Shadow
 
 
 def embedding(model: Any) -> None:
@@ -338,14 +340,16 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    def second_time(*args: Any, **kwargs: Any) -> Any:
-        return interrupted() if args[0].source.startswith(str(tmp_path)) else measure(*args, **kwargs)
+    def probing_the_export(shadow: Any) -> None:
+        interrupted() if str(tmp_path) in str(shadow.store._checkpoint.folder) else run_shadow(shadow)
 
-    measure = deliver.measure
-    for owner, name, instead in ((deliver.Exporter, "write", interrupted), (deliver, "measure", second_time)):
+    run_shadow = Shadow.run
+    for owner, name, instead in (
+        (deliver.Exporter, "write", interrupted), (deliver, "prove", interrupted), (Shadow, "run", probing_the_export)
+    ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, instead)
-            run = rescue("demo", tmp_path / "safe")
+            run = rescue("demo", tmp_path / "safe", keep=True)
         assert run.stopped is not None and run.rescue.exported is None
         assert list(tmp_path.iterdir()) == []
 
@@ -375,6 +379,104 @@ def test_another_family_is_told_that_it_cannot_be_rescaled(tmp_path: Path) -> No
     assert plan.unsupported is not None and "Qwen3" in plan.unsupported and "llama" in plan.unsupported
 
 
+def test_what_is_further_from_fp32_than_bf16_is_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spike(model: Any) -> None:
+        model.model.embed_tokens.weight[PARIS, 5] = 1e10  # so large that the factor leaves nothing of the others
+
+    source = make_checkpoint(tmp_path / "source", edit=spike)
+    exported = rescue(source, tmp_path / "safe").rescue.exported
+    assert exported.identical and not exported.verified and "run it in bf16" in exported.why
+    assert not (tmp_path / "safe").exists()
+    with_one = rescue(source, tmp_path / "safe", dtypes=["fp16"]).rescue.exported
+    assert not with_one.verified and "more than 0.02" in with_one.why
+
+
+def test_a_file_that_was_written_wrongly_is_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_precision.export import Exporter
+
+    pieces = Exporter._pieces
+
+    def wrong(self: Any, name: str, info: Any) -> Any:
+        for piece in pieces(self, name, info):
+            yield memoryview(bytes(len(piece))) if "layers.4.mlp.down_proj" in name else piece
+
+    monkeypatch.setattr(Exporter, "_pieces", wrong)
+    exported = rescue("demo", tmp_path / "safe").rescue.exported
+    assert not exported.verified and not (tmp_path / "safe").exists()
+
+
+def test_what_appears_in_the_target_meanwhile_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_precision import deliver
+
+    note = deliver._write_note
+
+    def appears(*args: Any) -> None:
+        note(*args)
+        (tmp_path / "safe").mkdir()
+        (tmp_path / "safe" / "precious").touch()
+
+    monkeypatch.setattr(deliver, "_write_note", appears)
+    with pytest.raises(UsageError, match="is there already"):
+        rescue("demo", tmp_path / "safe", force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["safe", "precious"]
+
+
+def test_an_earlier_export_survives_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rescue("demo", tmp_path / "safe")
+    (tmp_path / "safe" / "old").touch()
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == tmp_path / "safe" and "partial" in self.name and not self.name.endswith(".old"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(QprecError, match="No space left"):
+        rescue("demo", tmp_path / "safe", force=True)
+    assert (tmp_path / "safe" / "old").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_gate_near_the_limit_stays_where_it_is_and_up_moves(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        expert_product(model)
+        experts = model.model.layers[2].mlp.experts
+        if not hasattr(experts, "gate_up_proj"):
+            pytest.skip("experts are modules of their own: gate and up are not one product")
+        experts.gate_up_proj[:, 0, 3] = -30_000.0 / 8
+
+    run = rescue(make_checkpoint(tmp_path / "source", edit=plant, moe=True), tmp_path / "safe")
+    assert [(each.layer, each.fails) for each in run.rescue.stuck] == [(2, False)]
+    assert [each.layer for each in run.rescue.rescaling.layers] == [1] and run.rescue.exported.verified
+    after = {row.name: row.after for row in moved(run)}
+    rows = judge(run_probe(tmp_path / "safe", TEXTS, dtypes=["fp16"])).headroom["fp16"]
+    measured: dict[str, float] = {}
+    for row in rows:
+        site = run.sites[row.site]
+        measured.setdefault(name_of(site.module, site.op, site.call), row.headroom)
+    name = "gate and up projection of the experts"
+    assert after[name] == pytest.approx(measured[name], rel=1e-2)
+
+
+def test_a_tied_model_whose_files_hold_another_lm_head_is_left_alone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make_checkpoint(tmp_path / "source", tied=True, edit=unseen(residual_add))
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert "another lm_head" in rescue(source, tmp_path / "safe").rescue.unsupported
+
+
+def test_the_next_command_makes_the_same_plan(tmp_path: Path) -> None:
+    run = run_probe("demo", ["a " * 150], rescue_margin=64.0)
+    assert next_rescue(judge(run), "run.json") == (
+        "qprec probe demo --rescue-margin 64.0 --prompts run.json --rescue-to demo-fp16safe"
+    )
+    here = run.model_copy(update={"model": run.model.model_copy(update={"source": "."})})
+    assert str(next_rescue(judge(here), "run.json")).endswith("--rescue-to ../model-fp16safe")
+
+
 # -- generate --------------------------------------------------------------------------------------------------
 
 
@@ -392,8 +494,3 @@ def test_generate_recovers_in_fp16_itself_and_loads_no_second_dtype(monkeypatch:
     assert row.stretches == [Stretch(start=0, dtype="fp16", rescaled=True)]
     assert row.input + row.text == continued(DEMO, torch.float32, row.input).replace("<|im_end|>", "")
     assert judge(run).verdict == {"fp16": "risk"} and run.rescue.rescaling.stream > 0
-
-
-def test_faults_used_here_are_those_of_the_catalogue() -> None:
-    assert {"residual add", "SwiGLU product", "down_proj output", "expert"} <= {*FAULTS, *RESCUABLE}
-    assert IDS.dim() == 2

@@ -7,6 +7,7 @@ from qwen_precision.findings import Report
 from qwen_precision.nextcommand import same_again
 from qwen_precision.precision import Precision, precision
 from qwen_precision.render import rescuewords as words
+from qwen_precision.render import whywords as why
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.pictures import pictures
@@ -48,7 +49,7 @@ def _rescue(report: Report) -> _Rescue | None:
     nothing = plan.rescaling.changes_nothing
     return _Rescue(
         words.headline(plan), list(words.factors(plan)), [] if nothing else moved(report.run)[:_MOST],
-        "" if nothing else words.costs(plan), list(words.stuck(plan)),
+        "" if nothing else words.costs(report, plan), list(words.stuck(plan)),
         list(words.proof(report, plan.exported)) if plan.exported is not None else [],
     )  # fmt: skip
 
@@ -63,6 +64,7 @@ def render_html(view: View) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     engine.globals["not_seen"] = not_seen
+    engine.globals.update(because=why.because, microscope=why.microscope, why=why)
     engine.filters.update(inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room)
     pages = [
         # The SVG is matplotlib's own text, in which every string is drawn as outlines: the one thing not escaped.

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from qwen_precision.compare import Changes
-from qwen_precision.findings import Report
+from qwen_precision.findings import Finding, Report
 from qwen_precision.generation import Generation
 from qwen_precision.parts import in_words, rounded
 from qwen_precision.precision import precision
 from qwen_precision.render.view import View
 from qwen_precision.rescued import moved
+from qwen_precision.surroundings import closeup_of, massive_channels, run_up
 
 SCHEMA = 1
 
@@ -42,10 +43,31 @@ def _report(report: Report) -> dict[str, Any]:
         "verdict": report.verdict,
         "stopped": report.stopped,
         "model": report.run.model.model_dump(),
-        "findings": [asdict(finding) for finding in report.findings],
+        "findings": [_finding(report, finding) for finding in report.findings],
         **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),
+        **_why(report),
         **({"rescue": _rescue(report)} if report.run.rescue is not None else {}),
         **({"generation": _generation(report.run.generation)} if report.run.generation is not None else {}),
+    }
+
+
+def _finding(report: Report, finding: Finding) -> dict[str, Any]:
+    """A finding, with what stands around it in the run."""
+    look = closeup_of(report.run, finding)
+    return {
+        **asdict(finding),
+        "closeup": look.model_dump() if look is not None else None,
+        "run_up": [step._asdict() for step in run_up(report.run, finding)],
+    }
+
+
+def _why(report: Report) -> dict[str, Any]:
+    """Controls, massive activations and triggers, where there are any."""
+    run, channels = report.run, massive_channels(report.run)
+    return {
+        **({"massive": [each._asdict() for each in channels]} if channels else {}),
+        **({"explanation": run.explanation.model_dump()} if run.explanation is not None else {}),
+        **({"sweep": run.sweep.model_dump()} if run.sweep is not None else {}),
     }
 
 

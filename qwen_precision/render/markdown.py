@@ -15,6 +15,7 @@ from qwen_precision.names import name_of
 from qwen_precision.nextcommand import same_again
 from qwen_precision.precision import precision
 from qwen_precision.render import rescuewords as words
+from qwen_precision.render import whywords as why
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.text import count, number, room, safe
@@ -82,6 +83,7 @@ def _sections(report: Report) -> Iterator[_Section]:
         (85, "command", _command),
         (60, "trips", _trips), (70, "environment", _environment), (50, "prompts", _prompts),
         (40, "headroom", _headroom), (45, "choices", _choices), (65, "precision", _precision), (87, "rescue", _rescue),
+        (75, "triggers", _triggers),
     ]  # fmt: skip
     for weight, name, make in findings:
         text = make(report)
@@ -120,13 +122,13 @@ def _findings(report: Report) -> str:
     lines = ["## Findings", ""]
     for position, finding in enumerate(report.findings[:_FINDINGS], 1):
         lines.append(f"{position}. **{finding.severity}**, {finding.dtype}, {_place(finding)}")
-        lines += [f"   - {fact}" for fact in _facts(finding)]
+        lines += [f"   - {fact}" for fact in _facts(report, finding)]
     if len(report.findings) > _FINDINGS:
         lines.append(f"\n… and {len(report.findings) - _FINDINGS} more.")
     return "\n".join(lines)
 
 
-def _facts(finding: Finding) -> Iterator[str]:
+def _facts(report: Report, finding: Finding) -> Iterator[str]:
     if finding.step is None and finding.kind != "advice":
         yield f"where: {escaped(finding.module)}, {escaped(finding.op)}"
     if finding.reference_abs_max is not None:
@@ -140,6 +142,10 @@ def _facts(finding: Finding) -> Iterator[str]:
         later = "later operation" if finding.step is None else "later step"
         yield f"{finding.inf:,} inf, {finding.nan:,} NaN, passed on by {count(finding.propagated, later)}"
     yield f"cause: {escaped(finding.cause, 600)}"
+    if finding.cause_kind is not None:
+        yield f"because: {escaped(why.because(finding))}"
+    yield from (f"evidence: {escaped(line)}" for line in finding.evidence)
+    yield from (f"{key}: {escaped(line)}" for key, line in why.microscope(report, finding))
     yield f"advice: {escaped(finding.advice, 600)}"
 
 
@@ -155,7 +161,20 @@ def _controls(report: Report) -> str:
         what = f"not finite on {bad} of {count(len(mine), 'prompt')}" if bad else (
             f"every operation finite on {count(len(mine), 'prompt')}")  # fmt: skip
         lines.append(f"- {dtype}{' (the reference)' if dtype == REFERENCE else ''}: {what}")
-    return "## Control runs\n\nThe same weights, prompts and attention in each dtype:\n\n" + "\n".join(lines)
+    changed = [f"- {escaped(line)}" for line in why.controls(report)]
+    changed = ["", "A failing row, changed in one way:", "", *changed] if changed else []
+    head = "## Control runs\n\nThe same weights, prompts and attention in each dtype:\n\n"
+    return head + "\n".join([*lines, *changed])
+
+
+def _triggers(report: Report) -> str:
+    """What a sweep found, and massive activations."""
+    sweep = report.run.sweep
+    found = [("Sweep", list(why.triggers(sweep)) if sweep is not None else []),
+             ("Massive activations in fp32", list(why.massive(report)))]  # fmt: skip
+    return "\n\n".join(
+        f"## {title}\n\n" + "\n".join(f"- {escaped(line)}" for line in lines) for title, lines in found if lines
+    )
 
 
 def _command(report: Report) -> str:
@@ -210,11 +229,13 @@ def _prompts(report: Report) -> str:
 def _precision(report: Report) -> str:
     rows = [
         f"| {dtype} | {number(each.layers[-1]) if each.layers and each.layers[-1] is not None else '-'} | "
-        f"{each.agree} of {each.rows} | {number(each.kl)} |"
+        f"{each.agree} of {each.rows} | {number(each.kl)} | {number(each.logprob)} |"
         for dtype, each in precision(report.run).items()
     ]
-    head = "## Precision against fp32\n\n| dtype | relative error after last layer | same top-1 | KL at most |\n"
-    return head + "|---|---|---|---|\n" + "\n".join(rows) if rows else ""
+    head = "## Precision against fp32\n\n| dtype | relative error after last layer | same top-1 | KL at most | "
+    head += "log-probability error |\n|---|---|---|---|---|\n"
+    closer = why.nearer(report)
+    return head + "\n".join([*rows, *(["", escaped(closer)] if closer else [])]) if rows else ""
 
 
 def _rescue(report: Report) -> str:
@@ -230,7 +251,7 @@ def _rescue(report: Report) -> str:
             f"| {escaped(row.name)} | {'-' if row.layer is None else row.layer} | {room(row.before)} | "
             f"{room(row.after)} |" for row in moved(report.run)[:_MOVED]
         ]  # fmt: skip
-        lines += ["", escaped(words.costs(plan), 600)]
+        lines += ["", escaped(words.costs(report, plan), 600)]
     lines += (
         ["", "What no factor moves:", "", *(f"- {escaped(line)}" for line in words.stuck(plan))] if plan.stuck else []
     )

@@ -27,7 +27,7 @@ def rescue_parts(report: Report) -> Iterator[RenderableType]:
     if not plan.rescaling.changes_nothing:
         if report.run.sites:
             yield _headroom(report)
-        yield Text(safe(words.costs(plan), 400), style="dim")
+        yield Text(safe(words.costs(report, plan), 400), style="dim")
     if plan.stuck:
         yield Text("What no factor moves:")
         for line in words.stuck(plan):

@@ -76,18 +76,22 @@ def _ranges(layers: list[int]) -> str:
     return f"layer{'' if len(layers) == 1 else 's'} {words}"
 
 
-def costs(plan: Rescue) -> str:
+def costs(report: Report, plan: Rescue) -> str:
     """How many weights fp16 does not hold exactly, and by how much, in a sentence."""
-    before, after = (sum(getattr(each, key) for each in plan.losses) for key in ("inexact_before", "inexact"))
+    wide = report.run.model.source_dtype in ("F32", "F64")
+    lose = "lose more in fp16 than its own rounding" if wide else "are not exact in fp16"
+    before, after, badly = (
+        sum(getattr(each, key) for each in plan.losses) for key in ("inexact_before", "inexact", "badly")
+    )
     elements = sum(each.elements for each in plan.losses)
     if not after:
-        return f"All {elements:,} weights that take a factor are exact in fp16."
+        return f"Of {elements:,} weights that take a factor, none {lose.replace('are', 'is')}."
     worst = max(plan.losses, key=lambda each: each.error)
     kinds = ", ".join(f"{each.kind} {each.inexact:,}" for each in plan.losses if each.inexact)
     return (
-        f"Of {elements:,} weights that take a factor, {after:,} are not exact in fp16 ({before:,} before): {kinds}; "
-        f"{sum(each.to_zero for each in plan.losses):,} become zero. "
-        f"Relative error at most {number(float(worst.error))} ({worst.kind})."
+        f"Of {elements:,} weights that take a factor, {after:,} {lose} ({before:,} before): {kinds}; "
+        f"{badly:,} change by more than 1 %, {sum(each.to_zero for each in plan.losses):,} become zero. "
+        f"Root mean square error at most {number(float(worst.error))} of the weights' ({worst.kind})."
     )
 
 
@@ -109,8 +113,10 @@ def proof(report: Report, exported: Exported) -> Iterator[tuple[str, str]]:
     state = "verified" if exported.verified else f"NOT verified: {exported.why}"
     kept = "" if exported.kept else "; the folder was removed"
     yield "exported", f"{exported.folder} ({exported.dtype}, {exported.bytes / 1e6:,.1f} MB), {state}{kept}"
-    same = "equal the original's bit for bit" if exported.identical else "DIFFER from the original's"
-    yield "in fp32", f"final hidden states and last logits {same}, at {count(exported.compared, 'token')}"
+    same = "equal to the original's bit for bit" if exported.identical else "NOT the original's"
+    yield "in fp32", (
+        f"before its weights were rounded: final hidden states and last logits {same}, "
+        f"at {count(exported.compared, 'token')}")  # fmt: skip
     first = report.headroom[DTYPE][0] if report.headroom.get(DTYPE) else None
     verdict = report.verdict.get(DTYPE, "not judged").upper()
     before = f"{verdict}, {room(first.headroom)} headroom; " if first is not None else ""

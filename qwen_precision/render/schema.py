@@ -17,6 +17,7 @@ def report_schema() -> dict[str, Any]:
     """For draft 2020-12."""
     finding = _numbers_or_words(TypeAdapter(Finding).json_schema())
     finding.pop("title", None)
+    finding["properties"] |= {"closeup": {"type": ["object", "null"]}, "run_up": {"type": "array"}}
     report = {
         "file": {"type": "string"},
         "verdict": {"type": "object", "additionalProperties": {"enum": list(_VERDICTS)}},
@@ -24,6 +25,9 @@ def report_schema() -> dict[str, Any]:
         "model": {"type": "object"},
         "findings": {"type": "array", "items": {"$ref": "#/$defs/finding"}},
         "precision": {"type": "object"},
+        "massive": {"type": "array"},
+        "explanation": {"type": "object", "required": ["budget", "controls", "left_out", "hashes", "continuations"]},
+        "sweep": {"type": "object", "required": ["kind", "dtype", "tried", "worst"]},
         "rescue": {"type": "object", "required": ["margin", "rescaling", "possible", "stuck", "exported", "headroom"]},
         "generation": {"type": "object"},
     }

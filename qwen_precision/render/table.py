@@ -7,7 +7,6 @@ Only free text folds. All strings of the record are inert (``text.safe``, and ``
 import io
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -18,14 +17,16 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.findings import Finding, Report
 from qwen_precision.generation import Generation
 from qwen_precision.names import name_of, placed
-from qwen_precision.precision import precision
 from qwen_precision.record import Run
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.generation import summary, texts, trips
 from qwen_precision.render.notseen import not_seen
+from qwen_precision.render.precisiontable import precision_parts
 from qwen_precision.render.rescuetable import rescue_parts
-from qwen_precision.render.text import count, number, quoted, room, safe, spark
+from qwen_precision.render.text import count, number, quoted, room, safe
 from qwen_precision.render.view import View
+from qwen_precision.render.whytable import why_parts
+from qwen_precision.render.whywords import because, microscope
 
 _STYLE = {"ok": "green", "risk": "yellow", "fail": "bold red", "incomplete": "yellow"}
 _BAR = 18
@@ -83,18 +84,19 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         mine = [finding for finding in report.findings if finding.dtype == dtype]
         if mine:
             yield Text(f"\nFindings in {dtype}", style="bold")
-            yield from _findings(mine)
+            yield from _findings(report, mine)
     others = [finding for finding in report.findings if finding.dtype not in report.verdict]
     if others:
         yield Text("\nFindings in the reference", style="bold")
-        yield from _findings(others)
+        yield from _findings(report, others)
     if made is not None:
         yield from trips(made)
     for dtype in report.verdict:
         if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
             yield _headroom(report, dtype)
+    yield from why_parts(report)
     yield from rescue_parts(report)
-    yield from _precision(report)
+    yield from precision_parts(report)
     yield from _weights(report)
     for line in not_seen(report):
         yield Text(safe(line, 400), style="dim")
@@ -152,13 +154,13 @@ def _was_watched(made: Generation) -> bool:
     return any(value is not None and value == value for row in made.rows for value in row.top1)
 
 
-def _findings(findings: list[Finding]) -> Iterator[RenderableType]:
+def _findings(report: Report, findings: list[Finding]) -> Iterator[RenderableType]:
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind, finding.name), []).append(finding)
     shown = list(groups.values())[:_GROUPS]
     for number_, group in enumerate(shown, 1):
-        yield _group(number_, group)
+        yield _group(report, number_, group)
     for advice in dict.fromkeys(group[0].advice for group in shown):
         yield Text(f"Do: {safe(advice, 500)}")
     if len(groups) > len(shown):
@@ -166,7 +168,7 @@ def _findings(findings: list[Finding]) -> Iterator[RenderableType]:
         yield Text(f"… and {rest} more findings of {len(groups) - len(shown)} other operations.", style="dim")
 
 
-def _group(position: int, group: list[Finding]) -> RenderableType:
+def _group(report: Report, position: int, group: list[Finding]) -> RenderableType:
     first = group[0]
     style = {"error": "bold red", "warning": "yellow"}.get(first.severity, "dim")
     title = Text(f"{position}. ")
@@ -175,7 +177,7 @@ def _group(position: int, group: list[Finding]) -> RenderableType:
     facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column("key", no_wrap=True, style="dim")
     facts.add_column("value", overflow="fold")
-    for key, value in _facts(first, group):
+    for key, value in (*_facts(first, group), *_why_facts(report, first)):
         facts.add_row(key, Text(value))
     return Group(title, Padding(facts, (0, 0, 0, 3)))
 
@@ -203,6 +205,16 @@ def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
         yield "also", tail + (f" and {len(group) - 4} more" if len(group) > 4 else "")
     if first.severity == "error" or first.step is not None or first.kind == "advice":
         yield "cause", safe(first.cause, 500)
+
+
+def _why_facts(report: Report, first: Finding) -> Iterator[tuple[str, str]]:
+    """The cause by name, what shows it, and the close look."""
+    if first.cause_kind is not None:
+        yield "because", safe(because(first))
+        for line in first.evidence:
+            yield "", safe(line, 300)
+    for key, line in microscope(report, first):
+        yield key, safe(line, 300)
 
 
 def _place(finding: Finding) -> str:
@@ -257,35 +269,6 @@ def _headroom(report: Report, dtype: str) -> RenderableType:
     rest = len(rows) - _ROWS
     more = [Text(f"… and {rest} more layers with more headroom.", style="dim")] if rest > 0 else []
     return Group(title, table, *more)
-
-
-def _precision(report: Report) -> Iterator[RenderableType]:
-    """How far each dtype is from fp32, where it kept its own stream."""
-    found = precision(report.run)
-    if not found:
-        return
-    yield Text("\nPrecision against fp32 (own stream, all prompts)", style="bold")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("dtype", "error after last layer", "grows most in", "same top-1", "KL at most"):
-        table.add_column(name, no_wrap=True)
-    for dtype, each in found.items():
-        table.add_row(
-            dtype, number(each.layers[-1]) if each.layers and each.layers[-1] is not None else "-",
-            _steepest(each.layers), f"{each.agree} of {each.rows}" if each.rows else "-", number(each.kl),
-        )  # fmt: skip
-    yield table
-    for dtype, each in found.items():
-        known = [value for value in each.layers if value]
-        if len(known) > 1:
-            yield Text(f"{dtype}  {spark(each.layers)}  by layer, {number(min(known))} to {number(max(known))}", "dim")
-
-
-def _steepest(layers: list[float | None]) -> str:
-    """The layer in which the error grows by the largest factor."""
-    pairs = [(now / before, layer) for layer, (before, now) in enumerate(pairwise(layers), 1)
-             if before and now]  # fmt: skip
-    factor, layer = max(pairs, default=(0.0, 0))
-    return f"layer {layer} ({factor:.3g}x)" if factor > 1 else "-"
 
 
 def _weights(report: Report) -> Iterator[RenderableType]:

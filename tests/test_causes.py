@@ -1,0 +1,325 @@
+"""A catalogue of faults, one for each cause, planted by construction; beside each a healthy look-alike."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import a_pass, a_run, an_event
+from conftest import DEMO, make_checkpoint
+from safetensors.torch import load_file, save_file
+from test_planted_faults import down_proj_output, one_unit
+from transformers import AutoTokenizer
+from transformers.models.qwen3 import modeling_qwen3
+
+from qwen_precision.causes import CAUSES
+from qwen_precision.checks import judge
+from qwen_precision.config import load_settings
+from qwen_precision.diagnose import diagnose
+from qwen_precision.findings import Finding
+from qwen_precision.prompts import PromptSpec
+from qwen_precision.record import Run
+
+TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
+
+
+def ids_of(text: str) -> list[int]:
+    return list(AutoTokenizer.from_pretrained(DEMO)(text)["input_ids"])
+
+
+def explained(folder: Path | str, prompts: list[PromptSpec] | None = None, **settings: Any) -> Run:
+    specs = prompts or [PromptSpec(name=text[:9], text=text) for text in TEXTS]
+    return diagnose(str(folder), load_settings(None, settings), specs)
+
+
+def first_of(run: Run, dtype: str = "fp16") -> Finding:
+    return next(each for each in judge(run).findings if each.dtype == dtype and each.severity != "info")
+
+
+# -- the faults ------------------------------------------------------------------------------------------------
+
+
+def loud_scores(size: float) -> Callable[[Any], None]:
+    """q and k of layer 1 so large that their product, before it is scaled, leaves fp16's range (or just does not)."""
+
+    def plant(model: Any) -> None:
+        attention = model.model.layers[1].self_attn
+        attention.q_norm.weight.fill_(size)
+        attention.k_norm.weight.fill_(size)
+
+    return plant
+
+
+def loud_token(text: str, size: float) -> Callable[[Any], None]:
+    """One token has a large embedding in a channel, and layer 1 adds as much again: their sum is too much."""
+
+    def plant(model: Any) -> None:
+        (token,) = ids_of(text)
+        model.model.embed_tokens.weight[:, 9] = 0.0
+        model.model.embed_tokens.weight[token, 9] = size
+        one_unit(model, 1, 9, 8.0, 1.0)
+        model.model.layers[1].mlp.down_proj.weight[9, 0] = size / 8
+
+    return plant
+
+
+def enough_of_them(gain: float) -> Callable[[Any], None]:
+    """Attention of layer 1 averages a channel that is +1 everywhere and -1 at the token "Z"; an MLP unit multiplies the
+    average with a channel that only "Z" has. So "Z" is large only after enough other tokens."""
+
+    def plant(model: Any) -> None:
+        (mark,) = ids_of("Z")
+        embed = model.model.embed_tokens.weight
+        embed.zero_()
+        embed[:, 1] = 100.0  # what every norm divides by: sqrt(64) / 100
+        embed[:, 2], embed[mark, 2] = 12.5, -12.5
+        embed[mark, 3] = 12.5
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        block = model.model.layers[1]
+        block.self_attn.q_norm.weight.zero_()  # all scores equal: the plain average
+        block.self_attn.v_proj.weight.zero_()
+        block.self_attn.v_proj.weight[0, 2] = 1.0
+        block.self_attn.o_proj.weight[4, 0] = 12.5
+        for part, channel, size in ((block.mlp.gate_proj, 4, 400.0), (block.mlp.up_proj, 3, gain)):
+            part.weight.zero_()
+            part.weight[0, channel] = size
+
+    return plant
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, and what must be said of it."""
+
+    plant: Callable[[Any], None]
+    healthy: Callable[[Any], None]
+    """The same, less of it: no finding."""
+    layer: int | None
+    name: str
+    evidence: list[str]
+    prompts: list[PromptSpec] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
+
+
+MANY = [PromptSpec(name="long", text="aaaaaaaaaaaaZ"), PromptSpec(name="short", text="aZ")]
+BATCH = [PromptSpec(name="batch", batch=["aaaaaaaaa", "Z"]), PromptSpec(name="plain", text="aaa")]
+TOKEN = [
+    PromptSpec(name="with", text="abcZdef"),
+    PromptSpec(name="first", text="Zabc"),
+    PromptSpec(name="no", text="abcdef"),
+]
+CHAT = [PromptSpec(name="turn", chat="Hello"), PromptSpec(name="no", text="abc")]
+
+CASES = {
+    "out-of-range": Case(down_proj_output, lambda model: None, 1, "down_proj output", ["times fp16's largest number"]),
+    "attention-scores": Case(
+        loud_scores(120.0), loud_scores(20.0), 1, "attention scores", ["clean with sdpa"],
+        settings={"attention": "eager"},
+    ),
+    "masked-rows": Case(
+        loud_token("<|endoftext|>", 40_000.0), loud_token("<|endoftext|>", 10_000.0), 1, "residual add after mlp",
+        ["pad position"], BATCH,
+    ),
+    "trigger-token": Case(
+        loud_token("Z", 40_000.0), loud_token("Z", 10_000.0), 1, "residual add after mlp",
+        ["overflows by itself", "clean: 'no'"], TOKEN,
+    ),
+    "trigger-prompt": Case(
+        loud_token("<|im_start|>", 40_000.0), loud_token("<|im_start|>", 10_000.0), 1, "residual add after mlp",
+        ["without the chat template"], CHAT,
+    ),
+    "length": Case(
+        enough_of_them(1500.0), enough_of_them(100.0), 1, "SwiGLU product", ["the first 12 are clean"], MANY,
+        dtype="float32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("cause", CASES)
+def test_the_cause_the_layer_and_the_operation_are_named_exactly(cause: str, memory: str, tmp_path: Path) -> None:
+    case = CASES[cause]
+    folder = make_checkpoint(tmp_path / "model", edit=case.plant, dtype=case.dtype)
+    finding = first_of(explained(folder, case.prompts, memory=memory, **case.settings))
+    assert (finding.cause_kind, finding.layer, finding.name) == (cause, case.layer, case.name)
+    said = " / ".join(finding.evidence)
+    assert all(line in said for line in case.evidence), said
+    assert finding.advice
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cause", CASES)
+def test_the_healthy_look_alike_gives_no_finding_and_runs_no_control(
+    cause: str, attention: str, tmp_path: Path
+) -> None:
+    case = CASES[cause]
+    folder = make_checkpoint(tmp_path / "model", edit=case.healthy, dtype=case.dtype)
+    told: list[str] = []
+    specs = case.prompts or [PromptSpec(name=text[:9], text=text) for text in TEXTS]
+    run = diagnose(str(folder), load_settings(None, {"attention": attention}), specs, announce=told.append)
+    assert judge(run).findings == [] and run.explanation is None and told == []
+
+
+# -- causes that no edit of a weight makes ---------------------------------------------------------------------
+
+
+def test_a_norm_that_squares_in_fp16_is_absorbed_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The square overflows, its reciprocal root is 0, and the norm gives 0: finite everywhere, and wrong."""
+
+    def narrow(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+
+    def loud(size: float) -> Callable[[Any], None]:
+        def plant(model: Any) -> None:
+            model.model.layers[1].mlp.down_proj.weight[7] = 0.0
+            model.model.embed_tokens.weight[:, 7] = size
+
+        return plant
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", narrow)
+    finding = first_of(explained(make_checkpoint(tmp_path / "bad", edit=loud(1000.0))))
+    assert (finding.cause_kind, finding.layer, finding.name) == ("silent-absorption", 0, "input_layernorm square")
+    assert "the logits are finite, yet wrong" in " ".join(finding.evidence)
+    assert not any(each.severity == "error" for each in judge(explained(
+        make_checkpoint(tmp_path / "ok", edit=loud(50.0)))).findings)  # fmt: skip
+
+
+def test_a_sum_that_is_kept_in_fp16_is_an_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves are added in fp16, as a split reduction on a GPU does it: the parts are too large, the sum is not."""
+
+    @torch.library.custom_op("qpreccause::split_linear", mutates_args=())
+    def split_linear(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        half = states.shape[-1] // 2
+        return states[..., :half] @ weight[:, :half].mT + states[..., half:] @ weight[:, half:].mT
+
+    def through(self: Any, states: torch.Tensor) -> torch.Tensor:
+        product = self.act_fn(self.gate_proj(states)) * self.up_proj(states)
+        return split_linear(product, self.down_proj.weight)
+
+    def plant(model: Any) -> None:
+        down_proj_output(model)
+        mlp = model.model.layers[1].mlp
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight[64] = part.weight[0]
+        mlp.down_proj.weight[9, 64] = -mlp.down_proj.weight[9, 0] * 0.99
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", through)
+    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant)))
+    assert (finding.cause_kind, finding.layer) == ("accumulation", 1) and "split_linear" in finding.name
+    assert "all operands are finite and the reference reaches only" in " ".join(finding.evidence)
+    assert "allow_fp16_reduced_precision_reduction" in finding.advice
+
+
+def broken(folder: Path, name: str, value: float) -> Path:
+    """A checkpoint with one element replaced in its file."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_damage_is_told_with_tensor_count_file_and_hash(tmp_path: Path) -> None:
+    folder = broken(make_checkpoint(tmp_path / "model"), "model.layers.2.mlp.up_proj.weight", float("nan"))
+    finding = first_of(explained(folder))
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert (finding.cause_kind, finding.kind, finding.layer) == ("damaged-weight", "weight-nonfinite", 2)
+    said = " ".join(finding.evidence)
+    assert "up_proj.weight in model.safetensors" in said and "1 NaN" in said and digest in said
+    assert "download" in finding.advice
+
+
+def test_a_weight_that_fp16_cannot_hold_is_told_with_tensor_and_size(tmp_path: Path) -> None:
+    folder = make_checkpoint(
+        tmp_path / "model", edit=lambda m: m.model.layers[2].self_attn.q_norm.weight.fill_(70_000.0)
+    )
+    finding = first_of(explained(folder))
+    assert (finding.cause_kind, finding.layer, finding.name) == ("weight-range", 2, "q_norm weight")
+    assert "largest 70144" in " ".join(finding.evidence)
+
+
+def test_what_is_not_finite_in_fp32_is_dead_there_too(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        one_unit(model, 1, 3, 1e30, 1e30)
+        model.model.embed_tokens.weight[:, 3] = 100.0
+
+    run = explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"))
+    finding = first_of(run, "fp32")
+    assert (finding.cause_kind, finding.layer, finding.name) == ("dead-in-fp32", 1, "SwiGLU product")
+    assert judge(run).verdict == {"fp16": "fail", "bf16": "fail", "fp32": "fail"}
+
+
+def test_precision_is_told_from_range(tmp_path: Path) -> None:
+    """Two large channels carry the answer in their difference: bf16 rounds it away, fp32 does not."""
+
+    def plant(common: float) -> Callable[[Any], None]:
+        def edit(model: Any) -> None:
+            generator = torch.Generator().manual_seed(1)
+            signal = torch.randn(len(model.model.embed_tokens.weight), generator=generator)
+            embed = model.model.embed_tokens.weight
+            embed *= 0.01
+            embed[:, 0], embed[:, 1] = common + signal, common
+            model.lm_head.weight[:, 0] = torch.randn(len(embed), generator=generator) * common
+            model.lm_head.weight[:, 1] = -model.lm_head.weight[:, 0]
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+
+        return edit
+
+    run = explained(make_checkpoint(tmp_path / "bad", edit=plant(1000.0), dtype="float32"), dtypes=["bf16"])
+    finding = first_of(run, "bf16")
+    assert (finding.kind, finding.cause_kind, finding.severity) == ("divergence", "precision", "warning")
+    assert judge(run).verdict == {"bf16": "risk"} and "KL divergence" in finding.evidence[0]
+    assert judge(explained(make_checkpoint(tmp_path / "ok", edit=plant(1.0), dtype="float32"))).findings == []
+
+
+def test_every_cause_of_the_table_has_a_fault_here() -> None:
+    text = Path(__file__).read_text()
+    assert all(f'"{cause}"' in text for cause in CAUSES)
+
+
+# -- controls --------------------------------------------------------------------------------------------------
+
+
+def test_controls_keep_to_their_budget_and_are_announced_before_they_run(tmp_path: Path) -> None:
+    case = CASES["trigger-token"]
+    folder = make_checkpoint(tmp_path / "model", edit=case.plant)
+    for budget in (0, 1, 3):
+        told: list[str] = []
+        run = diagnose(str(folder), load_settings(None, {"budget": budget}), TOKEN, announce=told.append)
+        assert run.explanation is not None
+        assert len(run.explanation.controls) == min(budget, 4) and len(told) == (budget > 0)
+        assert all(f"beyond --budget {budget}" in line for line in run.explanation.left_out)
+        assert len(run.explanation.controls) + len(run.explanation.left_out) == 5
+    assert diagnose(str(folder), load_settings(None, {"explain": False}), TOKEN).explanation is None
+
+
+def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_precision.shadow import Shadow
+
+    case = CASES["trigger-token"]
+    folder = make_checkpoint(tmp_path / "model", edit=case.plant)
+    runs: list[int] = []
+    run_shadow = Shadow.run
+    monkeypatch.setattr(Shadow, "run", lambda self: (runs.append(len(self.prompts)), run_shadow(self))[1])
+    explained(folder, TOKEN, memory="streamed")
+    assert runs == [3, 5]
+
+
+def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
+    from qwen_precision.evidence import Control, Explanation
+
+    control = Control(what="row alone", dtype="fp16", prompt="plain", row=0, tokens=2, clean=True,
+                      detail="the same row without the batch and its padding")  # fmt: skip
+    made = Explanation(budget=8, controls=[control], left_out=[], hashes={}, continuations=[])
+    fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])
+    run = a_run([a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0]), fp16], explanation=made)
+    finding = first_of(run)
+    assert finding.cause_kind == "masked-rows" and "the row is clean" in " ".join(finding.evidence)

@@ -1,0 +1,219 @@
+"""The close look, the run-up, massive activations, sweeps, what is measured of precision: against second sources."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_checkpoint, run_probe
+from rescues import load
+from test_causes import TEXTS, enough_of_them, explained, first_of, ids_of, loud_token
+from test_planted_faults import down_proj_output, expert_product
+
+from qwen_precision.config import load_settings
+from qwen_precision.diagnose import diagnose
+from qwen_precision.precision import precision
+from qwen_precision.prompts import PromptSpec
+from qwen_precision.surroundings import closeup_of, massive_channels, run_up
+
+# -- microscope and blame --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_the_microscope_shows_operands_and_the_line_of_code(memory: str, tmp_path: Path) -> None:
+    run = run_probe(make_checkpoint(tmp_path / "model", edit=down_proj_output), TEXTS, memory=memory)
+    finding = first_of(run)
+    look = closeup_of(run, finding)
+    assert look is not None and look.source is not None
+    assert look.source.file == "transformers/models/qwen3/modeling_qwen3.py" and "self.down_proj(" in look.source.text
+    assert [(each.role, each.dtype, each.bad > 0) for each in look.operands] == [
+        ("input", "fp16", False), ("weight", "fp16", False), ("output", "fp16", True)
+    ]  # fmt: skip
+    weight = load(tmp_path / "model", torch.float16).model.layers[1].mlp.down_proj.weight.detach()
+    assert look.operands[1].shape == list(weight.shape) and look.operands[1].high == float(weight.max())
+
+
+def test_the_extreme_is_traced_to_the_input_channel_and_the_weight_that_make_it(tmp_path: Path) -> None:
+    run = run_probe(make_checkpoint(tmp_path / "model", edit=down_proj_output), TEXTS)
+    look = closeup_of(run, first_of(run))
+    assert look is not None
+    first = look.contributions[0]
+    assert (first.channel, first.weight) == (0, 2000.0) and first.share == pytest.approx(1.0, abs=1e-3)
+    assert first.value * 2000 > 65504
+
+
+def test_an_expert_s_operation_has_its_close_look_too(tmp_path: Path) -> None:
+    run = run_probe(make_checkpoint(tmp_path / "model", edit=expert_product, moe=True), TEXTS)
+    finding = first_of(run)
+    look = closeup_of(run, finding)
+    assert finding.expert == 5 and look is not None and look.source is not None
+    assert "moe" in look.source.file and look.operands[-1].bad > 0
+
+
+def test_the_run_up_names_what_came_before_with_its_magnitudes(tmp_path: Path) -> None:
+    run = run_probe(make_checkpoint(tmp_path / "model", edit=down_proj_output), TEXTS)
+    steps = run_up(run, first_of(run))
+    assert [step.name for step in steps] == ["gate_proj output", "SiLU of the gate", "up_proj output", "SwiGLU product"]
+    assert all(step.value == pytest.approx(step.reference, rel=1e-2) for step in steps)
+
+
+def test_massive_activations_are_listed_by_channel_and_healthy_models_have_none(healthy: Path, tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        loud_token("Z", 3000.0)(model)
+        model.model.embed_tokens.weight *= 0.1
+
+    specs = [PromptSpec(name="z", text="abcZ"), PromptSpec(name="no", text="abc")]
+    run = explained(make_checkpoint(tmp_path / "model", edit=plant), specs)
+    (channel,) = massive_channels(run)
+    assert (channel.channel, channel.last, channel.tokens) == (9, 2, ["Z"])
+    assert all(each.massive == [] for each in run_probe(healthy, TEXTS).passes)
+
+
+# -- precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_log_probability_error_is_that_of_plain_transformers(dtype: str, memory: str, healthy: Path) -> None:
+    run = run_probe(healthy, TEXTS[:1], memory=memory)
+    ids = torch.tensor([ids_of(TEXTS[0])])
+
+    def chosen(name: torch.dtype) -> torch.Tensor:
+        with torch.inference_mode():
+            wide = load(healthy, name)(ids).logits.float().log_softmax(-1)
+        return wide[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].double()
+
+    wanted = (
+        (chosen(torch.bfloat16 if dtype == "bf16" else torch.float16) - chosen(torch.float32)).square().mean().sqrt()
+    )
+    (value,) = next(each for each in run.passes if each.dtype == dtype).logprob_error
+    assert value == pytest.approx(float(wanted), rel=0.02)
+
+
+def test_local_error_is_that_of_each_layer_on_the_reference_s_input(healthy: Path) -> None:
+    run = run_probe(healthy, TEXTS[:1], explain=True, dtypes=["bf16"])
+    wide, narrow = load(healthy, torch.float32), load(healthy, torch.bfloat16)
+    ids = torch.tensor([ids_of(TEXTS[0])])
+    seen: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(wide.model.layers):
+        layer.register_forward_pre_hook(lambda m, a, n=number: seen.__setitem__(n, a[0]))
+    outs: dict[tuple[str, int], torch.Tensor] = {}
+    for number, (one, other) in enumerate(zip(wide.model.layers, narrow.model.layers, strict=True)):
+        one.register_forward_hook(lambda m, a, out, n=number: outs.__setitem__(("fp32", n), out))
+        other.register_forward_pre_hook(lambda m, a, n=number: (seen[n].bfloat16(), *a[1:]))
+        other.register_forward_hook(lambda m, a, out, n=number: outs.__setitem__(("bf16", n), out))
+    with torch.inference_mode():
+        wide(ids)
+        narrow(ids)
+    mine = next(each for each in run.passes if each.dtype == "bf16")
+    for number, value in enumerate(mine.local_error):
+        ours, wanted = outs["bf16", number].double(), outs["fp32", number].double()
+        assert value == pytest.approx(float((ours - wanted).norm() / wanted.norm()), rel=1e-3)
+    assert len(mine.local_error) == 3 and mine.local_error[-1] < mine.layer_error[-1]
+    assert run_probe(healthy, TEXTS[:1]).passes[1].local_error == []
+
+
+def test_a_healthy_run_asked_to_explain_compares_greedy_continuations(healthy: Path) -> None:
+    run = explained(healthy, explain=True)
+    assert run.explanation is not None and run.explanation.controls == []
+    assert {(each.dtype, each.prompt) for each in run.explanation.continuations} == {
+        (dtype, text[:9]) for dtype in ("fp16", "bf16") for text in TEXTS
+    }
+    one = next(each for each in run.explanation.continuations if each.dtype == "bf16" and each.prompt == TEXTS[0][:9])
+    ids = torch.tensor([ids_of(TEXTS[0])])
+    texts = [load(healthy, dtype).generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+             for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
+    differs = (texts[0] != texts[1]).nonzero()
+    assert one.first_difference == (int(differs[0]) if len(differs) else None)
+    assert precision(run)["fp16"].local and "need all weights in memory" in str(
+        explained(healthy, explain=True, memory="streamed").explanation
+    )
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------------
+
+
+def swept(
+    folder: Path | str, prompts: list[PromptSpec] | None = None, state: Path | None = None, **settings: Any
+) -> Any:
+    specs = prompts or [PromptSpec(name="plain", text="abc")]
+    return diagnose(str(folder), load_settings(None, {"explain": False, **settings}), specs, sweep_file=state)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_sweep_over_first_tokens_finds_the_planted_one_and_confirms_it(memory: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=loud_token("Z", 40_000.0))
+    found = swept(folder, sweep="first-token", memory=memory).sweep
+    assert (found.tried, found.total, found.over, found.layers) == (512, 512, 1, 2)
+    worst, second = found.worst[:2]
+    assert (worst.text, worst.layer, worst.channel, worst.fails) == ("Z", 1, 9, True)
+    assert worst.magnitude == pytest.approx(80_000, rel=0.02) and second.fails is False
+    model = load(folder, torch.float32)
+    with torch.inference_mode():
+        states = model(torch.arange(512)[:, None], output_hidden_states=True).hidden_states[2]
+    wanted = states.abs().flatten(1).max(dim=1).values
+    order = wanted.argsort(descending=True)[: len(found.worst)].tolist()
+    assert [each.id for each in found.worst] == order
+    assert [each.magnitude for each in found.worst] == pytest.approx(wanted[order].tolist(), rel=1e-4)
+
+
+def test_a_limited_sweep_is_spread_over_the_vocabulary_and_texts_may_be_given(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=loud_token("Z", 40_000.0))
+    found = swept(folder, sweep="first-token", sweep_limit=64).sweep
+    assert found.tried == 64 and all(each.id % 8 == 0 for each in found.worst)
+    (tmp_path / "texts.txt").write_text("abcdef\nab Z c\n\nhello\n")
+    found = swept(folder, sweep="first-token", sweep_texts=str(tmp_path / "texts.txt")).sweep
+    assert (found.tried, found.over) == (3, 1)
+    assert (found.worst[0].text, found.worst[0].fails) == ("ab Z c", True)
+
+
+def test_a_sweep_that_is_interrupted_is_taken_up_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_precision import sweep
+
+    folder, state = make_checkpoint(tmp_path / "model", edit=loud_token("Z", 40_000.0)), tmp_path / "run.json.sweep"
+    whole = swept(folder, sweep="first-token").sweep
+    monkeypatch.setattr(sweep, "AT_ONCE", 128)
+    peaks, calls = sweep.Walker.peaks, []
+
+    def third_time(self: Any, ids: torch.Tensor, layers: int) -> Any:
+        calls.append(len(ids))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return peaks(self, ids, layers)
+
+    monkeypatch.setattr(sweep.Walker, "peaks", third_time)
+    run = swept(folder, state=state, sweep="first-token")
+    assert run.sweep is None and "interrupted" in run.stopped
+    assert json.loads(state.read_text())["done"] == 256
+    again = swept(folder, state=state, sweep="first-token").sweep
+    assert sum(calls) == 128 * 5 and not state.exists()
+    assert (again.over, [each.id for each in again.worst]) == (whole.over, [each.id for each in whole.worst])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"key": "other"}', '{"key": 1, "done": "x"}'])
+def test_a_state_that_is_not_one_is_ignored(text: str, tmp_path: Path, healthy: Path) -> None:
+    state = tmp_path / "run.json.sweep"
+    state.write_text(text)
+    assert swept(healthy, state=state, sweep="first-token").sweep.tried == 512
+
+
+def test_a_sweep_over_lengths_finds_the_shortest_prefix_that_fails(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=enough_of_them(1500.0), dtype="float32")
+    text = "aaaaaaaaaaaaZaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+    found = swept(folder, [PromptSpec(name="long", text=text)], sweep="length").sweep
+    assert (found.shortest_failing, found.longest_clean, found.prompt) == (13, 12, "long")
+    assert found.tried < 20 < len(ids_of(text))
+
+
+def test_a_length_sweep_of_what_does_not_fail_says_so(healthy: Path) -> None:
+    run = swept(healthy, sweep="length")
+    assert run.sweep is None and any("no prompt fails" in each.reason for each in run.choices)
+
+
+def test_the_demo_is_swept_by_its_own_tokenizer() -> None:
+    found = swept("demo", sweep="first-token").sweep
+    assert (found.total, found.layers) == (512, 4) and found.over > 10
+    assert all(each.channel == 42 and each.fails is not False for each in found.worst)
