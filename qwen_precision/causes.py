@@ -74,10 +74,11 @@ def cause_of(facts: Facts, each: Pass, event: Event) -> Cause:
 
 
 def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
-    """Controls of this very row, by what was changed."""
+    """Controls of this very row (and token, where they are about one), by what was changed."""
     name, row = run.prompts[each.prompt].name, event.row or 0
     made = run.explanation.controls if run.explanation is not None else []
-    return {c.what: c for c in made if (c.dtype, c.prompt, c.row) == (each.dtype, name, row)}
+    mine = [c for c in made if (c.dtype, c.prompt, c.row) == (each.dtype, name, row)]
+    return {c.what: c for c in mine if c.position in (None, event.position)}
 
 
 def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_padding: bool, reference: bool) -> str:

@@ -25,6 +25,8 @@ class Planned(NamedTuple):
     row: int
     ids: tuple[int, ...]
     detail: str
+    position: int | None = None
+    """Token position in the padded row that it is about, or None."""
     attention: str | None = None
     """An implementation other than that of the failing run."""
 
@@ -71,7 +73,8 @@ def _of(run: Run, finding: Finding, prompt: Prompt) -> Iterator[Planned]:
     row = prompt.rows[number]
 
     def control(what: ControlKind, ids: list[int], detail: str, attention: str | None = None) -> Planned:
-        return Planned(what, finding.dtype, prompt.name, number, tuple(ids), detail, attention)
+        place = None if attention or what == "row alone" else int((finding.token or {}).get("position") or 0)
+        return Planned(what, finding.dtype, prompt.name, number, tuple(ids), detail, place, attention)
 
     site = next((s for s in run.sites if s.module == finding.module and s.op == finding.op), None)
     eager = any(is_scores(s.module, s.op, s.call) for s in run.sites)

@@ -78,6 +78,8 @@ class Control(Part):
     row: Count
     tokens: Count
     """How many the control had."""
+    position: int | None
+    """Token position in the padded row that it is about; null where it is about the whole row."""
     clean: bool
     """Whether every operation was finite."""
     detail: str

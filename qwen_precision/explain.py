@@ -113,7 +113,7 @@ def _run_controls(job: Job, controls: Sequence[Planned], left_out: list[str], pr
                 left_out.append(f"{dtype}: {each.what}: {run.stopped}")
                 continue
             done.append(Control(what=each.what, dtype=dtype, prompt=each.prompt, row=each.row, tokens=len(each.ids),
-                                clean=clean[number], detail=each.detail))  # fmt: skip
+                                position=each.position, clean=clean[number], detail=each.detail))  # fmt: skip
     return done
 
 

@@ -81,7 +81,6 @@ def generate(
             holding all that was generated before.
     """
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.perf_counter()
     job = _prepare(source, settings, guards, specs, revision, probe_run)
     rescaler = Rescaler(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -115,6 +116,7 @@ class Models:
 
     def _load(self, dtype: str) -> nn.Module:
         folder = self._checkpoint.folder
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, DTYPES[dtype].torch_name), use_safetensors=True, local_files_only=True,

@@ -139,10 +139,10 @@ def explained_run() -> Run:
         source=Source(file="transformers/models/qwen3/modeling_qwen3.py", line=81, text="down = self.down_proj(x)"),
         contributions=[Contribution(channel=7, value=12.5, weight=1800.0, share=0.93)],
     )  # fmt: skip
-    controls = [Control(what="token alone", dtype="fp16", prompt="plain", row=0, tokens=1, clean=False,
-                        detail="token 0 ('Hello') alone"),
-                Control(what="without the first token", dtype="fp16", prompt="plain", row=0, tokens=1, clean=True,
-                        detail="the row without token 0 ('Hello')")]  # fmt: skip
+    controls = [Control(what="token alone", dtype="fp16", prompt="plain", row=0, tokens=1, position=None,
+                        clean=False, detail="token 0 ('Hello') alone"),
+                Control(what="without the first token", dtype="fp16", prompt="plain", row=0, tokens=1,
+                        position=None, clean=True, detail="the row without token 0 ('Hello')")]  # fmt: skip
     made = Explanation(budget=2, controls=controls, left_out=["fp16: other template: beyond --budget 2"], hashes={},
                        continuations=[Continued(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
                        )  # fmt: skip
@@ -299,7 +299,7 @@ def hostile_run(text: str) -> Run:
         source=Source(file=text, line=1, text=text), contributions=[],
     )  # fmt: skip
     passes = [run.passes[0], run.passes[1].model_copy(update={"events": [an_event(0, closeup=look), an_event(1)]})]
-    control = Control(what="sdpa", dtype=text, prompt=text, row=0, tokens=1, clean=True, detail=text)
+    control = Control(what="sdpa", dtype=text, prompt=text, row=0, tokens=1, position=None, clean=True, detail=text)
     made = Explanation(budget=1, controls=[control], left_out=[text], hashes={text: text}, continuations=[
         Continued(dtype=text, prompt=text, tokens=1, first_difference=None)])  # fmt: skip
     sweep = Sweep(kind="length", dtype=text, tried=1, total=1, layers=1, over=0, prompt=text, shortest_failing=1,

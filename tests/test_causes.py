@@ -316,7 +316,7 @@ def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, mon
 def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
     from qwen_precision.evidence import Control, Explanation
 
-    control = Control(what="row alone", dtype="fp16", prompt="plain", row=0, tokens=2, clean=True,
+    control = Control(what="row alone", dtype="fp16", prompt="plain", row=0, tokens=2, position=None, clean=True,
                       detail="the same row without the batch and its padding")  # fmt: skip
     made = Explanation(budget=8, controls=[control], left_out=[], hashes={}, continuations=[])
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])

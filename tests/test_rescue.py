@@ -142,7 +142,8 @@ def test_the_demo_is_rescued_and_nearer_to_fp32_than_a_quarter_of_bf16(memory: s
 def continued(folder: Path, dtype: torch.dtype, text: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load(folder, dtype)
-    out = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=24, do_sample=False)
+    given = tokenizer(text, return_tensors="pt")
+    out = model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=24, do_sample=False)
     return str(tokenizer.decode(out[0]))
 
 

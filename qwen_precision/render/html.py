@@ -11,12 +11,14 @@ from qwen_precision.render import whywords as why
 from qwen_precision.render.changes import change_lines
 from qwen_precision.render.notseen import not_seen
 from qwen_precision.render.pictures import pictures
-from qwen_precision.render.text import number, room, safe
+from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.rescued import Moved, moved
 
 _MOST = 60
 """Findings, trips and prompts shown of each; the rest is counted."""
+_MOVED = 12
+"""Operations whose headroom before and after a rescue is shown."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def _rescue(report: Report) -> _Rescue | None:
         return None
     nothing = plan.rescaling.changes_nothing
     return _Rescue(
-        words.headline(plan), list(words.factors(plan)), [] if nothing else moved(report.run)[:_MOST],
+        words.headline(plan), list(words.factors(plan)), [] if nothing else moved(report.run)[:_MOVED],
         "" if nothing else words.costs(report, plan), list(words.stuck(plan)),
         list(words.proof(report, plan.exported)) if plan.exported is not None else [],
     )  # fmt: skip
@@ -65,7 +67,9 @@ def render_html(view: View) -> str:
     )  # fmt: skip
     engine.globals["not_seen"] = not_seen
     engine.globals.update(because=why.because, microscope=why.microscope, why=why)
-    engine.filters.update(inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room)
+    engine.filters.update(
+        inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room, count=count
+    )
     pages = [
         # The SVG is matplotlib's own text, in which every string is drawn as outlines: the one thing not escaped.
         _Page(
