@@ -9,7 +9,8 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.evidence import Control
 from qwen_precision.facts import Facts, token_of
 from qwen_precision.names import name_of
-from qwen_precision.record import Event, Pass, Run, Site, Weight
+from qwen_precision.record import Event, Pass, Run, Site
+from qwen_precision.weightfacts import Weight
 
 CAUSES: dict[str, str] = {
     "dead-in-fp32": "the reference itself is not finite",
@@ -19,11 +20,12 @@ CAUSES: dict[str, str] = {
     "attention-scores": "scores of eager attention; sdpa is clean",
     "accumulation": "operands and reference in range, yet not finite: a sum left the range half-way",
     "silent-absorption": "an inner operation overflowed, and the output is finite and wrong",
-    "length": "every token of it is harmless alone; so many together are not",
-    "trigger-token": "one token overflows wherever it stands first, or alone",
-    "trigger-prompt": "only with, or only without, the chat template",
-    "out-of-range": "an activation is larger than the dtype's largest number",
+    "length": "the token is harmless after a few others, and not after so many, whatever they are",
+    "trigger-token": "a token overflows alone, and without it the row is clean",
+    "trigger-prompt": "this text: only with (or without) the chat template, or only these tokens together",
+    "out-of-range": "an activation is larger than the dtype's largest number, whatever the token",
     "precision": "finite everywhere, but too far from fp32",
+    "not-told": "nothing that was measured or run tells which",
 }
 """What a failure can come from, in the order in which it is asked, and what shows it."""
 
@@ -61,7 +63,7 @@ def cause_of(facts: Facts, each: Pass, event: Event) -> Cause:
     what, limit = name_of(site.module, site.op, site.call), facts.limit(each.dtype, event.site)
     case = _Case(facts, each, event, site, what, magnitude, limit, _controls(facts.run, each, event))
     evidence = _measured(case)
-    kind, advice = "out-of-range", ""
+    kind, advice = "out-of-range" if magnitude is not None else "not-told", ""
     for rule in _RULES:
         found = rule(case)
         if found is not None:
@@ -84,15 +86,17 @@ def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
 def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_padding: bool, reference: bool) -> str:
     """What happened, in one sentence."""
     padding = " Only pad positions are affected." if in_padding else ""
+    many = what.endswith("s") and not what.endswith("ss")  # attention scores, logits
+    reach, are, leave = ("reach", "are", "yet are") if many else ("reaches", "is", "yet is")
     if dtype == REFERENCE:
-        return f"The {what} is not finite even in fp32, from finite inputs.{padding}"
+        return f"The {what} {are} not finite even in fp32, from finite inputs.{padding}"
     if magnitude is None:
         why = "the reference is not finite here either" if reference else "there is no reference to tell how far"
         return f"The {what} left the range of {dtype} ({limit:.6g}) from finite inputs; {why}.{padding}"
     if magnitude > limit:
-        return f"The {what} reaches {magnitude:.6g} in fp32; {dtype} ends at {limit:.6g}.{padding}"
+        return f"The {what} {reach} {magnitude:.6g} in fp32; {dtype} ends at {limit:.6g}.{padding}"
     return (
-        f"The {what} reaches only {magnitude:.6g} in fp32, within {dtype}'s range of {limit:.6g}, yet is not finite: "
+        f"The {what} {reach} only {magnitude:.6g} in fp32, within {dtype}'s range of {limit:.6g}, {leave} not finite: "
         f"the accumulation or an intermediate value left the range.{padding}"
     )
 
@@ -169,54 +173,94 @@ def _scores(case: _Case) -> _Found:
 
 
 def _accumulation(case: _Case) -> _Found:
-    if case.magnitude is None or case.magnitude > case.limit:
+    if case.magnitude is None or case.magnitude > case.limit or _clamped_before(case):
         return None
-    return (
-        "accumulation",
-        f"all operands are finite and the reference reaches only {case.magnitude:.6g}",
-        "On CUDA set torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False; "
-        f"else keep this operation out of {case.each.dtype}.",
-    )
+    full, dtype = case.controls.get("full reduction"), case.each.dtype
+    why = f"all operands are finite and the reference reaches only {case.magnitude:.6g}"
+    if full is not None and full.clean:
+        return "accumulation", f"{why}; without reduced-precision reductions it is clean", (
+            "Set torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False.")  # fmt: skip
+    return "accumulation", why, f"Keep this operation out of {dtype}, or let it add up in fp32."
+
+
+def _clamped_before(case: _Case) -> bool:
+    """Whether the row ran on hidden states that had to be clamped: then the reference says nothing about it."""
+    row = case.event.row or 0
+    return any(seed.clamped and row in seed.rows for seed in case.each.reseeded)
 
 
 def _absorbed(case: _Case) -> _Found:
-    row = case.event.row or 0
-    top1 = case.each.top1
-    replaced = any(row in seed.rows for seed in case.each.reseeded)
-    if replaced or row >= len(top1) or top1[row] is None:
+    row, each = case.event.row or 0, case.each
+    if row >= len(each.top1) or each.top1[row] is None or any(row in seed.rows for seed in each.reseeded):
         return None
-    reference = case.facts.by_key.get((REFERENCE, case.each.prompt))
-    same = reference is not None and row < len(reference.top1) and reference.top1[row] == top1[row]
-    wrong = "the next token happens to be fp32's" if same else "the next token is not fp32's"
-    usual = advice_for(case.facts.run, case.each.dtype, case.magnitude, case.limit)
-    return "silent-absorption", f"nothing after it is bad and the logits are finite, yet wrong; {wrong}", (
+    if any(_reaches_the_stream(case, event) for event in each.events):
+        return None
+    reference = case.facts.by_key.get((REFERENCE, each.prompt))
+    other = reference is not None and row < len(reference.top1) and reference.top1[row] != each.top1[row]
+    kl = each.kl[row] if row < len(each.kl) else None
+    if not other and (kl is None or kl < _WRONG):
+        return None
+    how = f"KL divergence {kl:.3g} nats" if kl is not None else "another next token than fp32's"
+    usual = advice_for(case.facts.run, each.dtype, case.magnitude, case.limit)
+    return "silent-absorption", f"no hidden state after it is bad, and the logits are finite and wrong: {how}", (
         f"No NaN will ever show this. {usual}")  # fmt: skip
 
 
+_WRONG = 0.01
+"""Nats of KL divergence from fp32 above which finite logits are wrong; rounding alone gives some 0.001."""
+
+
+def _reaches_the_stream(case: _Case, event: Event) -> bool:
+    """Whether something bad came after this event in the residual stream itself, or in the logits."""
+    site = case.facts.run.sites[event.site]
+    residual = site.op == "add" and site.module.rpartition(".")[2].isdigit()
+    return (
+        bool(event.nan or event.inf) and event.step >= case.event.step and (residual or site.module.endswith("lm_head"))
+    )
+
+
 def _length(case: _Case) -> _Found:
-    few, before = case.controls.get("token after the first"), case.controls.get("before the token")
-    alone, enough = case.controls.get("token alone"), case.controls.get("up to the token")
-    harmless = all(control is not None and control.clean for control in (few, before, alone))
-    if not harmless or (enough is not None and enough.clean):
+    few, alone, place = case.controls.get("token after the first"), case.controls.get("token alone"), _place(case)
+    if place is None or few is None or alone is None or not (few.clean and alone.clean):
         return None
-    row = case.facts.run.prompts[case.each.prompt].rows[case.event.row or 0]
-    clean = (case.event.position or 0) - row.padding
-    why = f"the first {clean + 1} tokens fail, the first {clean} are clean, and so is the last of them alone"
+    ids, many = _row_ids(case), case.controls.get("as many first tokens")
+    same = [ids[0]] * place == ids[:place]  # then that control was the row itself
+    if (many is None and not same) or (many is not None and many.clean):
+        return None
+    why = f"the token is clean alone and after one other, and fails after {place} times the first token"
     return "length", why, f"Find the length with --sweep length. {_usual(case)}"
 
 
 def _token(case: _Case) -> _Found:
-    alone, few = case.controls.get("token alone"), case.controls.get("token after the first")
-    rest = case.controls.get("without the first token") or case.controls.get("before the token")
-    fails = [control for control in (alone, few) if control is not None and not control.clean]
-    token = token_of(case.facts.run, case.each, case.event)
-    # A prompt of one token has no rest to compare with: then other prompts must be clean.
-    rest_clean = rest.clean if rest is not None else bool(_by_outcome(case.facts, case.each.dtype)[1])
-    single = alone is None and token is not None and len(_row_ids(case)) == 1
-    if not rest_clean or not (fails or single) or token is None:
+    token, alone, rest = (
+        token_of(case.facts.run, case.each, case.event), case.controls.get("token alone"),
+        case.controls.get("without the token"),
+    )  # fmt: skip
+    if token is None or token["padding"]:
         return None
-    why = f"token {token['id']} ({token['text']!r}) overflows by itself, and without it the row is clean"
-    return "trigger-token", why, f"Find others like it with --sweep first-token. {_usual(case)}"
+    single = len(_row_ids(case)) == 1
+    others = _by_outcome(case.facts, case.each.dtype)[1]
+    if not single and (alone is None or alone.clean):
+        return None
+    if rest is not None:
+        if not rest.clean:
+            return None
+        why = "without it the row is clean"
+    elif len(set(_row_ids(case))) == 1 and others:
+        why = f"prompts without it are clean ({_listed(others)})"
+    else:
+        return None
+    shown = f"token {token['id']}" + (f" ({token['text']!r})" if token["text"] else "")
+    return "trigger-token", f"{shown} overflows by itself, and {why}", (
+        f"Find others like it with --sweep first-token. {_usual(case)}")  # fmt: skip
+
+
+def _place(case: _Case) -> int | None:
+    """The token's index in the row's ids; None at padding."""
+    if case.event.position is None:
+        return None
+    place = case.event.position - case.facts.run.prompts[case.each.prompt].rows[case.event.row or 0].padding
+    return place if 0 < place < len(_row_ids(case)) else None
 
 
 def _row_ids(case: _Case) -> list[int]:
@@ -224,10 +268,18 @@ def _row_ids(case: _Case) -> list[int]:
 
 
 def _template(case: _Case) -> _Found:
-    other = case.controls.get("other template")
-    if other is None or not other.clean:
-        return None
-    return "trigger-prompt", f"{other.detail} is clean", _usual(case)
+    """A failing chat turn whose text is clean: what fails is of the template's making, token or not."""
+    other = case.controls.get("without the template")
+    return ("trigger-prompt", f"{other.detail} is clean", _usual(case)) if other is not None and other.clean else None
+
+
+def _together(case: _Case) -> _Found:
+    other, alone = case.controls.get("with the template"), case.controls.get("token alone")
+    many = case.controls.get("as many first tokens")
+    if alone is not None and alone.clean and many is not None and many.clean:
+        why = "the token is clean alone, and after as many others: it takes what stands before it"
+        return "trigger-prompt", why, _usual(case)
+    return ("trigger-prompt", f"{other.detail} is clean", _usual(case)) if other is not None and other.clean else None
 
 
 def _usual(case: _Case) -> str:
@@ -235,7 +287,7 @@ def _usual(case: _Case) -> str:
 
 
 _RULES: tuple[Callable[[_Case], _Found], ...] = (
-    _dead, _masked, _scores, _accumulation, _absorbed, _length, _token, _template,
+    _dead, _masked, _scores, _accumulation, _absorbed, _template, _token, _length, _together,
 )  # fmt: skip
 
 

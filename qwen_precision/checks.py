@@ -17,7 +17,8 @@ from qwen_precision.facts import Facts, token_of
 from qwen_precision.findings import SEVERITIES, Finding, Headroom, Limits, Report
 from qwen_precision.names import layer_of, name_of
 from qwen_precision.precision import precision
-from qwen_precision.record import Event, Pass, Run, Site, Weight
+from qwen_precision.record import Event, Pass, Run, Site
+from qwen_precision.weightfacts import Weight
 
 
 def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
@@ -69,7 +70,7 @@ def _overflow(facts: Facts) -> Iterator[Finding]:
 
 
 def _origins(facts: Facts, dtype: str) -> Iterator[Finding]:
-    worst: dict[int, tuple[int, Finding]] = {}
+    worst: dict[int, tuple[int, Finding, tuple[bool, float]]] = {}
     prompts: dict[int, list[str]] = {}
     for each in facts.passes(dtype):
         events = sorted((e for e in each.events if e.nan or e.inf), key=lambda event: event.step)
@@ -78,10 +79,11 @@ def _origins(facts: Facts, dtype: str) -> Iterator[Finding]:
             event = events[number]
             finding = _origin_finding(facts, each, event, following - number - 1)
             prompts.setdefault(event.site, []).append(facts.run.prompts[each.prompt].name)
+            size = (not event.in_padding, finding.reference_abs_max or 0.0)  # a real token's says more than padding's
             before = worst.get(event.site)
-            if before is None or (finding.reference_abs_max or 0) > (before[1].reference_abs_max or 0):
-                worst[event.site] = (event.step, finding)
-    for site, (_, finding) in sorted(worst.items(), key=lambda item: item[1][0]):
+            if before is None or size > before[2]:
+                worst[event.site] = (event.step, finding, size)
+    for site, (_, finding, _) in sorted(worst.items(), key=lambda item: item[1][0]):
         yield replace(finding, prompts=tuple(dict.fromkeys(prompts[site])))
 
 
@@ -149,6 +151,7 @@ def _beyond(finding: Finding, run: Run) -> Finding:
         cause=f"The {finding.name} reaches {finding.reference_abs_max:.6g} in fp32, beyond {finding.dtype}; "
         f"the {finding.dtype} stream itself had failed before and did not get here.",
         advice=advice_for(run, finding.dtype, math.inf, 0.0), cause_kind="out-of-range",
+        evidence=(f"the reference reaches {finding.reference_abs_max:.6g} here",),
     )  # fmt: skip
 
 

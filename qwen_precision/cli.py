@@ -16,7 +16,7 @@ import typer
 from qwen_precision import __version__, reporting, terminal
 from qwen_precision import clioptions as options
 from qwen_precision.checks import judge
-from qwen_precision.config import MEMORY, RESCUE_DTYPES, ProbeSettings, load_generate_settings, load_settings
+from qwen_precision.config import MEMORY, RESCUE_DTYPES, SWEEPS, ProbeSettings, load_generate_settings, load_settings
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import append, check_writable, write_atomically
@@ -103,6 +103,9 @@ def probe(
     settings = load_settings(config, flags)
     specs = _specs(prompt, settings.prompts if prompt is None or prompts else None, [])
     check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
+    if settings.sweep != SWEEPS[0] and (settings.sweep_limit or settings.sweep_texts):
+        given = "--sweep-limit" if settings.sweep_limit else "--sweep-texts"
+        raise UsageError(f"{given}: goes with --sweep {SWEEPS[0]}; add it.")
     target = None
     if rescue_to is None:
         _without_a_folder({"--rescue-dtype": rescue_dtype, "--force": force, "--keep-unverified": keep_unverified})

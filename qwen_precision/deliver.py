@@ -68,7 +68,8 @@ def delivered(
     try:
         exported = _carry_out(job, run, plan, before, specs, target, progress)
     except KeyboardInterrupt:
-        return run.model_copy(update={"stopped": "interrupted while the rescue was carried out; nothing was exported"})
+        why = "interrupted while the rescue was carried out; nothing was exported"
+        return run.model_copy(update={"unfinished": why})
     return run.model_copy(update={"rescue": plan.model_copy(update={"exported": exported})})
 
 

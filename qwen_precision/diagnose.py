@@ -11,7 +11,7 @@ from qwen_precision.probe import measure, prepare
 from qwen_precision.prompts import PromptSpec
 from qwen_precision.record import Run
 from qwen_precision.rescue import Finals
-from qwen_precision.triggers import swept
+from qwen_precision.triggers import swept, texts_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -34,6 +34,7 @@ def diagnose(
     Raises:
         QprecError: as ``probe`` does; or the folder cannot be written.
     """
+    texts = texts_of(settings.sweep_texts)
     job = prepare(source, settings, specs, revision)
     if target is not None:
         check_folder(target.folder, job.checkpoint.folder, target.force)
@@ -41,10 +42,10 @@ def diagnose(
     run = measure(job, progress, before if target is not None else None)
     on_measured(run)
     run = explained(job, run, progress, announce)
-    if settings.sweep is not None:
+    if settings.sweep is not None and run.unfinished is None:
         on_measured(run)
-        run = swept(job, run, sweep_file, progress, announce)
-    if target is not None:
+        run = swept(job, run, texts, sweep_file, progress, announce)
+    if target is not None and run.unfinished is None:
         on_measured(run)
         run = delivered(job, run, before, specs, target, progress)
     return run

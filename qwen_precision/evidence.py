@@ -64,8 +64,10 @@ class Massive(Part):
     median: Number
 
 
-ControlKind = Literal["sdpa", "row alone", "token alone", "without the first token", "up to the token",
-                      "before the token", "token after the first", "other template"]  # fmt: skip
+ControlKind = Literal[
+    "sdpa", "row alone", "full reduction", "token alone", "without the token", "without the template",
+    "with the template", "before the token", "token after the first", "as many first tokens", "up to the token",
+]  # fmt: skip
 
 
 class Control(Part):
@@ -112,13 +114,14 @@ class Explanation(Part):
 class Swept(Part):
     """One token or text of a sweep."""
 
-    id: int | None
-    """Of the first token; null for a text."""
+    ids: list[int]
+    """One, or those of the text."""
     text: str
     magnitude: Number
-    """The largest hidden state of the reference, up to the step-up."""
+    """The largest of the reference, up to the step-up."""
     layer: Count
-    """After which it was."""
+    name: str
+    """Of the operation."""
     channel: Count
     fails: bool | None
     """Whether it overflows in the dtype itself; null where that was not tried."""

@@ -1,22 +1,24 @@
 """After a failure: the control runs that tell its causes apart, and what else was asked for. What it means is judged.
 
-All controls of a dtype go through the layers together, so that a streamed checkpoint is read once for all of them.
+All controls of one dtype and attention go through the layers together, so a streamed checkpoint is read once for them.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
 import torch
 
 from qwen_precision.again import outcomes, run_again
 from qwen_precision.checks import judge
-from qwen_precision.controls import Planned, planned
+from qwen_precision.controls import Planned, asked, planned
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.evidence import Continuation, Control, Explanation
+from qwen_precision.evidence import Continuation, Control, ControlKind, Explanation
 from qwen_precision.findings import Limits, Report
 from qwen_precision.lanes import Models
+from qwen_precision.machine import out_of_memory
 from qwen_precision.plan import encode
 from qwen_precision.probe import Job
 from qwen_precision.prompts import PromptSpec, has_template, tokenise
@@ -40,29 +42,30 @@ def explained(job: Job, run: Run, progress: Progress, announce: Announce) -> Run
         progress: as for ``probe``.
         announce: called with a sentence before controls run.
     """
-    asked = job.settings.explain
-    if asked is False or run.stopped is not None:
+    wish = job.settings.explain
+    if wish is False or run.stopped is not None:
         return run
     report = judge(run, Limits(job.settings.near_overflow, job.settings.underflow_share))
-    wanted = [*planned(report), *_templates(job, report)]
+    wanted = planned(report, _templates(job, report))
     damaged = sorted({weight.file for weight in run.weights if weight.nan or weight.inf})
-    if not asked and not wanted and not damaged:
+    if not wish and not wanted and not damaged:
         return run
     affordable, left_out = wanted[: job.settings.budget], wanted[job.settings.budget :]
-    explanation = Explanation(
+    made = Explanation(
         budget=job.settings.budget, controls=[], hashes={}, continuations=[],
         left_out=[f"{each.dtype}: {each.what}: beyond --budget {job.settings.budget}" for each in left_out],
     )  # fmt: skip
+    unfinished = run.unfinished
     try:
         if affordable:
             announce(_told(affordable))
-        explanation.controls.extend(_run_controls(job, affordable, explanation.left_out, progress))
-        explanation.hashes.update({file: _hash(job, file, progress) for file in damaged})
-        if asked:
-            explanation.continuations.extend(_continuations(job, explanation.left_out, progress))
+        _run_controls(job, affordable, made, progress)
+        made.hashes.update({file: _hash(job, file, progress) for file in damaged})
+        if wish:
+            made.continuations.extend(_continuations(job, made.left_out, progress))
     except KeyboardInterrupt:
-        explanation.left_out.append("the rest: interrupted")
-    return run.model_copy(update={"explanation": explanation})
+        unfinished = "interrupted while causes were told apart"
+    return run.model_copy(update={"explanation": made, "unfinished": unfinished})
 
 
 def _told(controls: Sequence[Planned]) -> str:
@@ -73,17 +76,21 @@ def _told(controls: Sequence[Planned]) -> str:
 
 def _templates(job: Job, report: Report) -> list[Planned]:
     """For each failing row: the same text with the chat template, or without it."""
-    tokenizer, found = job.checkpoint.tokenizer, []
-    if not has_template(tokenizer):
-        return []
-    for each in {(c.dtype, c.prompt, c.row): c for c in planned(report)}.values():
-        row = next(prompt for prompt in report.run.prompts if prompt.name == each.prompt).rows[each.row]
+    found: list[Planned] = []
+    if not has_template(job.checkpoint.tokenizer):
+        return found
+    for each in asked(report):
+        row = each.row
         plain, chat = PromptSpec(name="x", text=row.text), PromptSpec(name="x", chat=row.text)
-        for spec, how in ((plain, "without"), (chat, "with")):
+        kinds: tuple[tuple[PromptSpec, ControlKind], ...] = (
+            (plain, "without the template"),
+            (chat, "with the template"),
+        )
+        for spec, what in kinds:
             ids = _ids_of(job, spec)
             if ids and ids[: len(row.ids)] != row.ids and row.ids[: len(ids)] != ids:
-                found.append(Planned("other template", each.dtype, each.prompt, each.row, tuple(ids),
-                                     f"the same text {how} the chat template"))  # fmt: skip
+                found.append(Planned(what, each.finding.dtype, str(each.finding.prompt), each.number, tuple(ids),
+                                     f"the same text {what.replace('the', 'the chat')}"))  # fmt: skip
     return found
 
 
@@ -98,23 +105,40 @@ def _ids_of(job: Job, spec: PromptSpec) -> list[int]:
     return prompts[0].rows[0].ids
 
 
-def _run_controls(job: Job, controls: Sequence[Planned], left_out: list[str], progress: Progress) -> list[Control]:
-    done: list[Control] = []
-    for (dtype, attention), group in groupby(controls, key=lambda each: (each.dtype, each.attention)):
+def _run_controls(job: Job, controls: Sequence[Planned], made: Explanation, progress: Progress) -> None:
+    """Run them, those of one dtype and attention together; each is noted as it is done."""
+    for (dtype, attention, full), group in groupby(sorted(controls, key=lambda each: each.job), lambda each: each.job):
         members = list(group)
         try:
-            run = run_again(job, dtype, [each.ids for each in members], _said(progress), attention)
+            with _full_reduction() if full else nullcontext():
+                run = run_again(job, dtype, [each.ids for each in members], _said(progress), attention or None)
         except QprecError as error:
-            left_out.extend(f"{dtype}: {each.what}: {error}" for each in members)
+            made.left_out.extend(f"{dtype}: {each.what}: {error}" for each in members)
             continue
         clean = outcomes(run)
         for number, each in enumerate(members):
             if number not in clean:
-                left_out.append(f"{dtype}: {each.what}: {run.stopped}")
+                made.left_out.append(f"{dtype}: {each.what}: {run.stopped}")
                 continue
-            done.append(Control(what=each.what, dtype=dtype, prompt=each.prompt, row=each.row, tokens=len(each.ids),
-                                position=each.position, clean=clean[number], detail=each.detail))  # fmt: skip
-    return done
+            made.controls.append(Control(
+                what=each.what, dtype=dtype, prompt=each.prompt, row=each.row, tokens=len(each.ids),
+                position=each.position, clean=clean[number], detail=each.detail,
+            ))  # fmt: skip
+
+
+@contextmanager
+def _full_reduction() -> Iterator[None]:
+    """Matrix products on a GPU add up in fp32 throughout; as it was before, afterwards."""
+    flags = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(flags, name) for name in names]
+    for name in names:
+        setattr(flags, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(flags, name, value)
 
 
 def _said(progress: Progress) -> Progress:
@@ -145,9 +169,15 @@ def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[Co
         for number, prompt in enumerate(prompts):
             progress(number, len(prompts), f"continuing {NEW_TOKENS} tokens in {dtype}")
             given = encode(prompt, job.checkpoint, job.device)
-            with torch.inference_mode():
-                out = model.generate(given.ids, attention_mask=given.mask, max_new_tokens=NEW_TOKENS, do_sample=False,
-                                     pad_token_id=0)  # fmt: skip
+            try:
+                with torch.inference_mode():
+                    out = model.generate(given.ids, attention_mask=given.mask, max_new_tokens=NEW_TOKENS,
+                                         do_sample=False, pad_token_id=0)  # fmt: skip
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                left_out.append(f"greedy continuations: out of memory in {dtype}")
+                return []
             texts[dtype, prompt.name] = out[0, given.ids.shape[1] :].tolist()
         models.release(dtype)
     return [

@@ -101,7 +101,7 @@ class Report:
         bad = {"fail": {"fail"}, "risk": {"fail", "risk"}, "never": set()}[fail_on]
         if bad & set(self.verdict.values()):
             return 1
-        return 3 if self.stopped else 0
+        return 3 if self.stopped or self.run.unfinished else 0
 
 
 def rescue_exit_code(report: Report, fail_on: str) -> int:
@@ -111,7 +111,7 @@ def rescue_exit_code(report: Report, fail_on: str) -> int:
         return report.exit_code(fail_on) or 1
     if plan.rescaling.changes_nothing and plan.possible:
         return report.exit_code(fail_on)
-    if report.stopped:
+    if report.stopped or report.run.unfinished:
         return 3
     if plan.exported is None or not plan.exported.verified:
         return 1

@@ -200,7 +200,7 @@ def _record(
     rows = [continuation(state, job.inputs[state.row], decoder.trips, tokenizer) for state in decoder.rows]
     layers = int(getattr(model.config, "num_hidden_layers", 0))
     return Run(
-        schema_=3, tool=f"qprec {__version__}", verb="generate", stopped=stopped,
+        schema_=3, tool=f"qprec {__version__}", verb="generate", stopped=stopped, unfinished=None,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=model_part(job.checkpoint, job.source, type(model).__name__, layers),
         environment=environment(job.device), settings=job.settings.model_dump(), choices=job.choices,

@@ -118,7 +118,7 @@ def with_plan(job: Job, run: Run, progress: Progress) -> Run:
     try:
         plan = plan_rescue(run, job.checkpoint, job.settings.rescue_margin, progress)
     except KeyboardInterrupt:
-        return run.model_copy(update={"stopped": "interrupted while the rescue was planned"})
+        return run.model_copy(update={"unfinished": "interrupted while the rescue was planned"})
     return run.model_copy(update={"rescue": plan})
 
 
@@ -198,6 +198,7 @@ def _record(job: Job, stopped: str | None) -> Run:
         verb="probe",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         stopped=stopped,
+        unfinished=None,
         model=model_part(checkpoint, job.source, type(job.model).__name__, len(decoder_layers(job.model)[1])),
         environment=environment(job.device),
         settings=job.settings.model_dump(),

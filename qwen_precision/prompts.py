@@ -135,6 +135,10 @@ def tokenise(
         UsageError: a prompt without tokens, longer than the context, or outside the vocabulary.
     """
     prompts, left_out = [], []
+    names = [spec.name for spec in specs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"prompt {twice!r}: is there twice; give each prompt a name of its own.")
     for spec in specs:
         if spec.chat is not None and not has_template(tokenizer):
             left_out.append(spec.name)

@@ -24,6 +24,7 @@ from qwen_precision.parts import Column, Number, Part, in_words
 from qwen_precision.references import misfit
 from qwen_precision.remedy import Rescue
 from qwen_precision.upgrades import upgraded
+from qwen_precision.weightfacts import Weight, WeightTotals
 
 SCHEMA = 3
 """The schema this version writes; older ones are upgraded on loading, newer ones are refused."""
@@ -155,38 +156,6 @@ class Pass(Part):
     """Of each row, the Kullback-Leibler divergence (nats) of the next token's distribution from the reference's."""
 
 
-class Weight(Part):
-    """A tensor of the checkpoint that is damaged, or that some dtype does not hold exactly."""
-
-    name: str
-    """In the files."""
-    parameter: str
-    """The model's parameter it is, or is a part of."""
-    file: str
-    elements: int
-    nan: int
-    inf: int
-    abs_max: Number
-    """Largest finite magnitude."""
-    overflow: dict[str, int]
-    """Elements beyond the largest finite number, by dtype."""
-    underflow: dict[str, int]
-    """Non-zero elements that become zero, by dtype."""
-    inexact: dict[str, int]
-    """Elements whose value changes in any way, by dtype."""
-
-
-class WeightTotals(Part):
-    """What casting the checkpoint to one dtype costs, over all tensors."""
-
-    dtype: str
-    elements: int
-    overflow: int
-    underflow: int
-    inexact: int
-    """Elements whose value changes in any way."""
-
-
 class Run(Part):
     """One run of ``qprec probe`` or ``qprec generate``."""
 
@@ -197,6 +166,8 @@ class Run(Part):
     """UTC, ISO 8601."""
     stopped: str | None
     """Why the run ended early, or null when it is whole."""
+    unfinished: str | None
+    """What was asked for beside the run (a sweep, a rescue) and could not be finished, and why."""
     model: Model
     environment: dict[str, str]
     settings: dict[str, Any]

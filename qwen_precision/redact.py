@@ -43,7 +43,7 @@ def redacted(run: Run) -> Run:
     if sweep is not None:
         sweep["prompt"] = called.get(sweep["prompt"])
         for each in sweep["worst"]:
-            each.update(text="", id=_renamed([each["id"] or 0], names)[0])
+            each.update(text="", ids=_renamed(each["ids"], names))
     if data["generation"] is not None:
         for row in data["generation"]["rows"]:
             row.update({key: _digest(row[key]) for key in _TEXTS if row.get(key)})

@@ -45,6 +45,8 @@ def _passes(run: Run) -> Iterator[str]:
             yield f"passes.{number}"
             continue
         rows = len(run.prompts[each.prompt].rows)
+        if not rows or any(one.row >= rows for one in each.massive):
+            yield f"passes.{number}.massive"
         for event in each.events:
             if not 0 <= event.site < sites or (event.row is not None and not 0 <= event.row < rows):
                 yield f"passes.{number}.events"

@@ -56,7 +56,7 @@ class Rescaler:
         run = measure(job, lambda done, total, what: tell(f"measuring for the rescue: {what}"))
         if run.stopped is None and run.rescue is None and can_plan(run):
             run = with_plan(job, run, lambda done, total, what: tell(what))
-        if run.stopped is not None and run.stopped.startswith("interrupted"):
+        if run.stopped == "interrupted" or run.unfinished is not None:
             raise KeyboardInterrupt
         if run.rescue is None:
             raise QprecError(f"the rescue could not be measured: {run.stopped}")

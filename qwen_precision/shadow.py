@@ -45,12 +45,14 @@ class _Stream:
     reseeded_rows: set[int] = field(default_factory=set)
 
 
+_CHANNELS = 4
+"""Channels with massive activations that are kept of a layer."""
 _MASSIVE, _TIMES = 100.0, 1000.0
 """A massive activation is above both: the magnitude, and so many times the median (arXiv 2402.17762, section 2)."""
 
 
-def massive(hidden: Tensor, valid: Tensor, layer: int) -> Massive | None:
-    """The largest hidden state at a real token, if it is massive.
+def massive(hidden: Tensor, valid: Tensor, layer: int) -> list[Massive]:
+    """The largest hidden state of each channel that has a massive one, at real tokens; of few channels, the largest.
 
     Args:
         hidden: ``[batch, tokens, hidden]``.
@@ -59,14 +61,17 @@ def massive(hidden: Tensor, valid: Tensor, layer: int) -> Massive | None:
     """
     size = hidden.abs().float()
     size = torch.where(valid[..., None] & torch.isfinite(size), size, torch.zeros_like(size))
-    place, median = int(size.argmax()), float(size[valid].median())
-    value = float(size.flatten()[place])
-    if value <= max(_MASSIVE, _TIMES * median):
-        return None
-    row, rest = divmod(place, size.shape[1] * size.shape[2])
-    position, channel = divmod(rest, size.shape[2])
-    return Massive(layer=layer, row=row, position=position, channel=channel, value=rounded(value),
-                   median=rounded(median))  # fmt: skip
+    median = float(size[valid].median())
+    values, places = size.flatten(0, 1).max(dim=0)
+    found = []
+    for channel in values.topk(min(_CHANNELS, len(values))).indices.tolist():
+        value = float(values[channel])
+        if value <= max(_MASSIVE, _TIMES * median):
+            break
+        row, position = divmod(int(places[channel]), size.shape[1])
+        found.append(Massive(layer=layer, row=row, position=position, channel=channel, value=rounded(value),
+                             median=rounded(median)))  # fmt: skip
+    return found
 
 
 class Shadow:
@@ -233,8 +238,7 @@ class Shadow:
             return
         hidden = self._streams[name, prompt].hidden
         if not all(float(bound.abs()) <= _MASSIVE for bound in torch.aminmax(hidden)):
-            found = massive(hidden, self.prompts[prompt].mask.bool(), index)
-            self.collector.column(name, prompt).massive += [found] if found is not None else []
+            self.collector.column(name, prompt).massive += massive(hidden, self.prompts[prompt].mask.bool(), index)
 
     def _reseed(self, name: str, prompt: int, index: int) -> None:
         """Replace the rows of a stream that are no longer finite by the reference's, for the next layer."""

@@ -1,10 +1,10 @@
 """Which sweep is wanted, of what, and what it adds to the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwen_precision.checks import judge
-from qwen_precision.controls import failing_rows
+from qwen_precision.controls import asked
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.probe import Job
@@ -15,38 +15,40 @@ Progress = Callable[[int, int, str], None]
 Announce = Callable[[str], None]
 
 
-def swept(job: Job, run: Run, state_file: Path | None, progress: Progress, announce: Announce) -> Run:
-    """The run with the search for triggers that its settings ask for; interrupted, the same command takes it up again.
-
-    Raises:
-        UsageError: a file of texts that cannot be read.
-    """
+def swept(
+    job: Job, run: Run, texts: Sequence[str], state_file: Path | None, progress: Progress, announce: Announce
+) -> Run:
+    """The run with the search for triggers that its settings ask for."""
     kind = job.settings.sweep
     if kind is None or run.stopped is not None:
         return run
     dtype = next((name for name in run.dtypes if name != REFERENCE), REFERENCE)
     try:
         if kind == "first-token":
-            texts = _texts(job.settings.sweep_texts)
-            found = first_tokens(job, dtype, job.settings.sweep_limit, texts, state_file, progress, announce)
+            limit = job.settings.sweep_limit
+            found = first_tokens(job, dtype, limit, texts, state_file, progress, announce)
         else:
-            row = next(iter(failing_rows(judge(run))), None)
-            if row is None:
-                nothing = Choice(
-                    what="sweep", value="not run", reason="no prompt fails: there is no length to look for"
-                )
+            each = next((each for each in asked(judge(run)) if each.position is not None), None)
+            if each is None:
+                reason = "no prompt fails at a token of its own: there is no length to look for"
+                nothing = Choice(what="sweep", value="not run", reason=reason)
                 return run.model_copy(update={"choices": [*run.choices, nothing]})
-            found = lengths(job, *row, progress)
+            finding = each.finding
+            found = lengths(job, finding.dtype, str(finding.prompt), each.row.ids, progress)
     except KeyboardInterrupt:
-        return run.model_copy(update={"stopped": "interrupted during the sweep; the same command takes it up again"})
+        more = "; the same command takes it up again" if state_file is not None and state_file.exists() else ""
+        return run.model_copy(update={"unfinished": f"interrupted during the sweep{more}"})
     except QprecError as error:
-        if isinstance(error, UsageError):
-            raise
-        return run.model_copy(update={"stopped": f"the sweep could not go on: {error}"})
+        return run.model_copy(update={"unfinished": f"the sweep: {error}"})
     return run.model_copy(update={"sweep": found})
 
 
-def _texts(file: str | None) -> list[str]:
+def texts_of(file: str | None) -> list[str]:
+    """Texts to sweep over, a line each; none where there is no file.
+
+    Raises:
+        UsageError: it cannot be read, or is empty.
+    """
     if file is None:
         return []
     try:

@@ -23,7 +23,7 @@ def _rescues_came_in(data: Record) -> Record:
     passes = data.get("passes")
     if isinstance(passes, list):
         data = {**data, "passes": [_not_explained(each) for each in passes]}
-    return {**data, "rescue": None, "explanation": None, "sweep": None}
+    return {**data, "rescue": None, "explanation": None, "sweep": None, "unfinished": None}
 
 
 def _not_explained(each: Any) -> Any:

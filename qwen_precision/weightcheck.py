@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.record import Weight, WeightTotals
+from qwen_precision.weightfacts import Weight, WeightTotals
 
 _CHUNK = 1 << 24
 _SIGNIFICANT_BITS = {"fp64": 53, "fp32": 24, "fp16": 11, "bf16": 8}

@@ -6,9 +6,10 @@ from qwen_precision.evidence import Closeup, Contribution, Control, Explanation,
 from qwen_precision.evidence import Continuation as Continued
 from qwen_precision.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
 from qwen_precision.guardsettings import GuardSettings
-from qwen_precision.record import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
+from qwen_precision.record import Choice, Event, Model, Pass, Prompt, Row, Run, Site
 from qwen_precision.remedy import Exported, Loss, Rescue, Stuck
 from qwen_precision.rescaling import LayerPowers, Rescaling
+from qwen_precision.weightfacts import WeightTotals
 
 SITES = [
     Site(layer=None, module="model.embed_tokens", op="embedding", call=0),
@@ -70,7 +71,8 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
     return Run(
         **{
             "schema_": 3, "tool": "qprec 0.1.0", "verb": "probe", "created": "2026-01-01T00:00:00+00:00",
-            "stopped": None, "model": a_model(), "environment": {"python": "3.11.7", "torch": "2.13.0"},
+            "stopped": None, "unfinished": None, "model": a_model(),
+            "environment": {"python": "3.11.7", "torch": "2.13.0"},
             "settings": {}, "choices": [Choice(what="device", value="cpu", reason="auto: no GPU is here")],
             "prompts": [a_prompt()], "dtypes": dtypes, "reference": True, "sites": SITES, "wider": {},
             "not_run": [], "casts": {},
@@ -141,12 +143,12 @@ def explained_run() -> Run:
     )  # fmt: skip
     controls = [Control(what="token alone", dtype="fp16", prompt="plain", row=0, tokens=1, position=None,
                         clean=False, detail="token 0 ('Hello') alone"),
-                Control(what="without the first token", dtype="fp16", prompt="plain", row=0, tokens=1,
+                Control(what="without the token", dtype="fp16", prompt="plain", row=0, tokens=1,
                         position=None, clean=True, detail="the row without token 0 ('Hello')")]  # fmt: skip
-    made = Explanation(budget=2, controls=controls, left_out=["fp16: other template: beyond --budget 2"], hashes={},
+    made = Explanation(budget=2, controls=controls, left_out=["fp16: with the template: beyond --budget 2"], hashes={},
                        continuations=[Continued(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
                        )  # fmt: skip
-    worst = [Swept(id=9707, text="Hello", magnitude=74945.8, layer=31, channel=35, fails=True)]
+    worst = [Swept(ids=[9707], text="Hello", magnitude=74945.8, layer=31, name="hidden states", channel=35, fails=True)]
     sweep = Sweep(kind="first-token", dtype="fp16", tried=4096, total=4096, layers=32, over=1, worst=worst, prompt=None,
                   shortest_failing=None, longest_clean=None, seconds=12.5)  # fmt: skip
     reference = [1.5, 20.0, 300.0, 40000.0, 74945.8, 31.0]
@@ -304,5 +306,6 @@ def hostile_run(text: str) -> Run:
         Continued(dtype=text, prompt=text, tokens=1, first_difference=None)])  # fmt: skip
     sweep = Sweep(kind="length", dtype=text, tried=1, total=1, layers=1, over=0, prompt=text, shortest_failing=1,
                   longest_clean=0, seconds=1,
-                  worst=[Swept(id=1, text=text, magnitude=1, layer=1, channel=1, fails=None)])  # fmt: skip
+                  worst=[Swept(ids=[1], text=text, magnitude=1, layer=1, name=text, channel=1, fails=None)],
+                  )  # fmt: skip
     return run.model_copy(update={"passes": passes, "explanation": made, "sweep": sweep})

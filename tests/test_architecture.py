@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "dtypes", "names", "operations", "parts", "upgrades", "packing"},
     {"files", "readings", "masks", "references", "generation", "rescaling"},
-    {"remedy", "weightbits", "evidence"},
+    {"remedy", "weightbits", "evidence", "weightfacts"},
     {"record", "watcher"},
     {"findings"},
     {"controls"},
@@ -86,6 +86,7 @@ NO_TORCH = {
     "terminal",
     "textchecks",
     "upgrades",
+    "weightfacts",
 }
 
 

@@ -135,7 +135,7 @@ CASES = {
         ["without the chat template"], CHAT,
     ),
     "length": Case(
-        enough_of_them(1500.0), enough_of_them(100.0), 1, "SwiGLU product", ["the first 12 are clean"], MANY,
+        enough_of_them(1500.0), enough_of_them(100.0), 1, "SwiGLU product", ["after 12 times the first token"], MANY,
         dtype="float32",
     ),
 }  # fmt: skip
@@ -166,6 +166,98 @@ def test_the_healthy_look_alike_gives_no_finding_and_runs_no_control(
     assert judge(run).findings == [] and run.explanation is None and told == []
 
 
+# -- what might be taken for something else --------------------------------------------------------------------
+
+
+def mid_unit(token: str, layer: int, channel: int = 3) -> Callable[[Any], None]:
+    """Only ``token`` drives a unit of one layer, whose down_proj output is then beyond fp16."""
+
+    def plant(model: Any) -> None:
+        (number,) = ids_of(token)
+        model.model.embed_tokens.weight[:, channel] = 0.0
+        model.model.embed_tokens.weight[number, channel] = 100.0
+        one_unit(model, layer, channel, 8.0, 8.0)
+        model.model.layers[layer].mlp.down_proj.weight[9, 0] = 2000.0
+
+    return plant
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("text", ["Zabc", "abZc", "abcZ", "ZbZ", "abZcZ", "ZZ", "Z"])
+def test_a_trigger_token_is_one_wherever_and_however_often_it_stands(layer: int, text: str, tmp_path: Path) -> None:
+    """Also in the last layer, where the logits of the last token stay finite and right."""
+    folder = make_checkpoint(tmp_path / "model", edit=mid_unit("Z", layer))
+    run = explained(folder, [PromptSpec(name="bad", text=text), PromptSpec(name="good", text="abc")])
+    finding = first_of(run)
+    assert (finding.cause_kind, finding.layer, finding.name) == ("trigger-token", layer, "down_proj output")
+    said = " ".join(finding.evidence)
+    assert ("without it the row is clean" in said) == any(
+        each.what == "without the token" and each.clean
+        for each in (run.explanation.controls if run.explanation else [])
+    )
+
+
+def test_a_trigger_beside_bad_padding_at_the_same_operation_is_the_finding(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        mid_unit("Z", 1)(model)
+        pad = AutoTokenizer.from_pretrained(DEMO).pad_token_id
+        model.model.embed_tokens.weight[pad, 3] = 100.0
+
+    specs = [PromptSpec(name="batch", batch=["aaaaaa", "a"]), PromptSpec(name="z", text="abZc"), TOKEN[2]]
+    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant), specs))
+    assert (finding.cause_kind, finding.prompt) == ("trigger-token", "z")
+
+
+def test_two_triggers_in_two_layers_have_evidence_of_their_own(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        mid_unit("Z", 0)(model)
+        mid_unit("Y", 1, channel=4)(model)
+
+    specs = [PromptSpec(name="z", text="abZc"), PromptSpec(name="y", text="aYbcd"), TOKEN[2]]
+    run = explained(make_checkpoint(tmp_path / "model", edit=plant), specs, budget=20)
+    found = [each for each in judge(run).findings if each.kind == "overflow"]
+    assert [(each.layer, each.cause_kind, each.prompt) for each in found] == [
+        (0, "trigger-token", "z"), (1, "trigger-token", "y")
+    ]  # fmt: skip
+    assert "token 2 alone" in " ".join(found[0].evidence) and "token 1 alone" in " ".join(found[1].evidence)
+
+
+def test_two_tokens_that_only_overflow_together_are_no_length(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        enough_of_them(1500.0)(model)
+        embed = model.model.embed_tokens.weight
+        embed[:, 2] = 0.0
+        embed[ids_of("b")[0], 2], embed[ids_of("Z")[0], 2] = 100.0, 0.0
+
+    specs = [PromptSpec(name="pair", text="abZ"), PromptSpec(name="long", text="aaaaaaaaaaZ")]
+    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"), specs))
+    assert (finding.cause_kind, finding.layer, finding.name) == ("trigger-prompt", 1, "SwiGLU product")
+    assert "it takes what stands before it" in " ".join(finding.evidence)
+
+
+def test_what_nothing_shows_is_not_told(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=down_proj_output)
+    finding = first_of(explained(folder, dtypes=["fp16"], reference=False, explain=False))
+    assert finding.cause_kind == "not-told"
+
+
+def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_precision import explain as module
+    from qwen_precision.controls import planned
+    from qwen_precision.record import Choice
+
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_fp16_reduced_precision_reduction
+    with module._full_reduction():
+        assert flags.allow_fp16_reduced_precision_reduction is False
+    assert flags.allow_fp16_reduced_precision_reduction == before
+    fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])
+    fp32 = a_pass("fp32", [1.5, 900.0, 1.0, 1.0, 1.0, 1.0])
+    for device, wanted in (("cuda:0", True), ("cpu", False)):
+        run = a_run([fp32, fp16], choices=[Choice(what="device", value=device, reason="asked for")])
+        assert any(each.what == "full reduction" for each in planned(judge(run))) == wanted
+
+
 # -- causes that no edit of a weight makes ---------------------------------------------------------------------
 
 
@@ -186,7 +278,7 @@ def test_a_norm_that_squares_in_fp16_is_absorbed_silently(tmp_path: Path, monkey
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", narrow)
     finding = first_of(explained(make_checkpoint(tmp_path / "bad", edit=loud(1000.0))))
     assert (finding.cause_kind, finding.layer, finding.name) == ("silent-absorption", 0, "input_layernorm square")
-    assert "the logits are finite, yet wrong" in " ".join(finding.evidence)
+    assert "the logits are finite and wrong" in " ".join(finding.evidence)
     assert not any(each.severity == "error" for each in judge(explained(
         make_checkpoint(tmp_path / "ok", edit=loud(50.0)))).findings)  # fmt: skip
 
@@ -214,7 +306,7 @@ def test_a_sum_that_is_kept_in_fp16_is_an_accumulation(tmp_path: Path, monkeypat
     finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant)))
     assert (finding.cause_kind, finding.layer) == ("accumulation", 1) and "split_linear" in finding.name
     assert "all operands are finite and the reference reaches only" in " ".join(finding.evidence)
-    assert "allow_fp16_reduced_precision_reduction" in finding.advice
+    assert "add up in fp32" in finding.advice
 
 
 def broken(folder: Path, name: str, value: float) -> Path:
@@ -295,9 +387,8 @@ def test_controls_keep_to_their_budget_and_are_announced_before_they_run(tmp_pat
         told: list[str] = []
         run = diagnose(str(folder), load_settings(None, {"budget": budget}), TOKEN, announce=told.append)
         assert run.explanation is not None
-        assert len(run.explanation.controls) == min(budget, 4) and len(told) == (budget > 0)
+        assert len(run.explanation.controls) == budget and len(told) == (budget > 0)
         assert all(f"beyond --budget {budget}" in line for line in run.explanation.left_out)
-        assert len(run.explanation.controls) + len(run.explanation.left_out) == 5
     assert diagnose(str(folder), load_settings(None, {"explain": False}), TOKEN).explanation is None
 
 
@@ -310,7 +401,7 @@ def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, mon
     run_shadow = Shadow.run
     monkeypatch.setattr(Shadow, "run", lambda self: (runs.append(len(self.prompts)), run_shadow(self))[1])
     explained(folder, TOKEN, memory="streamed")
-    assert runs == [3, 5]
+    assert len(runs) == 2 and runs[0] == 3
 
 
 def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:

@@ -7,7 +7,8 @@ from builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overf
 
 from qwen_precision.checks import CHECKS, judge
 from qwen_precision.findings import Limits
-from qwen_precision.record import Reseed, Site, Weight
+from qwen_precision.record import Reseed, Site
+from qwen_precision.weightfacts import Weight
 
 
 def test_there_are_checks_and_each_says_what_it_does() -> None:

@@ -9,7 +9,7 @@ import torch
 from conftest import make_checkpoint, run_probe
 from rescues import load
 from test_causes import TEXTS, enough_of_them, explained, first_of, ids_of, loud_token
-from test_planted_faults import down_proj_output, expert_product
+from test_planted_faults import down_proj_output, expert_product, one_unit
 
 from qwen_precision.config import load_settings
 from qwen_precision.diagnose import diagnose
@@ -153,15 +153,14 @@ def test_a_sweep_over_first_tokens_finds_the_planted_one_and_confirms_it(memory:
     with torch.inference_mode():
         states = model(torch.arange(512)[:, None], output_hidden_states=True).hidden_states[2]
     wanted = states.abs().flatten(1).max(dim=1).values
-    order = wanted.argsort(descending=True)[: len(found.worst)].tolist()
-    assert [each.id for each in found.worst] == order
-    assert [each.magnitude for each in found.worst] == pytest.approx(wanted[order].tolist(), rel=1e-4)
+    assert worst.name == "hidden states" and found.worst[0].ids == [int(wanted.argmax())]
+    assert found.worst[0].magnitude == pytest.approx(float(wanted.max()), rel=1e-4)
 
 
 def test_a_limited_sweep_is_spread_over_the_vocabulary_and_texts_may_be_given(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", edit=loud_token("Z", 40_000.0))
     found = swept(folder, sweep="first-token", sweep_limit=64).sweep
-    assert found.tried == 64 and all(each.id % 8 == 0 for each in found.worst)
+    assert found.tried == 64 and all(each.ids[0] % 8 == 0 for each in found.worst)
     (tmp_path / "texts.txt").write_text("abcdef\nab Z c\n\nhello\n")
     found = swept(folder, sweep="first-token", sweep_texts=str(tmp_path / "texts.txt")).sweep
     assert (found.tried, found.over) == (3, 1)
@@ -186,18 +185,46 @@ def test_a_sweep_that_is_interrupted_is_taken_up_where_it_ended(
 
     monkeypatch.setattr(sweep.Walker, "peaks", third_time)
     run = swept(folder, state=state, sweep="first-token")
-    assert run.sweep is None and "interrupted" in run.stopped
-    assert json.loads(state.read_text())["done"] == 256
+    assert run.sweep is None and run.stopped is None and "takes it up again" in run.unfinished
+    assert json.loads(state.read_text())["done"] == 128
     again = swept(folder, state=state, sweep="first-token").sweep
-    assert sum(calls) == 128 * 5 and not state.exists()
-    assert (again.over, [each.id for each in again.worst]) == (whole.over, [each.id for each in whole.worst])
+    assert sum(calls) == 128 * 6 and not state.exists()  # the first lot is run twice: once for the step-up
+    assert (again.over, again.worst) == (whole.over, whole.worst)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"key": "other"}', '{"key": 1, "done": "x"}'])
-def test_a_state_that_is_not_one_is_ignored(text: str, tmp_path: Path, healthy: Path) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, '{"key": "other"}', '{"key": 1, "done": "x"}'])
+def test_a_file_that_is_no_state_is_not_written_over(text: str, tmp_path: Path, healthy: Path) -> None:
     state = tmp_path / "run.json.sweep"
     state.write_text(text)
-    assert swept(healthy, state=state, sweep="first-token").sweep.tried == 512
+    run = swept(healthy, state=state, sweep="first-token")
+    assert run.sweep is None and "remove it" in run.unfinished and state.read_text() == text
+
+
+def test_the_state_of_another_sweep_is_begun_anew(tmp_path: Path, healthy: Path) -> None:
+    state = tmp_path / "run.json.sweep"
+    state.write_text('{"key": "other", "done": 100, "layers": 1, "over": 5, "worst": [], "seconds": 1}')
+    found = swept(healthy, state=state, sweep="first-token").sweep
+    assert (found.tried, found.over) == (512, 0) and not state.exists()
+
+
+def test_a_text_is_confirmed_by_its_own_tokens_however_long(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=loud_token("Z", 40_000.0), max_position_embeddings=512)
+    (tmp_path / "texts.txt").write_text("a" * 300 + "Z\n" + "a" * 300 + "b\n")
+    worst = swept(folder, sweep="first-token", sweep_texts=str(tmp_path / "texts.txt")).sweep.worst
+    assert [each.fails for each in worst] == [True, False] and worst[0].ids[-1] == ids_of("Z")[0]
+
+
+def test_a_sweep_sees_inside_the_layers(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        (token,) = ids_of("Z")
+        model.model.embed_tokens.weight[:, 3] = 0.0
+        model.model.embed_tokens.weight[token, 3] = 100.0
+        one_unit(model, 1, 3, 400.0, 400.0)
+
+    found = swept(make_checkpoint(tmp_path / "model", edit=plant), sweep="first-token").sweep
+    worst = found.worst[0]
+    assert (worst.text, worst.name, worst.layer, worst.channel) == ("Z", "input of down_proj", 1, 0)
+    assert found.over == 1 and worst.fails and worst.magnitude == pytest.approx(160_000, rel=0.05)
 
 
 def test_a_sweep_over_lengths_finds_the_shortest_prefix_that_fails(tmp_path: Path) -> None:

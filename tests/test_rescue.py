@@ -351,7 +351,8 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, instead)
             run = rescue("demo", tmp_path / "safe", keep=True)
-        assert run.stopped is not None and run.rescue.exported is None
+        assert "nothing was exported" in run.unfinished and run.rescue.exported is None
+        assert judge(run).exit_code("never") == 3
         assert list(tmp_path.iterdir()) == []
 
 

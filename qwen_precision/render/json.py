@@ -42,6 +42,7 @@ def _report(report: Report) -> dict[str, Any]:
         **({"file": report.name} if report.name else {}),
         "verdict": report.verdict,
         "stopped": report.stopped,
+        "unfinished": report.run.unfinished,
         "model": report.run.model.model_dump(),
         "findings": [_finding(report, finding) for finding in report.findings],
         **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),

@@ -107,6 +107,8 @@ def _head(report: Report) -> str:
     lines += ["", *(escaped(line, 400) for line in not_seen(report))]
     if report.stopped:
         lines += ["", f"**Stopped early:** {escaped(report.stopped)}. What was not reached is not judged."]
+    if report.run.unfinished:
+        lines += ["", f"**Not finished:** {escaped(report.run.unfinished)}."]
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ def report_schema() -> dict[str, Any]:
         "file": {"type": "string"},
         "verdict": {"type": "object", "additionalProperties": {"enum": list(_VERDICTS)}},
         "stopped": {"type": ["string", "null"]},
+        "unfinished": {"type": ["string", "null"]},
         "model": {"type": "object"},
         "findings": {"type": "array", "items": {"$ref": "#/$defs/finding"}},
         "precision": {"type": "object"},

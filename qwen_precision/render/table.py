@@ -77,6 +77,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield _headline(report)
     if report.stopped:
         yield Text(f"\nStopped early: {safe(report.stopped)}. What was not reached is not judged.", style="yellow")
+    if report.run.unfinished:
+        yield Text(f"\nNot finished: {safe(report.run.unfinished)}.", style="yellow")
     made = report.run.generation
     if made is not None:
         yield from texts(made)

@@ -65,7 +65,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 def spark(values: Sequence[float | None], width: int = 32) -> str:
     """A line of blocks, one a value (or the largest of a few neighbours), on a logarithmic scale; a dot is unknown."""
     size = math.ceil(len(values) / width) if values else 1
-    groups = [[value for value in values[at : at + size] if value] for at in range(0, len(values), size)]
+    known_values = [value if value and math.isfinite(value) else None for value in values]
+    groups = [[value for value in known_values[at : at + size] if value] for at in range(0, len(values), size)]
     peaks = [math.log(max(group)) if group else None for group in groups]
     known = [peak for peak in peaks if peak is not None]
     low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0

@@ -68,7 +68,7 @@ def controls(report: Report) -> Iterator[str]:
         parted = [place for place in places if place is not None]
         where = f", first at token {min(parted)}" if parted else ""
         same = f"equal to fp32's on {len(places) - len(parted)} of {count(len(places), 'prompt')}"
-        yield f"{dtype}: greedy continuation of {made.continuations[0].tokens} tokens {same}{where}"
+        yield f"{dtype}: greedy continuation {same}{where}"
 
 
 def massive(report: Report) -> Iterator[str]:
@@ -83,10 +83,8 @@ def triggers(found: Sweep) -> Iterator[str]:
     """What a sweep found."""
     largest = DTYPES[found.dtype].max if found.dtype in DTYPES else 0.0
     if found.kind == "length":
-        yield (
-            f"Length of {quoted(found.prompt or '')} in {found.dtype}: the first {found.shortest_failing} tokens fail, "
-            f"the first {found.longest_clean} are clean ({count(found.tried, 'forward')})."
-        )
+        cost = count(found.tried, "forward")
+        yield f"Length of {quoted(found.prompt or '')} in {found.dtype}: {_length(found)} ({cost})."
         return
     yield (
         f"First tokens in {found.dtype}: {found.tried:,} of {found.total:,} tried, through "
@@ -95,10 +93,19 @@ def triggers(found: Sweep) -> Iterator[str]:
     )
     for each in found.worst[:_MOST]:
         outcome = {True: "fails", False: "finite", None: "not tried"}[each.fails]
+        which = f"id {each.ids[0]} " if len(each.ids) == 1 else ""
         yield (
-            f"id {each.id} {quoted(each.text, 30)}: {number(float(each.magnitude))} after layer {each.layer}, "
+            f"{which}{quoted(each.text, 30)}: {number(float(each.magnitude))} in layer {each.layer}, {each.name}, "
             f"channel {each.channel}; in {found.dtype} {outcome}"
         )
+
+
+def _length(found: Sweep) -> str:
+    if found.shortest_failing is None:
+        return "by itself it does not fail at any length"
+    if found.shortest_failing == 1:
+        return "its first token fails"
+    return f"the first {found.shortest_failing} tokens fail, the first {found.longest_clean} are clean"
 
 
 def nearer(report: Report) -> str | None:
