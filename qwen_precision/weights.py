@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ class WeightStore:
 
     def unused(self, model: nn.Module) -> list[str]:
         """Tensors of the files that no parameter of the model is made of."""
-        used = {part for name, _ in model.named_parameters() for part in self.parts(name)}
+        used = {part for name, _ in model.named_parameters() for part in self.parts(name)} | {*self.parts(HEAD)}
         return [name for name in self._checkpoint.tensors if name not in used and name not in self._tied]
 
     def module(self, module: nn.Module, path: str) -> dict[str, Tensor]:
@@ -169,10 +170,22 @@ class _reading:
 
 
 def _tied_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Which parameter stands for which: a tied lm_head is the embedding, whatever the file also holds."""
+    """Which parameter stands for which: a tied lm_head is the embedding.
+
+    Where the files hold another lm_head beside it, transformers takes that one from version 5 on, and so do we.
+    """
     if not getattr(checkpoint.config, "tie_word_embeddings", False):
         return {}
-    return {HEAD: getattr(model, "base_model_prefix", "model") + "." + EMBEDDING}
+    prefix = getattr(model, "base_model_prefix", "model") + "."
+    if HEAD in checkpoint.tensors and _takes_the_files_head():
+        embedding = next((name for name in (prefix + EMBEDDING, EMBEDDING) if name in checkpoint.tensors), HEAD)
+        if not torch.equal(read_tensor(checkpoint, HEAD), read_tensor(checkpoint, embedding)):
+            return {}
+    return {HEAD: prefix + EMBEDDING}
+
+
+def _takes_the_files_head() -> bool:
+    return int(transformers.__version__.partition(".")[0]) >= 5
 
 
 class _Fusions:

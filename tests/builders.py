@@ -142,9 +142,9 @@ def explained_run() -> Run:
         contributions=[Contribution(channel=7, value=12.5, weight=1800.0, share=0.93)],
     )  # fmt: skip
     controls = [Control(what="token alone", dtype="fp16", prompt="plain", row=0, tokens=1, position=None,
-                        clean=False, detail="token 0 ('Hello') alone"),
+                        clean=False, detail="token 0 alone"),
                 Control(what="without the token", dtype="fp16", prompt="plain", row=0, tokens=1,
-                        position=None, clean=True, detail="the row without token 0 ('Hello')")]  # fmt: skip
+                        position=None, clean=True, detail="the row without token 0, wherever it stands")]  # fmt: skip
     made = Explanation(budget=2, controls=controls, left_out=["fp16: with the template: beyond --budget 2"], hashes={},
                        continuations=[Continued(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
                        )  # fmt: skip

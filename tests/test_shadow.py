@@ -178,3 +178,16 @@ def test_the_model_is_left_as_it_was_found(healthy: Path) -> None:
     for part in built[0].modules():
         assert not part._forward_hooks and not part._forward_pre_hooks and "forward" not in part.__dict__
         assert all(parameter.is_meta for parameter in part.parameters(recurse=False))
+
+
+def test_a_tied_model_whose_files_hold_another_lm_head_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_checkpoint(tmp_path / "model", tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    seen = shadowed(folder, "sdpa", BATCH, tmp_path)
+    for name in DTYPES:
+        hidden, logits = plain(folder, name, "sdpa", BATCH)
+        assert torch.equal(seen[name][0], hidden) and torch.equal(seen[name][1], logits)
