@@ -23,7 +23,7 @@ CAUSES: dict[str, str] = {
     "length": "the token is harmless after a few others, and not after so many, whatever they are",
     "trigger-token": "a token overflows alone, and without it the row is clean",
     "trigger-prompt": "this text: only with (or without) the chat template, or only these tokens together",
-    "out-of-range": "an activation is larger than the dtype's largest number, whatever the token",
+    "out-of-range": "an activation is larger than the dtype's largest number",
     "precision": "finite everywhere, but too far from fp32",
     "not-told": "nothing that was measured or run tells which",
 }
@@ -61,6 +61,8 @@ def cause_of(facts: Facts, each: Pass, event: Event) -> Cause:
     magnitude = facts.magnitude(each, event.site) if facts.run.reference and each.dtype != REFERENCE else None
     magnitude = magnitude if magnitude is not None and math.isfinite(magnitude) else None
     what, limit = name_of(site.module, site.op, site.call), facts.limit(each.dtype, event.site)
+    if magnitude is not None and magnitude <= limit and _clamped_before(each, event):
+        magnitude = None  # of other hidden states than those it failed on
     case = _Case(facts, each, event, site, what, magnitude, limit, _controls(facts.run, each, event))
     evidence = _measured(case)
     kind, advice = "out-of-range" if magnitude is not None else "not-told", ""
@@ -91,7 +93,7 @@ def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_pa
     if dtype == REFERENCE:
         return f"The {what} {are} not finite even in fp32, from finite inputs.{padding}"
     if magnitude is None:
-        why = "the reference is not finite here either" if reference else "there is no reference to tell how far"
+        why = "the reference does not tell how far" if reference else "there is no reference to tell how far"
         return f"The {what} left the range of {dtype} ({limit:.6g}) from finite inputs; {why}.{padding}"
     if magnitude > limit:
         return f"The {what} {reach} {magnitude:.6g} in fp32; {dtype} ends at {limit:.6g}.{padding}"
@@ -118,7 +120,7 @@ def _measured(case: _Case) -> list[str]:
     if case.magnitude is not None and case.magnitude > case.limit:
         times = case.magnitude / case.limit
         lines.append(
-            f"the reference reaches {case.magnitude:.6g} here, {times:.3g} times {case.each.dtype}'s largest number"
+            f"the reference reaches {case.magnitude:.6g} here, {times:.4g} times {case.each.dtype}'s largest number"
         )
     failing, clean = _by_outcome(case.facts, case.each.dtype)
     if failing and clean:
@@ -173,7 +175,7 @@ def _scores(case: _Case) -> _Found:
 
 
 def _accumulation(case: _Case) -> _Found:
-    if case.magnitude is None or case.magnitude > case.limit or _clamped_before(case):
+    if case.magnitude is None or case.magnitude > case.limit:
         return None
     full, dtype = case.controls.get("full reduction"), case.each.dtype
     why = f"all operands are finite and the reference reaches only {case.magnitude:.6g}"
@@ -183,10 +185,9 @@ def _accumulation(case: _Case) -> _Found:
     return "accumulation", why, f"Keep this operation out of {dtype}, or let it add up in fp32."
 
 
-def _clamped_before(case: _Case) -> bool:
+def _clamped_before(each: Pass, event: Event) -> bool:
     """Whether the row ran on hidden states that had to be clamped: then the reference says nothing about it."""
-    row = case.event.row or 0
-    return any(seed.clamped and row in seed.rows for seed in case.each.reseeded)
+    return any(seed.clamped and (event.row or 0) in seed.rows for seed in each.reseeded)
 
 
 def _absorbed(case: _Case) -> _Found:

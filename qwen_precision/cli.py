@@ -103,6 +103,8 @@ def probe(
     settings = load_settings(config, flags)
     specs = _specs(prompt, settings.prompts if prompt is None or prompts else None, [])
     check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
+    if explain is False and budget is not None:
+        raise UsageError("--budget: is for the control runs, which --no-explain leaves out; give one of the two.")
     if settings.sweep != SWEEPS[0] and (settings.sweep_limit or settings.sweep_texts):
         given = "--sweep-limit" if settings.sweep_limit else "--sweep-texts"
         raise UsageError(f"{given}: goes with --sweep {SWEEPS[0]}; add it.")
@@ -118,11 +120,20 @@ def probe(
         target = Target(rescue_to, rescue_dtype or RESCUE_DTYPES[0], force, keep_unverified)
     with terminal.progress() as (progress, _):
         run = diagnose(
-            model, settings, specs, revision, target, progress, terminal.note, lambda measured: save(measured, output),
+            model, settings, specs, revision, target, progress, terminal.note, lambda measured: _save(measured, output),
             output.with_name(f"{output.name}.sweep"),
         )  # fmt: skip
-    save(run, output)
+    _save(run, output)
     _show(run, output, settings.fail_on, rescue_to is not None)
+
+
+_saved: list[Path] = []
+"""What this call of the program has written, for the sentence of an interrupt."""
+
+
+def _save(run: Run, path: Path) -> None:
+    save(run, path)
+    _saved.append(path)
 
 
 def _without_a_folder(flags: dict[str, Any]) -> None:
@@ -227,7 +238,7 @@ def generate(
 
     with terminal.streaming() if stream else terminal.progress() as (progress, on_token):
         run = run_it(model, settings, chosen, specs, revision, probe_run, progress, on_token)
-    save(run, output)
+    _save(run, output)
     _show(run, output, fail_on)
 
 
@@ -271,6 +282,7 @@ _TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code and never raises for a user's mistake."""
+    _saved.clear()
     try:
         result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="qprec", standalone_mode=False)
         if result == _TYPER_INTERRUPTED:
@@ -279,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        terminal.error("interrupted; nothing was saved.")
+        terminal.error(f"interrupted; the run is in {_saved[-1]}." if _saved else "interrupted; nothing was saved.")
         return 3
     except BrokenPipeError:
         # The reader of a pipe (head, a pager) went away: that is its right. Nothing may be flushed at exit.

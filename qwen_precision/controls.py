@@ -113,10 +113,10 @@ def _ordered(run: Run, each: Asked, templates: list[Planned]) -> Iterator[Planne
         about = None if attention or what in ("row alone", "full reduction") else each.position
         return Planned(what, finding.dtype, str(finding.prompt), each.number, tuple(changed), detail, about, attention)
 
-    if site is not None and is_scores(site.module, site.op, site.call):
-        yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
     if each.batched:
         yield control("row alone", ids, "the same row without the batch and its padding")
+    if site is not None and is_scores(site.module, site.op, site.call):
+        yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
     if _on_cuda(run) and finding.headroom is not None and finding.headroom >= 1:
         yield control("full reduction", ids, "the same tokens without reduced-precision reductions")
     if place is None:

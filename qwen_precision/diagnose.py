@@ -11,6 +11,7 @@ from qwen_precision.probe import measure, prepare
 from qwen_precision.prompts import PromptSpec
 from qwen_precision.record import Run
 from qwen_precision.rescue import Finals
+from qwen_precision.sweep import held_state
 from qwen_precision.triggers import swept, texts_of
 
 Progress = Callable[[int, int, str], None]
@@ -35,6 +36,8 @@ def diagnose(
         QprecError: as ``probe`` does; or the folder cannot be written.
     """
     texts = texts_of(settings.sweep_texts)
+    if settings.sweep is not None:
+        held_state(sweep_file)  # a file of the user's in its place is found out now
     job = prepare(source, settings, specs, revision)
     if target is not None:
         check_folder(target.folder, job.checkpoint.folder, target.force)

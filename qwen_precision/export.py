@@ -37,6 +37,7 @@ _COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
 _SINKS = ("write", "hash", "flush")
 _UNDER_WAY = 16  # jobs of a megabyte each
 _FLUSH = 128 << 20  # bytes written before the disk is asked to begin
+_PARTIAL = ".qprec-partial-"
 _INDEX = "model.safetensors.index.json"
 _SPARE = 64 << 20  # bytes of the disk that are left for the small files
 _MOST_COPIED = 256 << 20  # bytes of a tokenizer's file; nothing else is that large
@@ -57,6 +58,12 @@ def check_folder(folder: Path, source: Path | None, force: bool) -> None:
         QprecError: the folder it shall be in is missing or not writable.
     """
     real = Path(os.path.realpath(folder))
+    try:
+        real.exists()
+        if real.parent.is_dir():
+            os.rmdir(tempfile.mkdtemp(dir=real.parent, prefix=_PARTIAL))
+    except OSError as error:
+        raise QprecError(f"--rescue-to {str(folder)[:60]}: cannot be written ({error.strerror}).") from error
     if not real.parent.is_dir() or not os.access(real.parent, os.W_OK):
         raise QprecError(f"--rescue-to {folder}: {real.parent} is no folder to write in; create it or choose another.")
     if source is not None:
@@ -80,7 +87,7 @@ def beside(folder: Path, force: bool) -> Iterator[tuple[Path, Callable[[], None]
     """
     real = Path(os.path.realpath(folder))
     try:
-        made = Path(tempfile.mkdtemp(dir=real.parent, prefix=f".{real.name}.partial-"))
+        made = Path(tempfile.mkdtemp(dir=real.parent, prefix=_PARTIAL))
     except OSError as error:
         raise QprecError(f"--rescue-to {folder}: cannot be written ({error.strerror}).") from error
 

@@ -22,6 +22,10 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
     """
     real = Path(os.path.realpath(path))
     folder = real.parent
+    try:
+        real.exists()
+    except OSError as error:
+        raise QprecError(f"{label} {path.name[:40]}…: cannot be written ({error.strerror}).") from error
     if real.is_dir():
         raise QprecError(f"{label} {path}: is a folder; give the name of a file to write.")
     if not folder.is_dir():
@@ -72,7 +76,7 @@ def append(path: Path, text: str, label: str) -> None:
 def _replace(path: Path, data: bytes) -> None:
     name = None
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".qprec-", delete=False) as file:
             name = file.name
             file.write(data)
             file.flush()

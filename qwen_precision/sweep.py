@@ -213,22 +213,27 @@ def _key(job: Job, dtype: str, rows: list[list[int]]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _taken_up(path: Path | None, key: str, announce: Callable[[str], None]) -> _State:
-    """The state of an earlier sweep of the same, or a new one.
+def held_state(path: Path | None) -> _State | None:
+    """The state of an unfinished sweep, if there is one.
 
     Raises:
         QprecError: the file is there and is not a sweep's state: it is not written over.
     """
     if path is None or not path.exists():
-        return _State(key)
+        return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         worst = [Swept.model_validate(each) for each in data["worst"]]
-        state = _State(data["key"], int(data["done"]), int(data["layers"]), int(data["over"]), worst,
-                       float(data["seconds"]))  # fmt: skip
+        return _State(data["key"], int(data["done"]), int(data["layers"]), int(data["over"]), worst,
+                      float(data["seconds"]))  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QprecError(f"{path}: is not the state of a sweep, which would be kept there; remove it.") from error
-    if state.key != key:
+
+
+def _taken_up(path: Path | None, key: str, announce: Callable[[str], None]) -> _State:
+    """The state of an earlier sweep of the same, or a new one."""
+    state = held_state(path)
+    if state is None or state.key != key:
         return _State(key)  # of another checkpoint, or another sweep
     announce(f"taking up the sweep in {path}: {state.done:,} are done")
     return state

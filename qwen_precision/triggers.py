@@ -39,7 +39,7 @@ def swept(
         more = "; the same command takes it up again" if state_file is not None and state_file.exists() else ""
         return run.model_copy(update={"unfinished": f"interrupted during the sweep{more}"})
     except QprecError as error:
-        return run.model_copy(update={"unfinished": f"the sweep: {error}"})
+        return run.model_copy(update={"unfinished": f"the sweep: {str(error).rstrip('.')}"})
     return run.model_copy(update={"sweep": found})
 
 

@@ -414,3 +414,13 @@ def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
     run = a_run([a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0]), fp16], explanation=made)
     finding = first_of(run)
     assert finding.cause_kind == "masked-rows" and "the row is clean" in " ".join(finding.evidence)
+
+
+def test_a_row_on_clamped_hidden_states_is_not_judged_by_the_reference() -> None:
+    from qwen_precision.record import Reseed
+
+    fp32 = a_pass("fp32", [1.5, 900.0, 1.0, 1.0, 1.0, 1.0])
+    fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None],
+                  reseeded=[Reseed(layer=0, rows=[0], clamped=True)])  # fmt: skip
+    finding = first_of(a_run([fp32, fp16]))
+    assert finding.cause_kind == "not-told" and "does not tell how far" in finding.cause

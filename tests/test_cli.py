@@ -564,3 +564,60 @@ def test_an_interrupt_before_anything_was_read_is_one_sentence(
     monkeypatch.setattr("qwen_precision.probe.locate", stop)
     assert main(["probe", "demo"]) == 3
     assert "interrupted" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "-1"], ["--budget"]),
+        (["--budget", "3", "--no-explain"], ["--budget", "--no-explain"]),
+        (["--sweep", "all"], ["all", "first-token"]),
+        (["--sweep-limit", "3"], ["--sweep-limit", "--sweep first-token"]),
+        (["--sweep-texts", "x.txt", "--sweep", "length"], ["--sweep-texts", "--sweep first-token"]),
+        (["--sweep", "first-token", "--sweep-texts", "missing.txt"], ["missing.txt", "a text a line"]),
+        (["--rescue-margin", "0.5"], ["--rescue-margin"]),
+        (["--rescue-dtype", "bf16"], ["--rescue-dtype", "--rescue-to"]),
+        (["--rescue-to", "out", "--rescue-dtype", "fp8"], ["fp8", "source"]),
+        (["--rescue-to", "out", "--dtype", "bf16"], ["--rescue-to", "--dtype fp16"]),
+        (["--rescue-to", "out", "--no-reference"], ["--rescue-to", "--no-reference"]),
+        (["--rescue-to", "qprec-run.json"], ["-o", "--rescue-to"]),
+        (["--force"], ["--force", "--rescue-to"]),
+        (["--keep-unverified"], ["--keep-unverified", "--rescue-to"]),
+    ],
+)
+def test_a_wrong_wish_for_causes_or_a_rescue_gets_one_sentence(
+    options: list[str], words: list[str], capsys: Capture
+) -> None:
+    assert main(["probe", "demo", *options]) == 2
+    line = sentence(capsys)
+    assert all(word in line for word in words), line
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("option", ["-o", "--rescue-to"])
+def test_a_name_that_is_too_long_for_the_disk_is_told_before_the_work(option: str, capsys: Capture) -> None:
+    assert main(["probe", "demo", option, "x" * 300]) == 3
+    assert "too long" in sentence(capsys)
+    assert main(["probe", "demo", "--prompt", "a", "-o", "y" * 250, "--fail-on", "never"]) == 0
+
+
+def test_an_interrupt_after_the_run_was_saved_says_where_it_is(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_precision import terminal
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "render", interrupted)
+    assert main(["probe", "demo", "--prompt", "a", "-o", "kept.json"]) == 3
+    assert "the run is in kept.json" in capsys.readouterr().err and Path("kept.json").is_file()
+
+
+def test_with_a_rescue_the_exit_code_is_that_of_what_was_exported(capsys: Capture) -> None:
+    assert main(["probe", "demo", "--rescue-to", "safe"]) == 0
+    assert Path("safe/qprec-rescue.json").is_file()
+    assert main(["probe", "safe", "-o", "again.json"]) == 0
+    assert main(["probe", "safe", "-o", "again.json", "--rescue-to", "twice"]) == 0
+    assert "no rescaled checkpoint was written" in capsys.readouterr().err and not Path("twice").exists()
+    assert main(["report", "qprec-run.json"]) == 1

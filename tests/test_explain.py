@@ -13,6 +13,7 @@ from test_planted_faults import down_proj_output, expert_product, one_unit
 
 from qwen_precision.config import load_settings
 from qwen_precision.diagnose import diagnose
+from qwen_precision.errors import QprecError
 from qwen_precision.precision import precision
 from qwen_precision.prompts import PromptSpec
 from qwen_precision.surroundings import closeup_of, massive_channels, run_up
@@ -196,8 +197,9 @@ def test_a_sweep_that_is_interrupted_is_taken_up_where_it_ended(
 def test_a_file_that_is_no_state_is_not_written_over(text: str, tmp_path: Path, healthy: Path) -> None:
     state = tmp_path / "run.json.sweep"
     state.write_text(text)
-    run = swept(healthy, state=state, sweep="first-token")
-    assert run.sweep is None and "remove it" in run.unfinished and state.read_text() == text
+    with pytest.raises(QprecError, match="remove it"):
+        swept(healthy, state=state, sweep="first-token")
+    assert state.read_text() == text
 
 
 def test_the_state_of_another_sweep_is_begun_anew(tmp_path: Path, healthy: Path) -> None:

@@ -104,7 +104,7 @@ def stuck(plan: Rescue) -> Iterator[str]:
 
 
 def _stuck(each: Stuck) -> str:
-    left = "" if each.headroom is None else f" ({room(float(each.headroom))} headroom)"
+    left = "" if not each.headroom else f" ({room(float(each.headroom))} headroom)"
     return f"{placed(each.layer, each.name)}{left}: {'' if each.fails else 'stays as it is; '}{each.why}"
 
 
