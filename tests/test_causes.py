@@ -424,3 +424,18 @@ def test_a_row_on_clamped_hidden_states_is_not_judged_by_the_reference() -> None
                   reseeded=[Reseed(layer=0, rows=[0], clamped=True)])  # fmt: skip
     finding = first_of(a_run([fp32, fp16]))
     assert finding.cause_kind == "not-told" and "does not tell how far" in finding.cause
+
+
+def test_an_overflow_that_changes_nothing_is_no_silent_absorption() -> None:
+    fp32 = a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0], top1=[5])
+    for kl, top1, cause in ((1e-5, 5, "out-of-range"), (0.5, 5, "silent-absorption"), (1e-5, 6, "silent-absorption")):
+        fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[top1], kl=[kl])
+        assert first_of(a_run([fp32, fp16])).cause_kind == cause
+
+
+def test_a_row_that_was_replaced_before_is_not_asked_about_again(demo_run: Run) -> None:
+    from qwen_precision.controls import asked
+
+    report = judge(demo_run)
+    assert {each.layer for each in report.findings if each.kind == "overflow"} == {3, 4, 5}
+    assert [each.finding.layer for each in asked(report)] == [3]

@@ -10,6 +10,7 @@ from conftest import make_checkpoint, run_probe
 from rescues import load
 from test_causes import TEXTS, enough_of_them, explained, first_of, ids_of, loud_token
 from test_planted_faults import down_proj_output, expert_product, one_unit
+from transformers import AutoTokenizer
 
 from qwen_precision.config import load_settings
 from qwen_precision.diagnose import diagnose
@@ -90,6 +91,25 @@ def test_log_probability_error_is_that_of_plain_transformers(dtype: str, memory:
     )
     (value,) = next(each for each in run.passes if each.dtype == dtype).logprob_error
     assert value == pytest.approx(float(wanted), rel=0.02)
+
+
+def test_padding_counts_for_no_log_probability(healthy: Path) -> None:
+    specs = [PromptSpec(name="batch", batch=["abcdefgh", "ab"]), PromptSpec(name="alone", text="ab")]
+    run = explained(healthy, specs, dtypes=["bf16"])
+    batch, alone = (each.logprob_error for each in run.passes if each.dtype == "bf16")
+    inputs = AutoTokenizer.from_pretrained(healthy, padding_side="left")(
+        specs[0].batch, return_tensors="pt", padding=True
+    )
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+
+    def chosen(dtype: torch.dtype) -> torch.Tensor:
+        with torch.inference_mode():
+            wide = load(healthy, dtype)(ids, attention_mask=mask).logits.float().log_softmax(-1)
+        return wide[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].double()
+
+    difference = (chosen(torch.bfloat16) - chosen(torch.float32))[1][-1:]
+    assert batch[1] == pytest.approx(float(difference.abs()), rel=0.02)
+    assert len(alone) == 1 and batch[0] is not None
 
 
 def test_local_error_is_that_of_each_layer_on_the_reference_s_input(healthy: Path) -> None:

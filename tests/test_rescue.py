@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from qwen_precision.checks import judge
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.export import NOTE
+from qwen_precision.export import NOTE, Exporter
 from qwen_precision.generation import Stretch
 from qwen_precision.guardsettings import load_guards
 from qwen_precision.names import name_of
@@ -253,6 +253,59 @@ def test_the_powers_are_the_smallest_that_reach_the_margin(tmp_path: Path) -> No
         assert margin <= least < 2 * margin and run.rescue.rescaling.stream >= 1
 
 
+def test_a_factor_goes_where_the_fewest_bits_are_lost(tmp_path: Path) -> None:
+    """Every split between up and down_proj is tried by hand, bit by bit, over all weights of a layer."""
+
+    def bits(weight: torch.Tensor, exponent: int) -> int:
+        lost = 0
+        for value in (weight.double() * 2.0**exponent).abs().flatten().tolist():
+            digits = int(value * 2**60)  # every bit of a bf16 number is there
+            assert digits == value * 2**60
+            below = digits & ((1 << 36) - 1)  # what lies under 2^-24
+            if digits:
+                last = (digits & -digits).bit_length() - 1
+                lost += 0 if not below else min(36, digits.bit_length()) - last
+        return lost
+
+    source = make_checkpoint(tmp_path / "source", edit=residual_add, hidden_size=64, intermediate_size=32)
+    plan = run_probe(source, TEXTS).rescue
+    stream = plan.rescaling.stream
+    mlp = load(source, torch.float32).model.layers[2].mlp
+    up, down = mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()
+    lost = [bits(up, -each) + bits(down, each - stream) for each in range(stream + 1)]
+    chosen = next((each.product[0] for each in plan.rescaling.layers if each.layer == 2), 0)
+    assert stream > 1 and lost[chosen] == min(lost) < lost[0]
+
+
+@pytest.mark.parametrize("broken", ["function", "margin"])
+def test_what_breaks_a_promise_is_not_verified(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_precision import deliver
+
+    def weaker(checkpoint: Any, rescaling: Any, *more: Any) -> Any:
+        return Exporter(checkpoint, rescaling.model_copy(update={"stream": rescaling.stream - 1}), *more)
+
+    if broken == "function":
+        monkeypatch.setattr(deliver, "prove", lambda *args: (False, 10))
+    else:
+        monkeypatch.setattr(deliver, "Exporter", weaker)
+    exported = rescue("demo", tmp_path / "safe").rescue.exported
+    assert not exported.verified and not (tmp_path / "safe").exists()
+    assert ("bit for bit" if broken == "function" else "less than 4x") in exported.why
+
+
+def test_a_sum_that_left_the_range_half_way_asks_for_the_whole_margin() -> None:
+    from builders import a_pass, a_run, an_event
+
+    from qwen_precision.facts import Facts
+    from qwen_precision.findings import Limits
+    from qwen_precision.needs import needs
+
+    values = [1.5, 20.0, 300.0, 400.0, 420.0, 31.0]
+    fp16 = a_pass("fp16", [*values[:3], float("inf"), *values[4:]], [an_event(3)])
+    found = needs(Facts(a_run([a_pass("fp32", values), fp16]), Limits()), 4.0, 0)
+    assert found.of("stream") == 2 and found.stuck == []
+
+
 # -- what is written -------------------------------------------------------------------------------------------
 
 
@@ -394,8 +447,6 @@ def test_what_is_further_from_fp32_than_bf16_is_not_verified(tmp_path: Path, mon
 
 
 def test_a_file_that_was_written_wrongly_is_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_precision.export import Exporter
-
     pieces = Exporter._pieces
 
     def wrong(self: Any, name: str, info: Any) -> Any:
