@@ -12,6 +12,7 @@ from rescues import export, layer_powers, logits, powers
 
 from qwen_precision.checkpoint import open_checkpoint
 from qwen_precision.rescaling import Scale, moved_by, powers_of
+from qwen_precision.weightbits import WeightBits
 
 SMALL = st.integers(0, 12)
 MOVES = st.integers(-6, 6)
@@ -113,3 +114,16 @@ def test_the_factor_of_a_tensor_is_the_sum_of_its_powers() -> None:
         "model.layers.70.mlp.gate.weight": 0, "embed_tokens.weight": -4, "norm.weight": 3,
     }  # fmt: skip
     assert {name: scale.factor(name) for name in factor} == factor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bits_lost_are_those_under_the_last_one_of_fp16(dtype: torch.dtype) -> None:
+    values = [1.0, 1.5, 1.0078125, 2.0**-14, 3 * 2.0**-14, 2.0**-24, -5 * 2.0**-20, 0.0]
+    bits = WeightBits(torch.tensor(values, dtype=dtype))
+    for power in (0, 1, 5, 12, 20):
+        lost = 0
+        for value in values:
+            digits = int(abs(value) * 2**60)  # an exact integer; what lies under 2^-24 after the factor is lost
+            last = (digits & -digits).bit_length() - 1
+            lost += max(0, min(36 + power, digits.bit_length()) - last) if digits else 0
+        assert bits.bits_lost(-power) == lost
