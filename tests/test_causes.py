@@ -439,3 +439,30 @@ def test_a_row_that_was_replaced_before_is_not_asked_about_again(demo_run: Run) 
     report = judge(demo_run)
     assert {each.layer for each in report.findings if each.kind == "overflow"} == {3, 4, 5}
     assert [each.finding.layer for each in asked(report)] == [3]
+
+
+def test_the_harmless_twins_of_damage_size_and_death_give_no_finding(tmp_path: Path) -> None:
+    def large_norm(model: Any) -> None:
+        model.model.layers[2].self_attn.q_norm.weight.fill_(50.0)
+
+    def large_unit(model: Any) -> None:
+        one_unit(model, 1, 3, 100.0, 100.0)
+        model.model.embed_tokens.weight[:, 3] = 100.0
+
+    twins = {
+        "weight": make_checkpoint(tmp_path / "weight", edit=large_norm),
+        "unit": make_checkpoint(tmp_path / "unit", edit=large_unit),
+        "element": broken(make_checkpoint(tmp_path / "element"), "model.layers.2.mlp.up_proj.weight", 0.5),
+    }
+    for name, folder in twins.items():
+        assert judge(explained(folder)).findings == [], name
+
+
+def test_a_sum_in_halves_that_stays_in_range_gives_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_halves(self: Any, states: torch.Tensor) -> torch.Tensor:
+        product = self.act_fn(self.gate_proj(states)) * self.up_proj(states)
+        half, weight = product.shape[-1] // 2, self.down_proj.weight
+        return product[..., :half] @ weight[:, :half].mT + product[..., half:] @ weight[:, half:].mT
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", in_halves)
+    assert judge(explained(make_checkpoint(tmp_path / "model"))).findings == []
