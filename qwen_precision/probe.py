@@ -23,7 +23,7 @@ from qwen_precision.prompts import PromptSpec, tokenise
 from qwen_precision.record import Choice, Prompt, Run
 from qwen_precision.rescue import plan_rescue, wanted
 from qwen_precision.shadow import Shadow
-from qwen_precision.skeleton import build, decoder_layers
+from qwen_precision.skeleton import build, decoder_layers, move_buffers
 from qwen_precision.weightcheck import WeightCheck
 from qwen_precision.weights import WeightStore
 
@@ -148,7 +148,7 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
     if unused:
         value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
         job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
-    _move_buffers(job.model, job.device)
+    move_buffers(job.model, job.device)
     near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
     plan = Plan(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
     shadow = Shadow(job.model, store, encoded(job), plan, job.collector, progress, on_final)
@@ -175,13 +175,6 @@ def encoded(job: Job) -> list[Encoded]:
 def vocabulary_rows(job: Job) -> int:
     """Rows of the vocabulary that lm_head takes at once; 0 for all."""
     return 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
 
 
 def _not_run(job: Job) -> list[str]:

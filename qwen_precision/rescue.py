@@ -24,7 +24,7 @@ from qwen_precision.remedy import Rescue
 from qwen_precision.rescaling import EMBEDDING, HEAD, Rescaling, Scale, powers_of
 from qwen_precision.rescueplan import Planner, Shape
 from qwen_precision.shadow import Shadow
-from qwen_precision.skeleton import build
+from qwen_precision.skeleton import build, move_buffers
 from qwen_precision.weightbits import WeightBits
 from qwen_precision.weightcheck import WeightCheck
 from qwen_precision.weights import WeightStore, read_tensor
@@ -98,6 +98,7 @@ def rescaled_store(
     """The rescaled model on the meta device, and where its weights come from."""
     changed = replace(checkpoint, config=rescaled_config(checkpoint.config, rescaling))
     model = build(changed.config, attention)
+    move_buffers(model, device)
     return model, WeightStore(changed, model, device, resident, WeightCheck([]), Scale(rescaling))
 
 

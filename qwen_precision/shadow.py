@@ -27,7 +27,7 @@ from qwen_precision.measure import Measure
 from qwen_precision.parts import rounded
 from qwen_precision.plan import Encoded, FinalHook, Plan
 from qwen_precision.record import Reseed
-from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls, path_of
+from qwen_precision.skeleton import LayerCall, decoder_layers, finish, layer_calls, path_of, run_layer
 from qwen_precision.watcher import Watcher, attached
 from qwen_precision.weightcheck import torch_dtype
 from qwen_precision.weights import Scratch, WeightStore
@@ -169,7 +169,7 @@ class Shadow:
                 call = stream.calls[index]
                 stream.given = stream.hidden
                 stream.hidden = self._watched(
-                    name, prompt, path, layer, partial(_call, layer, stream.hidden, call), call
+                    name, prompt, path, layer, partial(run_layer, layer, stream.hidden, call), call
                 )
                 self._compare(name, prompt)
                 self._massive(name, prompt, index)
@@ -228,7 +228,7 @@ class Shadow:
         reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
         if not self.plan.local or reference is None or name == REFERENCE:
             return
-        out = _call(layer, reference.given.to(stream.hidden.dtype), call)
+        out = run_layer(layer, reference.given.to(stream.hidden.dtype), call)
         own = self.prompts[prompt].mask.bool()
         self.collector.column(name, prompt).local_error.append(_relative(out[own], reference.hidden[own]))
 
@@ -297,10 +297,3 @@ def _relative(ours: Tensor, wanted: Tensor) -> float | None:
         return None
     error = float((ours.double() - wanted.double()).norm() / wanted.double().norm())
     return rounded(error) if math.isfinite(error) else None
-
-
-def _call(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-    """Run a layer by its forward: its own hooks stay out, those of its parts fire."""
-    out = layer.forward(hidden, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result

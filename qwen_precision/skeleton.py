@@ -79,6 +79,14 @@ def _make_buffers(path: str, module: nn.Module) -> None:
         module._buffers[name] = buffer
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the real buffers onto a device; the weights stay where they are, on meta."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder layers.
 
@@ -137,6 +145,13 @@ def layer_calls(model: nn.Module, embedded: Tensor, mask: Tensor) -> list[LayerC
     if len(calls) != len(layers):
         raise QprecError(f"{type(model).__name__}: does not run each of its layers once; it is not supported.")
     return calls
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+    """Run a layer by its forward: its own hooks stay out, those of its parts fire."""
+    out = layer.forward(hidden, *call.args, **call.kwargs)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
 
 
 def finish(model: nn.Module, embedded: Tensor, mask: Tensor, hidden: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from qwen_precision.files import write_atomically
 from qwen_precision.parts import in_words, rounded
 from qwen_precision.probe import Job
 from qwen_precision.prompts import as_text
-from qwen_precision.skeleton import LayerCall, build, decoder_layers, layer_calls, path_of
+from qwen_precision.skeleton import build, decoder_layers, layer_calls, move_buffers, path_of, run_layer
 from qwen_precision.weightcheck import WeightCheck, torch_dtype
 from qwen_precision.weights import Scratch, WeightStore
 
@@ -82,9 +82,7 @@ class Walker:
         self._path, self._layers = decoder_layers(self.model)
         self._device, self._scratch = job.device, Scratch()
         self._seen: list[tuple[str, Tensor]] = []
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(job.device)
+        move_buffers(self.model, job.device)
         for layer in self._layers:
             for path, part in layer.named_modules():
                 if isinstance(part, nn.Linear):
@@ -117,7 +115,7 @@ class Walker:
             for index in range(layers):
                 sources = self._store.module(self._layers[index], f"{self._path}.{index}")
                 self._scratch.place(self._layers[index], sources, dtype)
-                hidden = _forward(self._layers[index], hidden, calls[index])
+                hidden = run_layer(self._layers[index], hidden, calls[index])
                 self._scratch.release()
                 for name, tensor in [*self._seen, ("hidden states", hidden)]:
                     if tensor.shape[:2] == ids.shape:  # experts see rows picked from all sequences
@@ -152,12 +150,6 @@ def _larger(best: _Best, tensor: Tensor, layer: int, name: int) -> _Best:
     now = (size, torch.full_like(place, layer), place % tensor.shape[-1], torch.full_like(place, name))
     one, two, three, four = (torch.where(more, new, old) for new, old in zip(now, best, strict=True))
     return one, two, three, four
-
-
-def _forward(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-    out = layer.forward(hidden, *call.args, **call.kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
 
 
 def first_tokens(
