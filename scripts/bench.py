@@ -28,13 +28,13 @@ from make_checkpoint import write
 from transformers import AutoModelForCausalLM
 
 import qwen_precision
-from qwen_precision.checkpoint import open_checkpoint
-from qwen_precision.decode import Decoder
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.export import Exporter
-from qwen_precision.guardsettings import load_guards
-from qwen_precision.lanes import Models
-from qwen_precision.rescaling import Rescaling
+from qwen_precision.generate.decode import Decoder
+from qwen_precision.generate.lanes import Models
+from qwen_precision.model.folder import open_checkpoint
+from qwen_precision.qwen3.rescaling import Rescaling
+from qwen_precision.rescue.export import Exporter
+from qwen_precision.settings.guards import load_guards
 
 RUNS = 7
 TOKENS = 128

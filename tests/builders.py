@@ -2,14 +2,24 @@
 
 from typing import Any
 
-from qwen_precision.evidence import Closeup, Contribution, Control, Explanation, Massive, Operand, Source, Sweep, Swept
-from qwen_precision.evidence import Continuation as Continued
-from qwen_precision.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
-from qwen_precision.guardsettings import GuardSettings
-from qwen_precision.record import Choice, Event, Model, Pass, Prompt, Row, Run, Site
-from qwen_precision.remedy import Exported, Loss, Rescue, Stuck
-from qwen_precision.rescaling import LayerPowers, Rescaling
-from qwen_precision.weightfacts import WeightTotals
+from qwen_precision.qwen3.rescaling import LayerPowers, Rescaling
+from qwen_precision.record.explanation import (
+    Closeup,
+    Contribution,
+    Control,
+    Explanation,
+    Massive,
+    Operand,
+    Source,
+    Sweep,
+    Swept,
+)
+from qwen_precision.record.explanation import Continuation as Continued
+from qwen_precision.record.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
+from qwen_precision.record.rescue import Exported, Loss, Rescue, Stuck
+from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Row, Run, Site
+from qwen_precision.record.weights import WeightTotals
+from qwen_precision.settings.guards import GuardSettings
 
 SITES = [
     Site(layer=None, module="model.embed_tokens", op="embedding", call=0),

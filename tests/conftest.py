@@ -121,9 +121,9 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def run_probe(source: str | Path, texts: list[str] | None = None, file: str | None = None, **settings: Any) -> Any:
-    from qwen_precision.config import load_settings
-    from qwen_precision.probe import probe
-    from qwen_precision.prompts import read_prompts
+    from qwen_precision.probe.run import probe
+    from qwen_precision.settings.config import load_settings
+    from qwen_precision.settings.prompts import read_prompts
 
     on_final = settings.pop("on_final", None)
     return probe(str(source), load_settings(None, settings), read_prompts(texts or [], file), on_final=on_final)

@@ -9,13 +9,13 @@ import torch
 from conftest import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen_precision.config import load_generate_settings
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.generate import generate
-from qwen_precision.guardsettings import GuardSettings, load_guards
-from qwen_precision.lanes import Models
-from qwen_precision.prompts import read_prompts
-from qwen_precision.record import Run
+from qwen_precision.generate.lanes import Models
+from qwen_precision.generate.run import generate
+from qwen_precision.record.run import Run
+from qwen_precision.settings.config import load_generate_settings
+from qwen_precision.settings.guards import GuardSettings, load_guards
+from qwen_precision.settings.prompts import read_prompts
 
 PROMPT, ANSWER = "上海有个非常出名的地方，", "叫做外滩，晚上灯光很美。"
 BATCH = ["The quick brown", "Hello", "上海有个非常出名的地方，"]

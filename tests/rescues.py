@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwen_precision.checkpoint import open_checkpoint
-from qwen_precision.config import load_settings
-from qwen_precision.deliver import Target
-from qwen_precision.diagnose import diagnose
-from qwen_precision.export import Exporter
-from qwen_precision.prompts import read_prompts
-from qwen_precision.record import Run
-from qwen_precision.rescaling import LayerPowers, Rescaling
+from qwen_precision.diagnose.run import diagnose
+from qwen_precision.model.folder import open_checkpoint
+from qwen_precision.qwen3.rescaling import LayerPowers, Rescaling
+from qwen_precision.record.run import Run
+from qwen_precision.rescue.deliver import Target
+from qwen_precision.rescue.export import Exporter
+from qwen_precision.settings.config import load_settings
+from qwen_precision.settings.prompts import read_prompts
 
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
 IDS = torch.arange(1, 25).reshape(2, 12) * 17 % 500

@@ -15,13 +15,13 @@ from test_planted_faults import down_proj_output, one_unit
 from transformers import AutoTokenizer
 from transformers.models.qwen3 import modeling_qwen3
 
-from qwen_precision.causes import CAUSES
-from qwen_precision.checks import judge
-from qwen_precision.config import load_settings
-from qwen_precision.diagnose import diagnose
-from qwen_precision.findings import Finding
-from qwen_precision.prompts import PromptSpec
-from qwen_precision.record import Run
+from qwen_precision.diagnose.run import diagnose
+from qwen_precision.judge.causes import CAUSES
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.findings import Finding
+from qwen_precision.record.run import Run
+from qwen_precision.settings.config import load_settings
+from qwen_precision.settings.prompts import PromptSpec
 
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
 
@@ -242,9 +242,9 @@ def test_what_nothing_shows_is_not_told(tmp_path: Path) -> None:
 
 
 def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_precision import explain as module
-    from qwen_precision.controls import planned
-    from qwen_precision.record import Choice
+    from qwen_precision.diagnose import explain as module
+    from qwen_precision.judge.controls import planned
+    from qwen_precision.record.run import Choice
 
     flags = torch.backends.cuda.matmul
     before = flags.allow_fp16_reduced_precision_reduction
@@ -393,7 +393,7 @@ def test_controls_keep_to_their_budget_and_are_announced_before_they_run(tmp_pat
 
 
 def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_precision.shadow import Shadow
+    from qwen_precision.probe.shadow import Shadow
 
     case = CASES["trigger-token"]
     folder = make_checkpoint(tmp_path / "model", edit=case.plant)
@@ -405,7 +405,7 @@ def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, mon
 
 
 def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
-    from qwen_precision.evidence import Control, Explanation
+    from qwen_precision.record.explanation import Control, Explanation
 
     control = Control(what="row alone", dtype="fp16", prompt="plain", row=0, tokens=2, position=None, clean=True,
                       detail="the same row without the batch and its padding")  # fmt: skip
@@ -417,7 +417,7 @@ def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
 
 
 def test_a_row_on_clamped_hidden_states_is_not_judged_by_the_reference() -> None:
-    from qwen_precision.record import Reseed
+    from qwen_precision.record.run import Reseed
 
     fp32 = a_pass("fp32", [1.5, 900.0, 1.0, 1.0, 1.0, 1.0])
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None],
@@ -434,7 +434,7 @@ def test_an_overflow_that_changes_nothing_is_no_silent_absorption() -> None:
 
 
 def test_a_row_that_was_replaced_before_is_not_asked_about_again(demo_run: Run) -> None:
-    from qwen_precision.controls import asked
+    from qwen_precision.judge.controls import asked
 
     report = judge(demo_run)
     assert {each.layer for each in report.findings if each.kind == "overflow"} == {3, 4, 5}

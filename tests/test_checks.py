@@ -5,10 +5,10 @@ import math
 import pytest
 from builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overflowing_run, stopped_run
 
-from qwen_precision.checks import CHECKS, judge
-from qwen_precision.findings import Limits
-from qwen_precision.record import Reseed, Site
-from qwen_precision.weightfacts import Weight
+from qwen_precision.judge.checks import CHECKS, judge
+from qwen_precision.judge.findings import Limits
+from qwen_precision.record.run import Reseed, Site
+from qwen_precision.record.weights import Weight
 
 
 def test_there_are_checks_and_each_says_what_it_does() -> None:

@@ -12,7 +12,7 @@ import torch
 from conftest import edit_json, make_checkpoint, sentence
 from safetensors.torch import load_file, save_file
 
-from qwen_precision.cli import main
+from qwen_precision.cli.app import main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_saved_from_the_bare_model_is_probed_without_its_head(broke
 
 
 def test_ctrl_c_saves_what_was_read_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    from qwen_precision.shadow import Shadow
+    from qwen_precision.probe.shadow import Shadow
 
     original = Shadow._layer
 
@@ -308,7 +308,7 @@ def test_ctrl_c_saves_what_was_read_and_says_so(monkeypatch: pytest.MonkeyPatch,
 def test_out_of_memory_saves_what_was_read_and_says_what_to_do(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from qwen_precision.shadow import Shadow
+    from qwen_precision.probe.shadow import Shadow
 
     original = Shadow._layer
 
@@ -325,7 +325,7 @@ def test_out_of_memory_saves_what_was_read_and_says_what_to_do(
 def test_a_shard_that_breaks_half_way_leaves_what_was_read(
     broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from qwen_precision import weights
+    from qwen_precision.model import weights
 
     original = weights.WeightStore._read
 
@@ -436,7 +436,7 @@ def run_python(code: str) -> str:
 
 
 def test_help_and_report_never_import_torch(demo_run, tmp_path: Path) -> None:
-    from qwen_precision.record import save
+    from qwen_precision.record.run import save
 
     save(demo_run, tmp_path / "run.json")
     for arguments in (["--help"], ["probe", "--help"], ["report", "--help"], ["report", str(tmp_path / "run.json")]):
@@ -452,7 +452,7 @@ def test_the_version_is_shown(capsys: Capture) -> None:
 
 
 def test_an_output_that_is_an_input_is_refused_and_the_input_stays(broken: Path, demo_run, capsys: Capture) -> None:
-    from qwen_precision.record import save
+    from qwen_precision.record.run import save
 
     save(demo_run, Path("run.json"))
     Path("prompts.txt").write_text("Hello\n")
@@ -473,7 +473,7 @@ def test_an_output_that_is_a_link_is_followed_and_a_pipe_is_never_replaced(demo_
     import os
     import threading
 
-    from qwen_precision.record import save
+    from qwen_precision.record.run import save
 
     save(demo_run, Path("run.json"))
     Path("link").symlink_to("target.txt")
@@ -500,7 +500,7 @@ def test_a_crash_is_not_taken_for_a_finding(monkeypatch: pytest.MonkeyPatch, cap
     def crash(*args: object) -> None:
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr("qwen_precision.cli.judge", crash)
+    monkeypatch.setattr("qwen_precision.cli.app.judge", crash)
     assert main(["probe", "demo", "--dtype", "bf16", "--prompt", "Hello"]) == 3
     err = capsys.readouterr().err
     assert "boom" in err and "bug in qprec" in err
@@ -545,7 +545,7 @@ def test_no_reference_leaves_fp32_out_unless_it_is_asked_for(capsys: Capture) ->
 def test_a_terminal_without_unicode_still_gets_the_table(demo_run, tmp_path: Path) -> None:
     import os
 
-    from qwen_precision.record import save
+    from qwen_precision.record.run import save
 
     save(demo_run, tmp_path / "run.json")
     done = subprocess.run(
@@ -561,7 +561,7 @@ def test_an_interrupt_before_anything_was_read_is_one_sentence(
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen_precision.probe.locate", stop)
+    monkeypatch.setattr("qwen_precision.probe.run.locate", stop)
     assert main(["probe", "demo"]) == 3
     assert "interrupted" in sentence(capsys)
 
@@ -604,7 +604,7 @@ def test_a_name_that_is_too_long_for_the_disk_is_told_before_the_work(option: st
 def test_an_interrupt_after_the_run_was_saved_says_where_it_is(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_precision import terminal
+    from qwen_precision.cli import terminal
 
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

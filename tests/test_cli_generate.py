@@ -12,7 +12,7 @@ import pytest
 from conftest import DEMO, edit_json, sentence
 from generation import ANSWER, PROMPT
 
-from qwen_precision.cli import main
+from qwen_precision.cli.app import main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -111,9 +111,8 @@ def test_stream_prints_tokens_as_they_come(capsys: Capture, monkeypatch: pytest.
 
 
 def test_a_streamed_character_of_several_tokens_is_printed_whole() -> None:
-    from transformers import AutoTokenizer
-
     import qwen_precision.terminal as terminal
+    from transformers import AutoTokenizer
 
     tokenizer, sink = AutoTokenizer.from_pretrained(DEMO), io.StringIO()
     text = "naïve 漢字 🙂 and a tail that is long enough to go past what is kept"

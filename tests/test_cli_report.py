@@ -12,13 +12,13 @@ from conftest import sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_precision.checks import judge
-from qwen_precision.cli import main
-from qwen_precision.config import configs_folder
+from qwen_precision.cli.app import main
 from qwen_precision.errors import QprecError
-from qwen_precision.record import load, parse, save, to_json
+from qwen_precision.judge.checks import judge
+from qwen_precision.record.run import load, parse, save, to_json
 from qwen_precision.render import FORMATS, one
 from qwen_precision.render.schema import report_schema
+from qwen_precision.settings.config import configs_folder
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("scratch")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from qwen_precision.causes import CAUSES
-from qwen_precision.checks import CHECKS
-from qwen_precision.cli import main
+from qwen_precision.cli.app import main
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.guardsettings import GUARDS
+from qwen_precision.judge.causes import CAUSES
+from qwen_precision.judge.checks import CHECKS
 from qwen_precision.render import FORMATS
+from qwen_precision.settings.guards import GUARDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -138,7 +138,7 @@ def test_the_map_of_the_house_names_every_module() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for path in (ROOT / "qwen_precision").rglob("*.py"):
         if not path.name.startswith("__"):
-            assert f"`{path.name}`" in text or f"{path.name}`" in text, path.name
+            assert f"{path.name}`" in text, path.name
 
 
 def test_nothing_points_at_a_place_a_user_does_not_have() -> None:

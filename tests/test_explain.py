@@ -12,12 +12,12 @@ from test_causes import TEXTS, enough_of_them, explained, first_of, ids_of, loud
 from test_planted_faults import down_proj_output, expert_product, one_unit
 from transformers import AutoTokenizer
 
-from qwen_precision.config import load_settings
-from qwen_precision.diagnose import diagnose
+from qwen_precision.diagnose.run import diagnose
 from qwen_precision.errors import QprecError
-from qwen_precision.precision import precision
-from qwen_precision.prompts import PromptSpec
-from qwen_precision.surroundings import closeup_of, massive_channels, run_up
+from qwen_precision.judge.precision import precision
+from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
+from qwen_precision.settings.config import load_settings
+from qwen_precision.settings.prompts import PromptSpec
 
 # -- microscope and blame --------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ def test_a_limited_sweep_is_spread_over_the_vocabulary_and_texts_may_be_given(tm
 def test_a_sweep_that_is_interrupted_is_taken_up_where_it_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_precision import sweep
+    from qwen_precision.diagnose import firsttokens as sweep
 
     folder, state = make_checkpoint(tmp_path / "model", edit=loud_token("Z", 40_000.0)), tmp_path / "run.json.sweep"
     whole = swept(folder, sweep="first-token").sweep

@@ -8,9 +8,9 @@ import pytest
 import torch
 from generation import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plant, run, settings, trips_of
 
-from qwen_precision.checks import judge
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.record import Run, load, save, to_json
+from qwen_precision.judge.checks import judge
+from qwen_precision.record.run import Run, load, save, to_json
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 NAN = float("nan")
@@ -517,7 +517,7 @@ def test_only_one_position_of_logits_is_computed_and_a_row_alone_has_no_padding(
 
 def test_a_lane_whose_rows_are_all_over_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row fails and goes on in bf16; when the others have ended, the fp16 weights are given back."""
-    from qwen_precision.lanes import Models as Store
+    from qwen_precision.generate.lanes import Models as Store
 
     released, release = [], Store.release
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_precision.config import configs_folder
-from qwen_precision.degenerate import at_the_end, symptoms
-from qwen_precision.draw import Chooser, sampling_error
 from qwen_precision.errors import UsageError
-from qwen_precision.guards import Look, bound, clamped, look, may_repair, nearly_uniform
-from qwen_precision.guardsettings import GUARDS, Clamp, Degenerate, GuardSettings, Watch, guard_profiles, load_guards
+from qwen_precision.generate.draw import Chooser, sampling_error
+from qwen_precision.generate.look import Look, bound, clamped, look, may_repair, nearly_uniform
+from qwen_precision.judge.degenerate import at_the_end, symptoms
+from qwen_precision.settings.config import configs_folder
+from qwen_precision.settings.guards import GUARDS, Clamp, Degenerate, GuardSettings, Watch, guard_profiles, load_guards
 
 NAN, INF = float("nan"), float("inf")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import make_checkpoint, run_probe
 
-from qwen_precision.checks import judge
+from qwen_precision.judge.checks import judge
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

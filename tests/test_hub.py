@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 from conftest import DEMO
 
-from qwen_precision.cli import main
+from qwen_precision.cli.app import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

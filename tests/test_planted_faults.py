@@ -9,8 +9,8 @@ import pytest
 from conftest import DEMO, edit_json, make_checkpoint, run_probe
 from transformers import AutoTokenizer
 
-from qwen_precision.checks import judge
-from qwen_precision.findings import Finding, Limits, Report
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.findings import Finding, Limits, Report
 
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
 
@@ -182,8 +182,8 @@ def test_every_place_that_overflows_by_itself_is_found_not_only_the_first(tmp_pa
 def test_a_place_in_a_slice_of_the_logits_is_told_as_a_place_in_the_whole(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_precision.probe.SLICE_BYTES", 4 * 64 * 50)  # 50 vocabulary rows at a time
-    monkeypatch.setattr("qwen_precision.head.LOGITS_BYTES", 50 * 2 * 2)  # two tokens of fp16 logits at a time
+    monkeypatch.setattr("qwen_precision.probe.run.SLICE_BYTES", 4 * 64 * 50)  # 50 vocabulary rows at a time
+    monkeypatch.setattr("qwen_precision.probe.head.LOGITS_BYTES", 50 * 2 * 2)  # two tokens of fp16 logits at a time
     report = judge(run_probe(folders("lm_head output"), TEXTS, memory="streamed"))
     (first,) = errors(report, "fp16")
     assert (first.name, first.channel) == ("logits", 77)

@@ -15,9 +15,9 @@ from builders import a_pass, a_run, exclamation_run, healthy_run, recovered_run
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
-from qwen_precision.packing import LARGE, pack_column
-from qwen_precision.record import SCHEMA, Run, Site, load, save, to_json
-from qwen_precision.upgrades import UPGRADES
+from qwen_precision.record.packing import LARGE, pack_column
+from qwen_precision.record.run import SCHEMA, Run, Site, load, save, to_json
+from qwen_precision.record.upgrades import UPGRADES
 
 
 def test_a_run_survives_saving_and_loading_as_text(demo_run: Run, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_there_is_a_fixture_of_every_earlier_schema() -> None:
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("run-v*.json")), ids=lambda path: path.stem)
 def test_an_old_record_is_still_read_and_judged(path: Path) -> None:
-    from qwen_precision.checks import judge
+    from qwen_precision.judge.checks import judge
 
     run = load(path)
     assert run.schema_ == SCHEMA and run.rescue is None
@@ -161,7 +161,7 @@ def test_a_damaged_generation_is_refused_with_the_key_named(
     ],
 )
 def test_an_odd_generation_is_still_judged_and_shown(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
-    from qwen_precision.checks import judge
+    from qwen_precision.judge.checks import judge
     from qwen_precision.render import FORMATS, one
 
     (tmp_path / "gen.json").write_text(changed(exclamation_run(), change))
@@ -189,7 +189,7 @@ def test_bytes_that_are_not_text_and_files_that_are_not_there_are_refused(tmp_pa
 
 
 def damaged_at_random(text: str, path: Path) -> None:
-    from qwen_precision.checks import judge
+    from qwen_precision.judge.checks import judge
     from qwen_precision.render import FORMATS, one
 
     dice = random.Random(0)
@@ -276,7 +276,7 @@ def test_absurd_numbers_and_nesting_are_refused(change: Callable[[dict[str, Any]
 
 
 def test_half_characters_are_made_whole_so_that_every_format_can_be_written(tmp_path: Path) -> None:
-    from qwen_precision.checks import judge
+    from qwen_precision.judge.checks import judge
     from qwen_precision.render import FORMATS, one
 
     (tmp_path / "run.json").write_text(changed(healthy_run(), lambda d: d["model"].update(source="a\ud800b")))

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rescues import export, layer_powers, logits, powers
 
-from qwen_precision.checkpoint import open_checkpoint
-from qwen_precision.rescaling import Scale, moved_by, powers_of
-from qwen_precision.weightbits import WeightBits
+from qwen_precision.model.folder import open_checkpoint
+from qwen_precision.qwen3.rescaling import Scale, moved_by, powers_of
+from qwen_precision.rescue.bits import WeightBits
 
 SMALL = st.integers(0, 12)
 MOVES = st.integers(-6, 6)

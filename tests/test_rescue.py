@@ -22,15 +22,15 @@ from test_planted_faults import (
 )  # fmt: skip
 from transformers import AutoTokenizer
 
-from qwen_precision.checks import judge
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.export import NOTE, Exporter
-from qwen_precision.generation import Stretch
-from qwen_precision.guardsettings import load_guards
-from qwen_precision.names import name_of
-from qwen_precision.nextcommand import next_rescue
-from qwen_precision.rescued import moved
-from qwen_precision.shadow import Shadow
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.nextcommand import next_rescue
+from qwen_precision.judge.rescued import moved
+from qwen_precision.probe.shadow import Shadow
+from qwen_precision.qwen3.names import name_of
+from qwen_precision.record.generation import Stretch
+from qwen_precision.rescue.export import NOTE, Exporter
+from qwen_precision.settings.guards import load_guards
 
 
 def embedding(model: Any) -> None:
@@ -279,7 +279,7 @@ def test_a_factor_goes_where_the_fewest_bits_are_lost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["function", "margin"])
 def test_what_breaks_a_promise_is_not_verified(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_precision import deliver
+    from qwen_precision.rescue import deliver
 
     def weaker(checkpoint: Any, rescaling: Any, *more: Any) -> Any:
         return Exporter(checkpoint, rescaling.model_copy(update={"stream": rescaling.stream - 1}), *more)
@@ -296,9 +296,9 @@ def test_what_breaks_a_promise_is_not_verified(broken: str, tmp_path: Path, monk
 def test_a_sum_that_left_the_range_half_way_asks_for_the_whole_margin() -> None:
     from builders import a_pass, a_run, an_event
 
-    from qwen_precision.facts import Facts
-    from qwen_precision.findings import Limits
-    from qwen_precision.needs import needs
+    from qwen_precision.judge.columns import Facts
+    from qwen_precision.judge.findings import Limits
+    from qwen_precision.judge.needs import needs
 
     values = [1.5, 20.0, 300.0, 400.0, 420.0, 31.0]
     fp16 = a_pass("fp16", [*values[:3], float("inf"), *values[4:]], [an_event(3)])
@@ -389,7 +389,7 @@ def test_the_checkpoint_itself_is_never_written_over(tmp_path: Path) -> None:
 def test_what_is_interrupted_leaves_nothing_that_looks_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_precision import deliver
+    from qwen_precision.rescue import deliver
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
@@ -410,7 +410,7 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_precision import export as module
+    from qwen_precision.rescue import export as module
 
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(QprecError, match="are free; make room"):
@@ -459,7 +459,7 @@ def test_a_file_that_was_written_wrongly_is_not_verified(tmp_path: Path, monkeyp
 
 
 def test_what_appears_in_the_target_meanwhile_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_precision import deliver
+    from qwen_precision.rescue import deliver
 
     note = deliver._write_note
 
@@ -536,7 +536,7 @@ def test_the_next_command_makes_the_same_plan(tmp_path: Path) -> None:
 def test_generate_recovers_in_fp16_itself_and_loads_no_second_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     from generation import run as generated
 
-    from qwen_precision.lanes import Models
+    from qwen_precision.generate.lanes import Models
 
     loaded: list[str] = []
     original = Models._load

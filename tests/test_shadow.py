@@ -129,7 +129,7 @@ def test_streamed_equals_resident_on_a_failing_checkpoint_too() -> None:
 def test_a_vocabulary_taken_in_slices_gives_the_same_likeliest_tokens(
     healthy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_precision.probe.SLICE_BYTES", 4 * 64 * 100)  # 100 rows at a time, 512 in all
+    monkeypatch.setattr("qwen_precision.probe.run.SLICE_BYTES", 4 * 64 * 100)  # 100 rows at a time, 512 in all
     sliced = run_probe(healthy, memory="streamed")
     whole = run_probe(healthy, memory="resident")
     assert [each.top1 for each in sliced.passes] == [each.top1 for each in whole.passes]
@@ -143,7 +143,7 @@ def test_a_model_that_works_between_its_layers_is_refused_not_misread(healthy: P
     from transformers import AutoConfig
 
     from qwen_precision.errors import QprecError
-    from qwen_precision.skeleton import build, layer_calls
+    from qwen_precision.model.skeleton import build, layer_calls
 
     model = build(AutoConfig.from_pretrained(healthy), None)
     embedded, mask = torch.ones(1, 4, 64), torch.ones(1, 4, dtype=torch.int64)
@@ -155,13 +155,13 @@ def test_a_model_that_works_between_its_layers_is_refused_not_misread(healthy: P
 
 def test_logits_of_a_long_prompt_are_computed_in_pieces(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_probe(healthy)
-    monkeypatch.setattr("qwen_precision.head.LOGITS_BYTES", 512 * 4 * 3)  # three tokens of fp32 logits
+    monkeypatch.setattr("qwen_precision.probe.head.LOGITS_BYTES", 512 * 4 * 3)  # three tokens of fp32 logits
     pieces = run_probe(healthy)
     assert [each.top1 for each in pieces.passes] == [each.top1 for each in whole.passes]
 
 
 def test_the_model_is_left_as_it_was_found(healthy: Path) -> None:
-    from qwen_precision import probe as module
+    from qwen_precision.probe import run as module
 
     built = []
     original = module.build

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen_precision.weightcheck import WeightCheck
+from qwen_precision.model.weightcheck import WeightCheck
 
 SOURCES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TARGETS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

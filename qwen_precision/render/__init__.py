@@ -12,7 +12,7 @@ from qwen_precision.render.json import render_json
 from qwen_precision.render.junit import render_junit
 from qwen_precision.render.markdown import render_markdown
 from qwen_precision.render.pictures import render_png, render_svg
-from qwen_precision.render.table import render_table
+from qwen_precision.render.table.table import render_table
 from qwen_precision.render.view import View, one
 
 

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_precision.findings import Report
-from qwen_precision.nextcommand import same_again
-from qwen_precision.precision import Precision, precision
-from qwen_precision.render import rescuewords as words
-from qwen_precision.render import whywords as why
-from qwen_precision.render.changes import change_lines
-from qwen_precision.render.notseen import not_seen
+from qwen_precision.judge.findings import Report
+from qwen_precision.judge.nextcommand import same_again
+from qwen_precision.judge.precision import Precision, precision
+from qwen_precision.judge.rescued import Moved, moved
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
-from qwen_precision.rescued import Moved, moved
+from qwen_precision.render.words import rescue as words
+from qwen_precision.render.words import why
+from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.notseen import not_seen
 
 _MOST = 60
 """Findings, trips and prompts shown of each; the rest is counted."""

@@ -5,14 +5,14 @@ import unicodedata
 from dataclasses import asdict
 from typing import Any
 
-from qwen_precision.compare import Changes
-from qwen_precision.findings import Finding, Report
-from qwen_precision.generation import Generation
-from qwen_precision.parts import in_words, rounded
-from qwen_precision.precision import precision
+from qwen_precision.judge.compare import Changes
+from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.judge.precision import precision
+from qwen_precision.judge.rescued import moved
+from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
+from qwen_precision.record.generation import Generation
+from qwen_precision.record.parts import in_words, rounded
 from qwen_precision.render.view import View
-from qwen_precision.rescued import moved
-from qwen_precision.surroundings import closeup_of, massive_channels, run_up
 
 SCHEMA = 1
 

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.findings import Finding, Report
-from qwen_precision.names import name_of
-from qwen_precision.nextcommand import same_again
-from qwen_precision.precision import precision
-from qwen_precision.render import rescuewords as words
-from qwen_precision.render import whywords as why
-from qwen_precision.render.changes import change_lines
-from qwen_precision.render.notseen import not_seen
+from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.judge.nextcommand import same_again
+from qwen_precision.judge.precision import precision
+from qwen_precision.judge.rescued import moved
+from qwen_precision.qwen3.names import name_of
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
-from qwen_precision.rescued import moved
+from qwen_precision.render.words import rescue as words
+from qwen_precision.render.words import why
+from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.notseen import not_seen
 
 LONGEST = 65_000
 """Characters; GitHub's limit is 65,536."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from qwen_precision.findings import FAIL_ON, Finding
+from qwen_precision.judge.findings import FAIL_ON, Finding
 
 _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}

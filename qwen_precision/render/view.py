@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from qwen_precision.compare import Changes
-from qwen_precision.findings import Report
+from qwen_precision.judge.compare import Changes
+from qwen_precision.judge.findings import Report
 
 
 @dataclass(frozen=True)

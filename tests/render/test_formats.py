@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from builders import HOSTILE, RUNS, healthy_run, hostile_run, hostile_text_run, overflowing_run
 
-from qwen_precision.bundle import unpack
-from qwen_precision.checks import judge
-from qwen_precision.compare import changes
-from qwen_precision.record import Run, to_json
-from qwen_precision.redact import redacted, without_paths
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.compare import changes
+from qwen_precision.record.run import Run, to_json
 from qwen_precision.render import FORMATS, View, one
 from qwen_precision.render.markdown import LONGEST
-from qwen_precision.reporting import bundle
+from qwen_precision.report.bundle import unpack
+from qwen_precision.report.redact import redacted, without_paths
+from qwen_precision.report.view import bundle
 
 TEXTS = [name for name, row in FORMATS.items() if not row.binary]
 SUFFIX = {"markdown": "md", "junit": "junit.xml", "github": "github.txt", "html": "html"}

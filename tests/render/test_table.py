@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 from builders import RUNS, healthy_run, many_overflows_run, overflowing_run
 
-from qwen_precision.checks import judge
-from qwen_precision.findings import Report
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.findings import Report
 from qwen_precision.render import FORMATS, View, one
-from qwen_precision.render.table import render_table as rendered
+from qwen_precision.render.table.table import render_table as rendered
 
 
 def render_table(report: Report, width: int = 80, colour: bool = False) -> str:

@@ -1,0 +1,97 @@
+"""Arguments and options of the command line that stand on their own, checked against the tables they come from."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen_precision.judge.findings import FAIL_ON
+from qwen_precision.settings.config import ATTENTION, RESCUE_DTYPES, SWEEPS
+
+
+def one_of(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
+    """A callback that accepts only the names of a table, so that help, check and table cannot drift."""
+
+    def check(value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each not in names:
+                raise typer.BadParameter(f"unknown {what} {each!r}; expected one of {', '.join(names)}.")
+        return value
+
+    return check
+
+
+DEFAULT_PROMPT = "上海有个非常出名的地方，"
+"""What ``generate`` continues when nothing else is given: the prompt of the first bug reports."""
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.")]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention implementation. Default: what transformers chooses.",
+        metavar="|".join(ATTENTION),
+        callback=one_of(ATTENTION, "attention implementation"),
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+FailOnOption = Annotated[
+    str, typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level"))
+]
+
+_WHY = "Why it failed"
+ExplainOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--explain/--no-explain",
+        help="Control runs and every measure of precision, or none. Default: controls after a failure.",
+        rich_help_panel=_WHY,
+    ),
+]
+BudgetOption = Annotated[
+    int | None, typer.Option(help="Forwards that control runs may take. Default: 8.", rich_help_panel=_WHY)
+]
+
+SweepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Search for triggers: every token as the first one, or lengths of a failing prompt.",
+        metavar="|".join(SWEEPS),
+        callback=one_of(SWEEPS, "sweep"),
+        rich_help_panel=_WHY,
+    ),
+]
+SweepLimitOption = Annotated[
+    int | None, typer.Option(help="So many first tokens, evenly spread. Default: all.", rich_help_panel=_WHY)
+]
+SweepTextsOption = Annotated[
+    str | None, typer.Option(help="A file of texts, one a line, in place of tokens.", rich_help_panel=_WHY)
+]
+
+_RESCUE = "Rescue"
+RescueToOption = Annotated[
+    Path | None,
+    typer.Option(help="Write the checkpoint, rescaled to be safe in fp16, into this folder.", rich_help_panel=_RESCUE),
+]
+RescueMarginOption = Annotated[
+    float | None,
+    typer.Option(help="Headroom that every operation shall have then. Default: 4.", rich_help_panel=_RESCUE),
+]
+RescueDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of its weights. Default: fp16.",
+        metavar="|".join(RESCUE_DTYPES),
+        callback=one_of(RESCUE_DTYPES, "format"),
+        rich_help_panel=_RESCUE,
+    ),
+]
+ReplaceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier export.", rich_help_panel=_RESCUE)]
+KeepOption = Annotated[
+    bool,
+    typer.Option("--keep-unverified", help="Keep the folder although it was not verified.", rich_help_panel=_RESCUE),
+]

@@ -1,0 +1,1 @@
+"""All of qprec probe: measure, tell causes apart, search for triggers, rescue."""

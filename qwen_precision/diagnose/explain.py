@@ -1,0 +1,194 @@
+"""After a failure: the control runs that tell its causes apart, and what else was asked for. What it means is judged.
+
+All controls of one dtype and attention go through the layers together, so a streamed checkpoint is read once for them.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
+
+import torch
+
+from qwen_precision.diagnose.again import outcomes, run_again
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.errors import QprecError
+from qwen_precision.generate.lanes import Models
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.controls import Planned, asked, planned
+from qwen_precision.judge.findings import Limits, Report
+from qwen_precision.model.machine import out_of_memory
+from qwen_precision.probe.plan import encode
+from qwen_precision.probe.run import Job
+from qwen_precision.record.explanation import Continuation, Control, ControlKind, Explanation
+from qwen_precision.record.run import Run
+from qwen_precision.settings.prompts import PromptSpec, has_template, tokenise
+
+Progress = Callable[[int, int, str], None]
+Announce = Callable[[str], None]
+
+NEW_TOKENS = 16
+"""Length of the greedy continuations that are compared."""
+_PROMPTS = 4
+"""Prompts that are continued."""
+
+
+def explained(job: Job, run: Run, progress: Progress, announce: Announce) -> Run:
+    """The run with what tells its causes apart, as its settings ask: after a failure unless told not to.
+
+    Args:
+        job: that the run was made with.
+        run: whole or not; one that stopped early is not looked into.
+        progress: as for ``probe``.
+        announce: called with a sentence before controls run.
+    """
+    wish = job.settings.explain
+    if wish is False or run.stopped is not None:
+        return run
+    report = judge(run, Limits(job.settings.near_overflow, job.settings.underflow_share))
+    wanted = planned(report, _templates(job, report))
+    damaged = sorted({weight.file for weight in run.weights if weight.nan or weight.inf})
+    if not wish and not wanted and not damaged:
+        return run
+    affordable, left_out = wanted[: job.settings.budget], wanted[job.settings.budget :]
+    made = Explanation(
+        budget=job.settings.budget, controls=[], hashes={}, continuations=[],
+        left_out=[f"{each.dtype}: {each.what}: beyond --budget {job.settings.budget}" for each in left_out],
+    )  # fmt: skip
+    unfinished = run.unfinished
+    try:
+        if affordable:
+            announce(_told(affordable))
+        _run_controls(job, affordable, made, progress)
+        made.hashes.update({file: _hash(job, file, progress) for file in damaged})
+        if wish:
+            made.continuations.extend(_continuations(job, made.left_out, progress))
+    except KeyboardInterrupt:
+        unfinished = "interrupted while causes were told apart"
+    return run.model_copy(update={"explanation": made, "unfinished": unfinished})
+
+
+def _told(controls: Sequence[Planned]) -> str:
+    names = ", ".join(dict.fromkeys(each.what for each in controls))
+    forwards = "forward" if len(controls) == 1 else "forwards"
+    return f"telling causes apart with {len(controls)} more {forwards}: {names} (--no-explain leaves them out)"
+
+
+def _templates(job: Job, report: Report) -> list[Planned]:
+    """For each failing row: the same text with the chat template, or without it."""
+    found: list[Planned] = []
+    if not has_template(job.checkpoint.tokenizer):
+        return found
+    for each in asked(report):
+        row = each.row
+        plain, chat = PromptSpec(name="x", text=row.text), PromptSpec(name="x", chat=row.text)
+        kinds: tuple[tuple[PromptSpec, ControlKind], ...] = (
+            (plain, "without the template"),
+            (chat, "with the template"),
+        )
+        for spec, what in kinds:
+            ids = _ids_of(job, spec)
+            if ids and ids[: len(row.ids)] != row.ids and row.ids[: len(ids)] != ids:
+                found.append(Planned(what, each.finding.dtype, str(each.finding.prompt), each.number, tuple(ids),
+                                     f"the same text {what.replace('the', 'the chat')}"))  # fmt: skip
+    return found
+
+
+def _ids_of(job: Job, spec: PromptSpec) -> list[int]:
+    """Token ids; none where the text has none, or the template fails: that tells nothing."""
+    tokenizer, vocabulary = job.checkpoint.tokenizer, job.checkpoint.config.vocab_size
+    context = getattr(job.checkpoint.config, "max_position_embeddings", None)
+    try:
+        prompts, _ = tokenise([spec], tokenizer, vocabulary, context, job.settings.max_tokens)
+    except QprecError:
+        return []
+    return prompts[0].rows[0].ids
+
+
+def _run_controls(job: Job, controls: Sequence[Planned], made: Explanation, progress: Progress) -> None:
+    """Run them, those of one dtype and attention together; each is noted as it is done."""
+    for (dtype, attention, full), group in groupby(sorted(controls, key=lambda each: each.job), lambda each: each.job):
+        members = list(group)
+        try:
+            with _full_reduction() if full else nullcontext():
+                run = run_again(job, dtype, [each.ids for each in members], _said(progress), attention or None)
+        except QprecError as error:
+            made.left_out.extend(f"{dtype}: {each.what}: {error}" for each in members)
+            continue
+        clean = outcomes(run)
+        for number, each in enumerate(members):
+            if number not in clean:
+                made.left_out.append(f"{dtype}: {each.what}: {run.stopped}")
+                continue
+            made.controls.append(Control(
+                what=each.what, dtype=dtype, prompt=each.prompt, row=each.row, tokens=len(each.ids),
+                position=each.position, clean=clean[number], detail=each.detail,
+            ))  # fmt: skip
+
+
+@contextmanager
+def _full_reduction() -> Iterator[None]:
+    """Matrix products on a GPU add up in fp32 throughout; as it was before, afterwards."""
+    flags = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(flags, name) for name in names]
+    for name in names:
+        setattr(flags, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(flags, name, value)
+
+
+def _said(progress: Progress) -> Progress:
+    return lambda done, total, what: progress(done, total, f"controls: {what}")
+
+
+def _hash(job: Job, file: str, progress: Progress) -> str:
+    """SHA-256 of a damaged shard, to be compared with the one the hub shows."""
+    progress(0, 0, f"hashing {file}")
+    with (job.checkpoint.folder / file).open("rb") as shard:
+        return hashlib.file_digest(shard, "sha256").hexdigest()
+
+
+def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[Continuation]:
+    """A few greedy tokens of single-row prompts in every dtype, against those of fp32."""
+    if not job.resident:
+        left_out.append("greedy continuations: need all weights in memory (--memory resident)")
+        return []
+    prompts = [prompt for prompt in job.prompts if len(prompt.rows) == 1][:_PROMPTS]
+    models = Models(job.checkpoint, job.device, job.settings.attention)
+    texts: dict[tuple[str, str], list[int]] = {}
+    for dtype in dict.fromkeys([REFERENCE, *job.settings.dtypes]):
+        try:
+            model = models.get(dtype)
+        except QprecError as error:
+            left_out.append(f"greedy continuations: {error}")
+            return []
+        for number, prompt in enumerate(prompts):
+            progress(number, len(prompts), f"continuing {NEW_TOKENS} tokens in {dtype}")
+            given = encode(prompt, job.checkpoint, job.device)
+            try:
+                with torch.inference_mode():
+                    out = model.generate(given.ids, attention_mask=given.mask, max_new_tokens=NEW_TOKENS,
+                                         do_sample=False, pad_token_id=0)  # fmt: skip
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                left_out.append(f"greedy continuations: out of memory in {dtype}")
+                return []
+            texts[dtype, prompt.name] = out[0, given.ids.shape[1] :].tolist()
+        models.release(dtype)
+    return [
+        Continuation(
+            dtype=dtype, prompt=name, tokens=len(ours), first_difference=_difference(ours, texts[REFERENCE, name])
+        )
+        for (dtype, name), ours in texts.items()
+        if dtype != REFERENCE
+    ]
+
+
+def _difference(ours: list[int], theirs: list[int]) -> int | None:
+    pairs = zip([*ours, None], [*theirs, None], strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), None)

@@ -1,0 +1,217 @@
+"""A checkpoint, prompts, one dtype and guards in; a Run out. What it means is judged elsewhere (``checks.py``)."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from qwen_precision import __version__
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.generate.decode import Decoder, Progress
+from qwen_precision.generate.lanes import Models
+from qwen_precision.generate.rescaler import Rescaler
+from qwen_precision.generate.rows import continuation
+from qwen_precision.generate.sampling import generation_config, looks_like_a_base_model, options
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.needs import DTYPE as RESCUED
+from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
+from qwen_precision.model.hub import locate
+from qwen_precision.model.machine import attention_used, choose_device, environment, out_of_memory
+from qwen_precision.probe.plan import encode
+from qwen_precision.qwen3.names import name_of, placed
+from qwen_precision.record.generation import Generation, ProbeSummary
+from qwen_precision.record.rescue import Rescue
+from qwen_precision.record.run import Choice, Prompt, Run, load
+from qwen_precision.rescue.plan import unsupported
+from qwen_precision.settings.config import GenerateSettings
+from qwen_precision.settings.guards import GuardSettings
+from qwen_precision.settings.prompts import PromptSpec, as_batch, has_template, rendered, tokenise
+
+OnToken = Callable[[Any, int, int], None]
+"""Called with the tokenizer, the row and the id of each token that was accepted."""
+
+
+@dataclass
+class _Job:
+    """Everything a generation has put together before it runs."""
+
+    checkpoint: Checkpoint
+    source: str
+    settings: GenerateSettings
+    guards: GuardSettings
+    device: torch.device
+    prompt: Prompt
+    inputs: list[str]
+    config: Any
+    choices: list[Choice]
+    probe: ProbeSummary | None
+
+
+def generate(
+    source: str,
+    settings: GenerateSettings,
+    guards: GuardSettings,
+    specs: Sequence[PromptSpec],
+    revision: str | None = None,
+    probe_run: Path | None = None,
+    progress: Progress = lambda done, total, what: None,
+    on_token: OnToken = lambda tokenizer, row, token: None,
+) -> Run:
+    """Generate with the guards on.
+
+    Args:
+        source: a hub id, a folder, or ``demo``.
+        settings: dtype, sampler, device.
+        guards: what may intervene.
+        specs: the prompts; all rows of all of them make one left-padded batch.
+        revision: of a hub id.
+        probe_run: the record of a probe of the same checkpoint, for advice.
+        progress: called with (steps done, steps at most, what is being done).
+        on_token: called with each token as it is accepted.
+
+    Raises:
+        QprecError: nothing could be generated. What dies later (Ctrl-C, memory) gives a Run with ``stopped`` set,
+            holding all that was generated before.
+    """
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    started = time.perf_counter()
+    job = _prepare(source, settings, guards, specs, revision, probe_run)
+    rescaler = Rescaler(
+        job.checkpoint, settings.device, settings.attention, guards.recover.margin, lambda what: progress(0, 0, what)
+    )
+    models = Models(job.checkpoint, job.device, settings.attention, lambda what: progress(0, 0, what), rescaler)
+    model = models.get(settings.dtype)
+    loaded = time.perf_counter()
+    job.choices.insert(1, attention_used(model, settings.attention))
+    decoder = Decoder(
+        models, settings.dtype, guards, progress, lambda row, token: on_token(job.checkpoint.tokenizer, row, token)
+    )
+    stopped = _run(job, model, decoder)
+    ended = time.perf_counter()
+    seconds = {"loading": loaded - started, "generating": ended - loaded, "total": ended - started}
+    return _record(job, model, decoder, stopped, seconds, rescaler.plan)
+
+
+def _prepare(
+    source: str, settings: GenerateSettings, guards: GuardSettings, specs: Sequence[PromptSpec], revision: str | None,
+    probe_run: Path | None,
+) -> _Job:  # fmt: skip
+    device, device_choice = choose_device(settings.device)
+    probed = load(probe_run) if probe_run else None
+    folder, commit = locate(source, revision)
+    checkpoint = open_checkpoint(folder, source, commit)
+    _check_rescale(guards, settings.dtype, checkpoint)
+    if settings.chat:
+        specs = [PromptSpec(name=spec.name, chat=text) for spec in specs for text in spec.texts()]
+    tokenizer = checkpoint.tokenizer
+    without = [spec.name for spec in specs if spec.chat is not None] if not has_template(tokenizer) else []
+    if without:
+        remedy = "use --raw" if settings.chat else "give it as text"
+        raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
+    context = getattr(checkpoint.config, "max_position_embeddings", None)
+    prompts, _ = tokenise(specs, tokenizer, checkpoint.config.vocab_size, context, None, cut_with=None)
+    prompt = as_batch(prompts)
+    inputs = [rendered(spec, text, tokenizer) for spec in specs for text in spec.texts()]
+    width = len(prompt.rows[0].ids) + prompt.rows[0].padding
+    config, choices = generation_config(checkpoint, settings, width)
+    summary = _summary(probed, probe_run, checkpoint, settings.dtype) if probed and probe_run else None
+    return _Job(
+        checkpoint, source, settings, guards, device, prompt, inputs, config, [device_choice, *choices], summary
+    )
+
+
+def _check_rescale(guards: GuardSettings, dtype: str, checkpoint: Checkpoint) -> None:
+    if not guards.recover.enabled or guards.recover.on_failure != "rescale":
+        return
+    if dtype != RESCUED:
+        raise UsageError(f"--on-failure rescale: works in {RESCUED}, not in {dtype}; choose fallback, or --dtype fp16.")
+    reason = unsupported(checkpoint)
+    if reason is not None:
+        raise UsageError(f"--on-failure rescale: {reason}; choose fallback or stop.")
+
+
+def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeSummary:
+    """What a probe said of the dtype."""
+    if run.verb != "probe":
+        raise UsageError(f"--probe-run {path}: was made by `qprec {run.verb}`; give one that `qprec probe -o` saved.")
+    if (run.model.parameters, run.model.vocabulary) != (checkpoint.parameters, checkpoint.config.vocab_size):
+        raise UsageError(
+            f"--probe-run {path}: is of {run.model.source} with {run.model.parameters:,} parameters, "
+            f"this checkpoint has {checkpoint.parameters:,}; give a probe of the same one."
+        )
+    report = judge(run)
+    if dtype not in report.verdict:
+        probed = ", ".join(report.verdict)
+        raise UsageError(f"--probe-run {path}: did not probe {dtype} (only {probed}); probe it with --dtype {dtype}.")
+    rows = report.headroom[dtype]
+    site = run.sites[rows[0].site] if rows else None
+    return ProbeSummary(
+        file=path.name,
+        verdict=report.verdict[dtype],
+        headroom=rows[0].headroom if rows else None,
+        where=placed(site.layer, name_of(site.module, site.op, site.call)) if site is not None else "",
+    )
+
+
+def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
+    """Generate; gives why it stopped early, or None."""
+    encoded = encode(job.prompt, job.checkpoint, job.device)
+    model.generation_config = job.config  # passed as an argument, some of its values would give way to the file's
+    torch.manual_seed(job.settings.seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they would say is in the choices, or has no effect here
+            model.generate(encoded.ids, attention_mask=encoded.mask, custom_generate=decoder)
+    except KeyboardInterrupt:
+        if not decoder.rows:
+            raise
+        return "interrupted"
+    except (TypeError, ValueError) as error:
+        if decoder.rows:
+            raise
+        raise QprecError(
+            f"{job.checkpoint.folder / 'generation_config.json'}: transformers refuses these settings "
+            f"({in_one_line(error)}); correct the file, or give the right ones as options."
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return f"out of memory on {job.device}; try a shorter prompt, fewer rows or fewer --max-new-tokens"
+    except QprecError as error:
+        if not decoder.rows:
+            raise
+        return str(error)
+    return None
+
+
+def _record(
+    job: _Job, model: Any, decoder: Decoder, stopped: str | None, seconds: dict[str, float], plan: Rescue | None
+) -> Run:
+    used = [job.settings.dtype, *(stretch.dtype for state in decoder.rows for stretch in state.stretches),
+            *(trip.dtype for trip in decoder.trips)]  # fmt: skip
+    tokenizer = job.checkpoint.tokenizer
+    rows = [continuation(state, job.inputs[state.row], decoder.trips, tokenizer) for state in decoder.rows]
+    layers = int(getattr(model.config, "num_hidden_layers", 0))
+    return Run(
+        schema_=3, tool=f"qprec {__version__}", verb="generate", stopped=stopped, unfinished=None,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=model_part(job.checkpoint, job.source, type(model).__name__, layers),
+        environment=environment(job.device), settings=job.settings.model_dump(), choices=job.choices,
+        prompts=[job.prompt], dtypes=[name for name in DTYPES if name in used], reference=False,
+        sites=[], wider={}, not_run=[], casts={}, passes=[], weights=[], weight_totals=[],
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        generation=Generation(
+            options=options(decoder.config or job.config, job.settings.seed),
+            guards=job.guards.model_dump(), chat=job.settings.chat,
+            base_model=looks_like_a_base_model(job.checkpoint, job.config), rows=rows, trips=decoder.trips,
+            error=decoder.error, logits=decoder.cost, probe=job.probe,
+        ),
+        rescue=plan, explanation=None, sweep=None,
+    )  # fmt: skip

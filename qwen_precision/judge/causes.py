@@ -1,0 +1,302 @@
+"""Which of the faults that all print `!!!!` it is, with the evidence that shows it and one advice. No torch."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.judge.columns import Facts, token_of
+from qwen_precision.judge.controls import is_scores
+from qwen_precision.qwen3.names import name_of
+from qwen_precision.record.explanation import Control
+from qwen_precision.record.run import Event, Pass, Run, Site
+from qwen_precision.record.weights import Weight
+
+CAUSES: dict[str, str] = {
+    "dead-in-fp32": "the reference itself is not finite",
+    "damaged-weight": "a tensor holds NaN or infinity",
+    "weight-range": "a weight is larger than the dtype's largest number",
+    "masked-rows": "only pad positions, or only in a batch",
+    "attention-scores": "scores of eager attention; sdpa is clean",
+    "accumulation": "operands and reference in range, yet not finite: a sum left the range half-way",
+    "silent-absorption": "an inner operation overflowed, and the output is finite and wrong",
+    "length": "the token is harmless after a few others, and not after so many, whatever they are",
+    "trigger-token": "a token overflows alone, and without it the row is clean",
+    "trigger-prompt": "this text: only with (or without) the chat template, or only these tokens together",
+    "out-of-range": "an activation is larger than the dtype's largest number",
+    "precision": "finite everywhere, but too far from fp32",
+    "not-told": "nothing that was measured or run tells which",
+}
+"""What a failure can come from, in the order in which it is asked, and what shows it."""
+
+
+class Cause(NamedTuple):
+    """A cause with what shows it."""
+
+    kind: str
+    sentence: str
+    evidence: tuple[str, ...]
+    advice: str
+
+
+class _Case(NamedTuple):
+    facts: Facts
+    each: Pass
+    event: Event
+    site: Site
+    what: str
+    magnitude: float | None
+    """Of the reference (finite), or None."""
+    limit: float
+    controls: dict[str, Control]
+
+
+_Found = tuple[str, str, str] | None
+"""Kind, evidence, advice (empty for the usual)."""
+
+
+def cause_of(facts: Facts, each: Pass, event: Event) -> Cause:
+    """The cause of one origin: an operation that gave something not finite from finite inputs."""
+    site = facts.run.sites[event.site]
+    magnitude = facts.magnitude(each, event.site) if facts.run.reference and each.dtype != REFERENCE else None
+    magnitude = magnitude if magnitude is not None and math.isfinite(magnitude) else None
+    what, limit = name_of(site.module, site.op, site.call), facts.limit(each.dtype, event.site)
+    if magnitude is not None and magnitude <= limit and _clamped_before(each, event):
+        magnitude = None  # of other hidden states than those it failed on
+    case = _Case(facts, each, event, site, what, magnitude, limit, _controls(facts.run, each, event))
+    evidence = _measured(case)
+    kind, advice = "out-of-range" if magnitude is not None else "not-told", ""
+    for rule in _RULES:
+        found = rule(case)
+        if found is not None:
+            kind, why, advice = found
+            evidence = [*evidence, why]
+            break
+    usual = advice_for(facts.run, each.dtype, magnitude, limit)
+    return Cause(kind, sentence(each.dtype, what, magnitude, limit, event.in_padding, facts.run.reference),
+                 tuple(line for line in (*evidence, *_ran(case)) if line), advice or usual)  # fmt: skip
+
+
+def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
+    """Controls of this very row (and token, where they are about one), by what was changed."""
+    name, row = run.prompts[each.prompt].name, event.row or 0
+    made = run.explanation.controls if run.explanation is not None else []
+    mine = [c for c in made if (c.dtype, c.prompt, c.row) == (each.dtype, name, row)]
+    return {c.what: c for c in mine if c.position in (None, event.position)}
+
+
+def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_padding: bool, reference: bool) -> str:
+    """What happened, in one sentence."""
+    padding = " Only pad positions are affected." if in_padding else ""
+    many = what.endswith("s") and not what.endswith("ss")  # attention scores, logits
+    reach, are, leave = ("reach", "are", "yet are") if many else ("reaches", "is", "yet is")
+    if dtype == REFERENCE:
+        return f"The {what} {are} not finite even in fp32, from finite inputs.{padding}"
+    if magnitude is None:
+        why = "the reference does not tell how far" if reference else "there is no reference to tell how far"
+        return f"The {what} left the range of {dtype} ({limit:.6g}) from finite inputs; {why}.{padding}"
+    if magnitude > limit:
+        return f"The {what} {reach} {magnitude:.6g} in fp32; {dtype} ends at {limit:.6g}.{padding}"
+    return (
+        f"The {what} {reach} only {magnitude:.6g} in fp32, within {dtype}'s range of {limit:.6g}, {leave} not finite: "
+        f"the accumulation or an intermediate value left the range.{padding}"
+    )
+
+
+def advice_for(run: Run, dtype: str, magnitude: float | None, limit: float) -> str:
+    """What to do about an overflow, where nothing more particular is known."""
+    if dtype == REFERENCE:
+        return "Compare the file's hash with the hub's and download again; no dtype can repair this."
+    if dtype == "fp16" and (magnitude is None or magnitude > limit):
+        otherwise = "run this checkpoint in bf16 or fp32, or keep this operation in fp32."
+        rescued = run.rescue is not None and run.rescue.possible and not run.rescue.rescaling.changes_nothing
+        return f"Rescale it exactly (see Rescue), {otherwise}" if rescued else f"R{otherwise[1:]}"
+    return f"Run this checkpoint in fp32, or keep this operation out of {dtype}."
+
+
+def _measured(case: _Case) -> list[str]:
+    """What the pass itself shows: how far, on which prompts, from which line of code."""
+    lines = []
+    if case.magnitude is not None and case.magnitude > case.limit:
+        times = case.magnitude / case.limit
+        lines.append(
+            f"the reference reaches {case.magnitude:.6g} here, {times:.4g} times {case.each.dtype}'s largest number"
+        )
+    failing, clean = _by_outcome(case.facts, case.each.dtype)
+    if failing and clean:
+        lines.append(f"{len(failing)} of {len(failing) + len(clean)} prompts fail; clean: {_listed(clean)}")
+    return lines
+
+
+def _by_outcome(facts: Facts, dtype: str) -> tuple[list[str], list[str]]:
+    """Names of the prompts on which a dtype failed, and of the others."""
+    bad = {each.prompt for each in facts.passes(dtype) if any(event.nan or event.inf for event in each.events)}
+    names = {each.prompt: facts.run.prompts[each.prompt].name for each in facts.passes(dtype)}
+    return [names[n] for n in names if n in bad], [names[n] for n in names if n not in bad]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _ran(case: _Case) -> list[str]:
+    """The control runs, in words."""
+    return [f"control, {c.detail}: {'clean' if c.clean else 'fails'}" for c in case.controls.values()]
+
+
+# -- the rules, in the order of CAUSES -------------------------------------------------------------------------
+
+
+def _dead(case: _Case) -> _Found:
+    reference = case.facts.by_key.get((REFERENCE, case.each.prompt))
+    value = reference.abs_max[case.event.site] if reference is not None else None
+    if case.each.dtype != REFERENCE and (value is None or math.isfinite(value)):
+        return None
+    return "dead-in-fp32", "fp32 is not finite here either", advice_for(case.facts.run, REFERENCE, None, 0.0)
+
+
+def _masked(case: _Case) -> _Found:
+    alone = case.controls.get("row alone")
+    if case.event.in_padding:
+        why = "every bad element lies at a pad position"
+    elif alone is not None and alone.clean:
+        why = "without the batch and its padding the row is clean"
+    else:
+        return None
+    return "masked-rows", why, "Run this prompt without padding; its real tokens are not the cause."
+
+
+def _scores(case: _Case) -> _Found:
+    other = case.controls.get("sdpa")
+    if other is None or not other.clean or not is_scores(case.site.module, case.site.op, case.site.call):
+        return None
+    advice = 'Use sdpa (attn_implementation="sdpa"), which keeps the scores in fp32; or bf16 or fp32 with eager.'
+    return "attention-scores", "the same tokens are clean with sdpa", advice
+
+
+def _accumulation(case: _Case) -> _Found:
+    if case.magnitude is None or case.magnitude > case.limit:
+        return None
+    full, dtype = case.controls.get("full reduction"), case.each.dtype
+    why = f"all operands are finite and the reference reaches only {case.magnitude:.6g}"
+    if full is not None and full.clean:
+        return "accumulation", f"{why}; without reduced-precision reductions it is clean", (
+            "Set torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False.")  # fmt: skip
+    return "accumulation", why, f"Keep this operation out of {dtype}, or let it add up in fp32."
+
+
+def _clamped_before(each: Pass, event: Event) -> bool:
+    """Whether the row ran on hidden states that had to be clamped: then the reference says nothing about it."""
+    return any(seed.clamped and (event.row or 0) in seed.rows for seed in each.reseeded)
+
+
+def _absorbed(case: _Case) -> _Found:
+    row, each = case.event.row or 0, case.each
+    if row >= len(each.top1) or each.top1[row] is None or any(row in seed.rows for seed in each.reseeded):
+        return None
+    if any(_reaches_the_stream(case, event) for event in each.events):
+        return None
+    reference = case.facts.by_key.get((REFERENCE, each.prompt))
+    other = reference is not None and row < len(reference.top1) and reference.top1[row] != each.top1[row]
+    kl = each.kl[row] if row < len(each.kl) else None
+    if not other and (kl is None or kl < _WRONG):
+        return None
+    how = f"KL divergence {kl:.3g} nats" if kl is not None else "another next token than fp32's"
+    usual = advice_for(case.facts.run, each.dtype, case.magnitude, case.limit)
+    return "silent-absorption", f"no hidden state after it is bad, and the logits are finite and wrong: {how}", (
+        f"No NaN will ever show this. {usual}")  # fmt: skip
+
+
+_WRONG = 0.01
+"""Nats of KL divergence from fp32 above which finite logits are wrong; rounding alone gives some 0.001."""
+
+
+def _reaches_the_stream(case: _Case, event: Event) -> bool:
+    """Whether something bad came after this event in the residual stream itself, or in the logits."""
+    site = case.facts.run.sites[event.site]
+    residual = site.op == "add" and site.module.rpartition(".")[2].isdigit()
+    return (
+        bool(event.nan or event.inf) and event.step >= case.event.step and (residual or site.module.endswith("lm_head"))
+    )
+
+
+def _length(case: _Case) -> _Found:
+    few, alone, place = case.controls.get("token after the first"), case.controls.get("token alone"), _place(case)
+    if place is None or few is None or alone is None or not (few.clean and alone.clean):
+        return None
+    ids, many = _row_ids(case), case.controls.get("as many first tokens")
+    same = [ids[0]] * place == ids[:place]  # then that control was the row itself
+    if (many is None and not same) or (many is not None and many.clean):
+        return None
+    why = f"the token is clean alone and after one other, and fails after {place} times the first token"
+    return "length", why, f"Find the length with --sweep length. {_usual(case)}"
+
+
+def _token(case: _Case) -> _Found:
+    token, alone, rest = (
+        token_of(case.facts.run, case.each, case.event), case.controls.get("token alone"),
+        case.controls.get("without the token"),
+    )  # fmt: skip
+    if token is None or token["padding"]:
+        return None
+    single = len(_row_ids(case)) == 1
+    others = _by_outcome(case.facts, case.each.dtype)[1]
+    if not single and (alone is None or alone.clean):
+        return None
+    if rest is not None:
+        if not rest.clean:
+            return None
+        why = "without it the row is clean"
+    elif len(set(_row_ids(case))) == 1 and others:
+        why = f"prompts without it are clean ({_listed(others)})"
+    else:
+        return None
+    shown = f"token {token['id']}" + (f" ({token['text']!r})" if token["text"] else "")
+    return "trigger-token", f"{shown} overflows by itself, and {why}", (
+        f"Find others like it with --sweep first-token. {_usual(case)}")  # fmt: skip
+
+
+def _place(case: _Case) -> int | None:
+    """The token's index in the row's ids; None at padding."""
+    if case.event.position is None:
+        return None
+    place = case.event.position - case.facts.run.prompts[case.each.prompt].rows[case.event.row or 0].padding
+    return place if 0 < place < len(_row_ids(case)) else None
+
+
+def _row_ids(case: _Case) -> list[int]:
+    return case.facts.run.prompts[case.each.prompt].rows[case.event.row or 0].ids
+
+
+def _template(case: _Case) -> _Found:
+    """A failing chat turn whose text is clean: what fails is of the template's making, token or not."""
+    other = case.controls.get("without the template")
+    return ("trigger-prompt", f"{other.detail} is clean", _usual(case)) if other is not None and other.clean else None
+
+
+def _together(case: _Case) -> _Found:
+    other, alone = case.controls.get("with the template"), case.controls.get("token alone")
+    many = case.controls.get("as many first tokens")
+    if alone is not None and alone.clean and many is not None and many.clean:
+        why = "the token is clean alone, and after as many others: it takes what stands before it"
+        return "trigger-prompt", why, _usual(case)
+    return ("trigger-prompt", f"{other.detail} is clean", _usual(case)) if other is not None and other.clean else None
+
+
+def _usual(case: _Case) -> str:
+    return advice_for(case.facts.run, case.each.dtype, case.magnitude, case.limit)
+
+
+_RULES: tuple[Callable[[_Case], _Found], ...] = (
+    _dead, _masked, _scores, _accumulation, _absorbed, _template, _token, _length, _together,
+)  # fmt: skip
+
+
+def weight_cause(run: Run, weight: Weight, damaged: bool) -> tuple[str, tuple[str, ...]]:
+    """Cause and evidence of a bad weight."""
+    digest = run.explanation.hashes.get(weight.file) if run.explanation is not None else None
+    where = f"{weight.name} in {weight.file}, {weight.elements:,} elements"
+    if not damaged:
+        return "weight-range", (f"static check: {where}, largest {float(weight.abs_max):.6g}",)
+    found = [f"static check: {where}, {weight.nan:,} NaN, {weight.inf:,} infinite"]
+    return "damaged-weight", tuple([*found, f"SHA-256 of {weight.file}: {digest}"] if digest else found)

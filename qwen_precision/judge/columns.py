@@ -1,0 +1,119 @@
+"""A Run as the checks look at it: columns by dtype and prompt, limits by site, headroom by site."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen_precision.dtypes import REFERENCE, largest
+from qwen_precision.judge.findings import Headroom, Limits
+from qwen_precision.record.run import Event, Pass, Run
+
+Array = NDArray[Any]
+
+_NOTHING = -1.0  # stands for null in an array; magnitudes are not negative
+
+
+class Facts:
+    """Columns of a Run by dtype and prompt, and what headroom means for each site."""
+
+    def __init__(self, run: Run, limits: Limits) -> None:
+        self.run, self.limits = run, limits
+        self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
+        self.sparse = {site.layer for site in run.sites if ".experts" in site.module}
+        """Layers that have experts."""
+        self._headroom: dict[str, list[Headroom]] = {}
+        self._columns: dict[tuple[str, int], Array] = {}
+        self._known: dict[tuple[str, int], Array] = {}
+
+    def passes(self, dtype: str) -> list[Pass]:
+        """All passes of a dtype, prompt by prompt."""
+        return [each for each in self.run.passes if each.dtype == dtype]
+
+    def limit(self, dtype: str, site: int) -> float:
+        """The largest finite number of the format the site computes in."""
+        return largest(self.run.wider.get(dtype, {}).get(site, dtype))
+
+    def magnitude(self, each: Pass, site: int) -> float | None:
+        """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.
+
+        A cast has no counterpart in the reference, which has nothing to cast: its input's is taken.
+        """
+        value = float(self._magnitudes(each)[site])
+        return None if value == _NOTHING else value
+
+    def judged(self, dtype: str) -> tuple[list[Pass], Array, Array]:
+        """Passes of a dtype, ``[passes, sites]`` magnitudes, and where a site ran and computes in the dtype itself."""
+        passes = self.passes(dtype)
+        sites = len(self.run.sites)
+        if not passes or not sites:
+            return passes, np.zeros((0, sites)), np.zeros((0, sites), dtype=bool)
+        values = np.stack([self._magnitudes(each) for each in passes])
+        ran = np.stack([self._column(each) for each in passes]) != _NOTHING
+        ran[:, [site for site, name in self.run.wider.get(dtype, {}).items() if name != dtype]] = False
+        return passes, values, ran
+
+    def _magnitudes(self, each: Pass) -> Array:
+        """``magnitude`` of every site; -1 where there is none."""
+        key = (each.dtype, each.prompt)
+        if key not in self._known:
+            self._known[key] = self._looked_up(each)
+        return self._known[key]
+
+    def _looked_up(self, each: Pass) -> Array:
+        own = self._column(each)
+        reference = self.by_key.get((REFERENCE, each.prompt))
+        if reference is None or each.dtype == REFERENCE:
+            return own
+        theirs = self._column(reference)
+        values = theirs.copy()
+        for site, source in self.run.casts.items():
+            if theirs[site] == _NOTHING:
+                values[site] = theirs[source]
+        return np.where(values == _NOTHING, own, values)
+
+    def _column(self, each: Pass) -> Array:
+        key = (each.dtype, each.prompt)
+        if key not in self._columns:
+            self._columns[key] = np.array([_NOTHING if v is None else v for v in each.abs_max], dtype=np.float64)
+        return self._columns[key]
+
+    def headroom(self, dtype: str) -> list[Headroom]:
+        """The least headroom of every site that computes in the dtype itself, smallest first."""
+        if dtype not in self._headroom:
+            self._headroom[dtype] = self._least(dtype)
+        return self._headroom[dtype]
+
+    def _least(self, dtype: str) -> list[Headroom]:
+        passes, values, ran = self.judged(dtype)
+        some = np.flatnonzero(ran.any(axis=0))
+        if not len(some):
+            return []
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            room = np.where(np.isfinite(values), np.where(values == 0, math.inf, largest(dtype) / values), 0.0)
+        room = np.where(ran, room, math.nan)
+        first = np.nanargmin(room[:, some], axis=0)
+        order = np.argsort(room[first, some], kind="stable")
+        sites, rows = some[order], first[order]
+        columns = (sites, rows, values[rows, sites], room[rows, sites])
+        return [
+            Headroom(dtype, site, value, left, passes[row].prompt)
+            for site, row, value, left in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+
+def token_of(run: Run, each: Pass, event: Event) -> dict[str, int | str | bool | None] | None:
+    """Position, id and text of the token an event was placed at, or None where it has no place."""
+    if event.position is None or event.row is None:
+        return None
+    row = run.prompts[each.prompt].rows[event.row]
+    index = event.position - row.padding
+    padding = index < 0 or index >= len(row.ids)
+    return {
+        "position": event.position,
+        "id": None if padding else row.ids[index],
+        "text": None if padding or index >= len(row.tokens) else row.tokens[index],
+        "row": event.row,
+        "padding": padding,
+    }

@@ -1,0 +1,85 @@
+"""Two runs of the same checkpoint: what is new, what is gone, what moved. Pure; no torch.
+
+A finding is the same one if kind, dtype and place are the same; the token, the prompt and the numbers may differ.
+"""
+
+from dataclasses import dataclass
+
+from qwen_precision.judge.findings import FAILING, SEVERITIES, Finding, Report
+
+_MOVED = 0.05
+"""Share by which headroom must differ to count as changed: less is the noise of another machine's sums."""
+
+Key = tuple[str, str, int | None, str, str, str, int | None]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A finding of both runs that is not quite the same."""
+
+    before: Finding
+    now: Finding
+
+    @property
+    def worse(self) -> bool:
+        """Whether it is a failure now and was none, or has less headroom."""
+        if self.now.severity != self.before.severity:
+            return SEVERITIES.index(self.now.severity) > SEVERITIES.index(self.before.severity)
+        return (self.now.headroom or 0) < (self.before.headroom or 0)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a report has that its baseline had not, and the other way round."""
+
+    baseline: Report
+    new: tuple[Finding, ...]
+    fixed: tuple[Finding, ...]
+    not_compared: tuple[str, ...]
+    """Dtypes of the baseline that this run did not run, or did not finish: nothing is known to be fixed there."""
+    moved: tuple[Moved, ...]
+    headroom: dict[str, tuple[float, float]]
+    """By dtype: the least headroom of the baseline and of the report."""
+
+    @property
+    def risen(self) -> tuple[Finding, ...]:
+        """Findings that were there, and are more severe now."""
+        return tuple(each.now for each in self.moved if each.worse and each.now.severity != each.before.severity)
+
+    def exit_code(self, fail_on: str) -> int:
+        """1 if something is new, or became a failure, at or above ``fail_on``; else 0."""
+        return int(any(finding.severity in FAILING[fail_on] for finding in [*self.new, *self.risen]))
+
+
+def changes(baseline: Report, report: Report) -> Changes:
+    """Compare a report with an older one."""
+    before = {_key(finding): finding for finding in baseline.findings}
+    now = {_key(finding): finding for finding in report.findings}
+    moved = [Moved(before[key], now[key]) for key in now if key in before and _differ(before[key], now[key])]
+    room = {}
+    for dtype, rows in report.headroom.items():
+        older = baseline.headroom.get(dtype)
+        if rows and older:
+            room[dtype] = (older[0].headroom, rows[0].headroom)
+    unknown = [name for name in baseline.verdict if name not in report.verdict or report.stopped]
+    return Changes(
+        baseline=baseline, new=tuple(f for key, f in now.items() if key not in before),
+        fixed=tuple(f for key, f in before.items() if key not in now and f.dtype not in unknown),
+        not_compared=tuple(unknown), moved=tuple(moved), headroom=room,
+    )  # fmt: skip
+
+
+def _key(finding: Finding) -> Key:
+    # An operation that was near the limit and is beyond it now is the same one, worse.
+    kind = "range" if finding.kind in ("overflow", "nan", "near-overflow") else finding.kind
+    return (
+        kind, finding.dtype, finding.layer, finding.module, finding.op, finding.name, finding.row,
+    )  # fmt: skip
+
+
+def _differ(before: Finding, now: Finding) -> bool:
+    if before.severity != now.severity:
+        return True
+    if before.headroom is None or now.headroom is None:
+        return False
+    return abs(now.headroom - before.headroom) > _MOVED * max(before.headroom, now.headroom)

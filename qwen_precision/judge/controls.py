@@ -1,0 +1,145 @@
+"""Which control runs would tell the causes of a failure apart: planned from a judged run, made elsewhere. No torch.
+
+A control is the failing row changed in one way, in the same dtype. Every row that failed by itself is asked about, by
+its first origin: what comes later in it ran on hidden states that were not its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.record.explanation import ControlKind
+from qwen_precision.record.run import Row, Run
+
+KINDS = ("overflow", "nan")
+"""Findings that controls can say something about."""
+
+
+class Planned(NamedTuple):
+    """One control that could be run."""
+
+    what: ControlKind
+    dtype: str
+    prompt: str
+    row: int
+    ids: tuple[int, ...]
+    detail: str
+    position: int | None = None
+    """Token position in the padded row that it is about, or None."""
+    attention: str | None = None
+    """An implementation other than that of the failing run."""
+
+    @property
+    def job(self) -> tuple[str, str, bool]:
+        """Controls that agree in this go through the layers together."""
+        return self.dtype, self.attention or "", self.what == "full reduction"
+
+
+class Asked(NamedTuple):
+    """A failing row, and the finding that asks about it."""
+
+    finding: Finding
+    number: int
+    """Of the row."""
+    row: Row
+    batched: bool
+    position: int | None
+    """Of the token, in the padded row; None at padding, or where it is not known."""
+
+    @property
+    def place(self) -> int | None:
+        """The token's index in the row's ids."""
+        return None if self.position is None else self.position - self.row.padding
+
+
+def is_scores(module: str, op: str, call: int) -> bool:
+    """Whether an operation is the scores of eager attention: q times k, then scaled, then masked (``NAMES``)."""
+    return module.endswith("self_attn") and (op, call) in {("matmul", 0), ("mul", 4), ("add", 2)}
+
+
+def asked(report: Report) -> list[Asked]:
+    """Failing rows of every dtype, in the order of the forward; not those whose stream had been replaced before."""
+    found: dict[tuple[str, str | None, int], Asked] = {}
+    for finding in report.findings:
+        each = _asked(report.run, finding)
+        if each is not None:
+            found.setdefault((finding.dtype, finding.prompt, each.number), each)
+    return list(found.values())
+
+
+def _asked(run: Run, finding: Finding) -> Asked | None:
+    measured = finding.kind in KINDS and finding.severity == "error" and not finding.predicted
+    prompt = next((each for each in run.prompts if each.name == finding.prompt), None)
+    if not measured or prompt is None or finding.dtype == REFERENCE or finding.cause_kind == "dead-in-fp32":
+        return None
+    token = finding.token or {}
+    number = int(token.get("row") or 0)
+    mine = [p for p in run.passes if p.dtype == finding.dtype and run.prompts[p.prompt].name == prompt.name]
+    layer = finding.layer if finding.layer is not None else len(run.sites)
+    if number >= len(prompt.rows) or any(number in s.rows and s.layer <= layer for p in mine for s in p.reseeded):
+        return None
+    known = token.get("position") is not None and not token.get("padding")
+    position = int(token["position"] or 0) if known else None
+    return Asked(finding, number, prompt.rows[number], len(prompt.rows) > 1, position)
+
+
+def planned(report: Report, templates: Sequence[Planned] = ()) -> list[Planned]:
+    """Controls of every failing row, the most telling of each first; none of them is the failing run itself again.
+
+    Args:
+        report: of the run.
+        templates: the same texts with the chat template, or without it, where there is one.
+    """
+    lots: list[list[Planned]] = []
+    for each in asked(report):
+        about = (each.finding.dtype, each.finding.prompt, each.number)
+        mine = [template for template in templates if (template.dtype, template.prompt, template.row) == about]
+        lot: dict[tuple[object, ...], Planned] = {}
+        for control in _ordered(report.run, each, mine):
+            known = not each.batched and list(control.ids) == each.row.ids and control.job[1:] == ("", False)
+            if control.ids and not known:
+                lot.setdefault((control.ids, control.job), control)
+        lots.append(list(lot.values()))
+    return [control for control in chain(*zip_longest(*lots)) if control is not None]
+
+
+def _ordered(run: Run, each: Asked, templates: list[Planned]) -> Iterator[Planned]:
+    finding, ids, place = each.finding, each.row.ids, each.place
+    site = run.sites[finding.site] if finding.site is not None and finding.site < len(run.sites) else None
+
+    def control(what: ControlKind, changed: list[int], detail: str, attention: str | None = None) -> Planned:
+        about = None if attention or what in ("row alone", "full reduction") else each.position
+        return Planned(what, finding.dtype, str(finding.prompt), each.number, tuple(changed), detail, about, attention)
+
+    if each.batched:
+        yield control("row alone", ids, "the same row without the batch and its padding")
+    if site is not None and is_scores(site.module, site.op, site.call):
+        yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
+    if _on_cuda(run) and finding.headroom is not None and finding.headroom >= 1:
+        yield control("full reduction", ids, "the same tokens without reduced-precision reductions")
+    if place is None:
+        return
+    text = f"token {place}"
+    yield control("token alone", [ids[place]], f"{text} alone")
+    others = [i for i in ids if i != ids[place]]
+    yield control("without the token", others, f"the row without {text}, wherever it stands")
+    yield from templates
+    if place > 0:
+        yield from _before(control, ids, place, text)
+
+
+def _before(
+    control: Callable[[ControlKind, list[int], str], Planned], ids: list[int], place: int, text: str
+) -> Iterator[Planned]:
+    """What tells a length from what stands before the token."""
+    yield control("before the token", ids[:place], f"what stands before {text}")
+    yield control("token after the first", [ids[0], ids[place]], f"{text} right after the first token")
+    many = [ids[0]] * place + [ids[place]]
+    yield control("as many first tokens", many, f"{text} after {place} times the first token")
+    yield control("up to the token", ids[: place + 1], f"the row up to {text}")
+
+
+def _on_cuda(run: Run) -> bool:
+    return any(choice.what == "device" and choice.value.startswith("cuda") for choice in run.choices)

@@ -1,0 +1,124 @@
+"""What judging gives: findings, headroom and the report that holds them. Data only."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from qwen_precision.record.run import Run
+
+SEVERITIES = ("info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on something is worth a finding."""
+
+    near_overflow: float = 2.0
+    """Headroom below which an operation is near overflow."""
+    underflow_share: float = 0.01
+    """Share of a tensor's elements that may become zero in a dtype."""
+    kl: float = 0.1
+    """Nats that the next token's distribution may be from fp32's, where the likeliest token differs too."""
+    logprob: float = 0.25
+    """Nats, root mean square, that a token's log-probability may be from fp32's, then."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One judged fact."""
+
+    kind: str
+    severity: str
+    dtype: str
+    prompt: str | None
+    """Name of the worst prompt, or None where no prompt is involved."""
+    layer: int | None
+    module: str
+    op: str
+    name: str
+    """The operation in Qwen3's words."""
+    origin: bool
+    reference_abs_max: float | None
+    headroom: float | None
+    cause: str
+    advice: str
+    nan: int = 0
+    inf: int = 0
+    propagated: int = 0
+    """Later operations that only passed it on."""
+    token: dict[str, int | str | bool | None] | None = None
+    channel: int | None = None
+    head: int | None = None
+    expert: int | None = None
+    prompts: tuple[str, ...] = ()
+    """All prompts that show it."""
+    predicted: bool = False
+    """Known from the reference alone: the dtype's own stream did not get here."""
+    row: int | None = None
+    """Of the batch, in a generation."""
+    step: int | None = None
+    """Generated token, in a generation."""
+    cause_kind: str | None = None
+    """Of ``causes.CAUSES``, where it could be told."""
+    site: int | None = None
+    """Index of the operation in the run's ``sites``, where it is one."""
+    evidence: tuple[str, ...] = ()
+    """What shows the cause: measurements, and control runs with their outcome."""
+
+
+class Headroom(NamedTuple):
+    """One site's headroom in one dtype, over all prompts; there can be a hundred thousand of them."""
+
+    dtype: str
+    site: int
+    abs_max: float
+    headroom: float
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A judged Run."""
+
+    verdict: dict[str, str]
+    """By dtype: ok, risk, fail, or incomplete (stopped before anything was found)."""
+    findings: list[Finding]
+    headroom: dict[str, list[Headroom]]
+    """By dtype, smallest first; only sites that compute in that dtype itself."""
+    stopped: str | None
+    run: Run = field(repr=False)
+    name: str = ""
+    """Name of the file it came from, where it is shown beside others."""
+
+    def tightest(self, dtype: str) -> list[Headroom]:
+        """The operation with the least headroom of each layer (and of what is outside them), smallest first."""
+        found: dict[int | None, Headroom] = {}
+        for row in self.headroom[dtype]:
+            found.setdefault(self.run.sites[row.site].layer, row)
+        return list(found.values())
+
+    def exit_code(self, fail_on: str) -> int:
+        """0 nothing at or above ``fail_on``, 1 findings, 3 the run did not finish and nothing was found."""
+        bad = {"fail": {"fail"}, "risk": {"fail", "risk"}, "never": set()}[fail_on]
+        if bad & set(self.verdict.values()):
+            return 1
+        return 3 if self.stopped or self.run.unfinished else 0
+
+
+def rescue_exit_code(report: Report, fail_on: str) -> int:
+    """Exit code of a run that was to be rescued: in fp16 the exported checkpoint counts, not the one probed."""
+    plan = report.run.rescue
+    if plan is None or plan.unsupported is not None:
+        return report.exit_code(fail_on) or 1
+    if plan.rescaling.changes_nothing and plan.possible:
+        return report.exit_code(fail_on)
+    if report.stopped or report.run.unfinished:
+        return 3
+    if plan.exported is None or not plan.exported.verified:
+        return 1
+    return replace(report, verdict={**report.verdict, "fp16": plan.exported.verdict}).exit_code(fail_on)
+
+
+FAILING: dict[str, tuple[str, ...]] = {"fail": ("error",), "risk": ("error", "warning"), "never": ()}
+"""Severities that fail a run, by what it may be failed on."""
+
+FAIL_ON = tuple(FAILING)

@@ -1,0 +1,144 @@
+"""What a rescue has to do, from a probe alone: the bits that each power must take away, and what none can. No torch."""
+
+import math
+from dataclasses import dataclass, field
+
+from qwen_precision.judge.columns import Facts
+from qwen_precision.judge.findings import Headroom
+from qwen_precision.qwen3.names import layer_of, name_of
+from qwen_precision.qwen3.rescaling import GATE_AND_UP, expert_of, moved_by, powers_of
+from qwen_precision.record.rescue import Stuck
+from qwen_precision.record.run import Site
+
+DTYPE = "fp16"
+"""The format that is rescued; bf16 has fp32's range and needs none."""
+
+FAR = 120
+"""More bits than any format has: stands for no need at all, and for room without end."""
+
+_WHY = (
+    # (end of the module, why its operations are stuck)
+    ("lm_head", "a logit is the model's answer; a factor would change it"),
+    ("mlp.gate", "the router's softmax depends on how large its input is"),
+    ("gate_proj", "SiLU is not linear: a smaller gate would be another function"),
+    ("act_fn", "SiLU is not linear: a smaller gate would be another function"),
+    ("experts", "SiLU is not linear: a smaller gate would be another function"),
+    ("q_norm", "the attention softmax depends on how large q and k are"),
+    ("k_norm", "the attention softmax depends on how large q and k are"),
+    ("self_attn", "the attention softmax depends on how large the scores are"),
+)
+
+
+@dataclass
+class Needs:
+    """By (power, layer, expert): how many bits of headroom are missing to the margin; below 0, to spare."""
+
+    bits: dict[tuple[str, int | None, int | None], int] = field(default_factory=dict)
+    stuck: list[Stuck] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    """What would have to compute in fp32, for what is stuck and fails."""
+
+    def ask(self, power: str, layer: int | None, expert: int | None, bits: int) -> None:
+        """The most that was asked for counts."""
+        key = (power, None if power in ("stream", "final_norm") else layer, expert if power == "product" else None)
+        self.bits[key] = max(self.bits.get(key, -FAR), bits)
+
+    def of(self, power: str, layer: int | None = None, expert: int | None = None) -> int:
+        """What is asked for: of one expert its own need, or that of all of them together."""
+        return max(self.bits.get((power, layer, each), -FAR) for each in {expert, None})
+
+
+def needs(facts: Facts, margin: float, gate_channels: int) -> Needs:
+    """Everything that has less headroom in fp16 than the margin, sorted into what a power can move and what none can.
+
+    Args:
+        facts: of a whole probe with fp16 and the reference in it.
+        margin: headroom that everything shall have.
+        gate_channels: channels of the experts' fused gate and up projection that belong to the gate.
+    """
+    found = Needs()
+    _weights(facts, found)
+    failing = _failing(facts)
+    for row in facts.headroom(DTYPE):
+        site, power = mover(facts, row, gate_channels)
+        dead = row.headroom == 0
+        if power is None or dead:
+            fails = dead or row.headroom < 1 or row.site in failing
+            if row.headroom < margin or fails:
+                _stick(found, site, row, fails)
+            continue
+        # Not finite although the reference is in range: the sum left it half-way; then nothing counts as spare.
+        room = min(row.headroom, 1.0) if row.site in failing else row.headroom
+        bits = math.ceil(math.log2(margin / room)) if math.isfinite(room) else -FAR
+        found.ask(power, site.layer, expert_of(site.module), bits)
+    found.modules = _least(found.modules)
+    return found
+
+
+def _failing(facts: Facts) -> set[int]:
+    """Sites at which the fp16 pass itself left the range first."""
+    events = [event for each in facts.passes(DTYPE) for event in each.events if event.nan or event.inf]
+    return {event.site for event in events if event.clean_inputs and event.clean_weights}
+
+
+def mover(facts: Facts, row: Headroom, gate_channels: int) -> tuple[Site, str | None]:
+    """The operation (for a cast, the one whose output it casts), and the power that moves it, or None."""
+    source = facts.run.casts.get(row.site)
+    site = facts.run.sites[row.site if source is None else source]
+    power = moved_by(site.module, site.op, site.call, site.layer in facts.sparse)
+    if power is not None and (site.op, site.call) == GATE_AND_UP and not _in_up(facts, row, gate_channels):
+        power = None
+    return site, power
+
+
+def _in_up(facts: Facts, row: Headroom, gate_channels: int) -> bool:
+    """Whether the extreme of the fused projection was seen to lie in the half that is not the gate."""
+    events = (event for each in facts.run.passes if each.prompt == row.prompt for event in each.events)
+    channels = [event.channel for event in events if event.site == row.site and event.channel is not None]
+    return bool(channels) and min(channels) >= gate_channels
+
+
+def _stick(found: Needs, site: Site, row: Headroom, fails: bool) -> None:
+    name = name_of(site.module, site.op, site.call)
+    why = next((why for end, why in _WHY if site.module.endswith(end)), "nothing exact can move it")
+    if row.headroom == 0:
+        why = "it is not finite in fp32 either"
+    found.stuck.append(
+        Stuck(layer=site.layer, module=site.module, name=name, headroom=row.headroom, fails=fails, why=why)
+    )
+    if fails and row.headroom:
+        found.modules.append(_unit(site.module))
+
+
+def _unit(module: str) -> str:
+    """The module whose inputs and outputs are in range, so that it alone can be kept in fp32."""
+    parent, _, leaf = module.rpartition(".")
+    return parent if leaf in ("gate_proj", "act_fn", "q_norm", "k_norm") else module
+
+
+def _weights(facts: Facts, found: Needs) -> None:
+    """Weights that no factor reaches, or that are damaged."""
+    for weight in facts.run.weights:
+        damaged = weight.nan or weight.inf
+        fixed = weight.overflow.get(DTYPE) and not powers_of(weight.name)
+        if not damaged and not fixed:
+            continue
+        module, _, leaf = weight.parameter.rpartition(".")
+        largest = float(weight.abs_max)
+        why = "the checkpoint is damaged: it holds NaN or infinity" if damaged else f"fp16 cannot hold {largest:.6g}"
+        found.stuck.append(Stuck(
+            layer=layer_of(module), module=module, name=f"{module.rpartition('.')[2] or module} {leaf}",
+            headroom=None, fails=True, why=why if damaged else f"{why}, and no exact factor moves it",
+        ))  # fmt: skip
+        if not damaged:
+            found.modules.append(module)
+
+
+def _least(modules: list[str]) -> list[str]:
+    """Each once, without those inside another."""
+    return sorted({each for each in modules if not any(each.startswith(f"{other}.") for other in modules)}, key=_order)
+
+
+def _order(module: str) -> tuple[int, str]:
+    layer = layer_of(module)
+    return (FAR * FAR if layer is None else layer), module

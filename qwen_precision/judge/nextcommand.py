@@ -1,0 +1,117 @@
+"""From a symptom to its origin: the `qprec probe` that is worth running after a generation went bad. Pure; no torch."""
+
+import re
+import shlex
+import unicodedata
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.judge.findings import Report
+from qwen_precision.record.generation import Continuation
+from qwen_precision.record.run import Run
+from qwen_precision.settings.config import ProbeSettings, configs_folder, flag_of, read_yaml
+
+_LONGEST_PROMPT = 200  # characters; a longer one is taken from the record
+
+
+def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
+    """The command that leads from the symptom to its origin: a probe of what the failing step was given.
+
+    Args:
+        run: the generation.
+        row: the row that failed.
+        record: where the run is saved; a prompt too long for a command line is read from there.
+    """
+    text = row.input + (row.clean_text or "")
+    prompt = f"--prompt {quoted_for_a_shell(text)}"
+    parts = _start("probe", run)
+    attention, asked = run.settings.get("attention"), run.settings.get("dtype")
+    parts += [f"--attn {quoted_for_a_shell(attention)}"] if isinstance(attention, str) else []
+    dtype = asked if isinstance(asked, str) and asked in DTYPES else run.dtypes[0] if run.dtypes else "fp16"
+    return " ".join([*parts, f"--dtype {dtype}", prompt if len(text) <= _LONGEST_PROMPT else f"--prompts {record}"])
+
+
+_TOLD = (
+    "dtype", "attention", "max_tokens", "device", "memory", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "seed", "guards", "on_failure", "rescue_margin",
+)  # fmt: skip
+"""Settings that are flags with a value."""
+
+
+def same_again(run: Run, record: str = "RUN") -> str:
+    """The command that makes this run again; prompts that do not fit a command line are read from the record."""
+    told = run.settings
+    parts = _start(run.verb, run)
+    if run.verb == "probe" and run.dtypes != list(DTYPES):
+        parts += [f"--dtype {name}" for name in run.dtypes]
+    for key in _TOLD:
+        value, flag = told.get(key), flag_of(key)
+        if key in ProbeSettings.model_fields and value == ProbeSettings.model_fields[key].default:
+            continue
+        if isinstance(value, (str, int, float)) and value not in ("auto", "default") and not isinstance(value, bool):
+            parts.append(f"{flag} {quoted_for_a_shell(str(value))}")
+    switches = {"do_sample": ("--do-sample", "--greedy"), "chat": ("--chat", ""), "reference": ("", "--no-reference")}
+    for key, (on, off) in switches.items():
+        if isinstance(told.get(key), bool):
+            parts.append(on if told[key] else off)
+    texts = [row.text for prompt in run.prompts for row in prompt.rows]
+    batched = run.verb == "probe" and any(len(prompt.rows) > 1 for prompt in run.prompts)
+    if run.verb == "probe" and {prompt.name for prompt in run.prompts} == _built_in():
+        pass  # the prompts that a probe takes when it is given none
+    elif sum(map(len, texts)) > _LONGEST_PROMPT or batched:
+        parts.append(f"--prompts {record}")
+    else:
+        parts += [f"--prompt {quoted_for_a_shell(text)}" for text in texts]
+    return " ".join(part for part in parts if part)
+
+
+def next_rescue(report: Report, record: str = "RUN") -> str | None:
+    """The command that carries a planned rescue out, where it is possible and was not done; ``record`` is its file."""
+    run, plan = report.run, report.run.rescue
+    if plan is None or not plan.possible or plan.rescaling.changes_nothing or plan.exported is not None:
+        return None
+    parts = [part for part in re.split(r"[\\/]", run.model.source) if part not in ("", ".", "..")]
+    folder = f"{parts[-1]}-fp16safe" if parts else "../model-fp16safe"  # the checkpoint is where the shell stands
+    if run.verb == "probe":
+        start = same_again(run, record)
+    else:
+        start = next((next_probe(run, row, record) for row in run.generation.rows), "") if run.generation else ""
+        start = start.replace(" --dtype fp16", "")
+    return f"{start} --rescue-to {quoted_for_a_shell(folder)}"
+
+
+def _start(verb: str, run: Run) -> list[str]:
+    parts = [f"qprec {verb}", quoted_for_a_shell(run.model.source)]
+    return [*parts, f"--revision {quoted_for_a_shell(run.model.revision)}"] if run.model.revision else parts
+
+
+def _built_in() -> set[str]:
+    items = read_yaml(configs_folder() / "prompts" / "default.yaml", "prompts", "the built-in set")
+    return {str(item["name"]) for item in items}
+
+
+def quoted_for_a_shell(text: str) -> str:
+    """One word of a command line; control and format characters spelled out, so that it is inert and one line."""
+    if not any(_acts(char) for char in text):
+        return shlex.quote(text)
+    names = {"\n": "\\n", "\t": "\\t", "'": "\\'", "\\": "\\\\"}
+    return "$'" + "".join(names.get(char) or _escaped(char) for char in text) + "'"
+
+
+def _acts(char: str) -> bool:
+    """Whether a terminal would do something with it other than show it."""
+    return unicodedata.category(char)[0] == "C" or char in "\u2028\u2029"
+
+
+def _escaped(char: str) -> str:
+    if not _acts(char):
+        return char
+    return f"\\x{ord(char):02x}" if ord(char) < 128 else f"\\U{ord(char):08x}"
+
+
+def next_command(report: Report, record: str) -> str | None:
+    """The probe to run next, after a generation in which logits or text went bad; ``record`` is its file."""
+    made = report.run.generation
+    kinds = {"nonfinite-logits", "sampling-error", "degenerate-text", "masked-row"}
+    bad = [each for each in report.findings if each.kind in kinds and each.severity != "info"]
+    rows = {row.row: row for row in made.rows} if made is not None else {}
+    return next((next_probe(report.run, rows[each.row], record) for each in bad if each.row in rows), None)

@@ -1,0 +1,229 @@
+"""Judgement of a generation: bad logits, the sampling error, text that says nothing, pad rows, advice. Pure; no torch.
+
+Bad logits that a guard mended or recovered from are a warning: the text is what healthy logits support, but the dtype
+did fail. Left as they were, they are an error. A mere loop, with logits that were healthy, is told as an info.
+"""
+
+import math
+from collections.abc import Iterator
+
+from qwen_precision.judge.columns import Facts
+from qwen_precision.judge.degenerate import Symptom, symptoms
+from qwen_precision.judge.findings import Finding
+from qwen_precision.judge.nextcommand import next_probe
+from qwen_precision.record.generation import FILTERED, MENDED, Continuation, Generation, Trip, bad_trips, mended_steps
+from qwen_precision.record.run import Run
+from qwen_precision.settings.guards import Advice, GuardSettings
+
+
+def _finding(run: Run, kind: str, severity: str, dtype: str, cause: str, advice: str, **more: object) -> Finding:
+    base: dict[str, object] = {
+        "layer": None, "module": "lm_head", "op": "logits", "name": "logits", "origin": False,
+        "reference_abs_max": None, "headroom": None, "prompt": run.prompts[0].name if run.prompts else None,
+    }  # fmt: skip
+    return Finding(kind=kind, severity=severity, dtype=dtype, cause=cause, advice=advice, **{**base, **more})  # type: ignore[arg-type]
+
+
+def nonfinite_logits(facts: Facts) -> Iterator[Finding]:
+    """A row's logits were NaN, infinite or all equal at a step of a generation."""
+    made = facts.run.generation
+    if made is None:
+        return
+    for row in made.rows:
+        for dtype in facts.run.dtypes:
+            bad = [t for t in bad_trips(made.trips, row.row) if t.dtype == dtype and t.kind not in FILTERED]
+            if bad:
+                yield _bad_row(facts.run, made, row, bad)
+
+
+def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> Finding:
+    first = bad[0]
+    steps = {trip.step for trip in bad}
+    done = [t for t in made.trips if t.acted and t.kind in MENDED and t.row == row.row and t.step in steps]
+    mended = steps <= mended_steps(made.trips, row.row)
+    cause = f"At step {first.step} of row {row.row}, {first.why}."
+    if first.poisoned is not None:
+        place = first.poisoned
+        before = f"layers up to {place.layer - 1}" if place.layer else "the embedding"
+        token = place.position - run.prompts[0].rows[row.row].padding
+        where = f"token {token}" if token >= 0 else "a pad position"
+        cause += (
+            f" The KV cache is not finite from the {place.part} of layer {place.layer} on, first at {where}: "
+            f"what {before} gave is where it starts."
+        )
+    else:
+        cause += " Its KV cache was finite."
+    what = "; ".join(dict.fromkeys(f"{trip.guard}: {trip.why}" for trip in done))
+    advice = f"{what[0].upper()}{what[1:]}. " if what else ""
+    return _finding(
+        run, "nonfinite-logits", "warning" if mended else "error", first.dtype, cause,
+        f"{advice}Find the origin: {next_probe(run, row)}", row=row.row, step=first.step,
+        nan=_whole(first.before.get("nan")), inf=_whole(first.before.get("inf")), propagated=len(steps) - 1,
+    )  # fmt: skip
+
+
+def _whole(value: float | None) -> int:
+    return int(value) if value is not None and math.isfinite(value) else 0
+
+
+def sampling_error(facts: Facts) -> Iterator[Finding]:
+    """Torch refused to draw a token from the probabilities, or the filters left none."""
+    made = facts.run.generation
+    if made is None:
+        return
+    if made.error is not None:
+        rows = ", ".join(str(row) for row in made.error.rows)
+        by_row = {row.row: row for row in made.rows}
+        row = by_row.get(made.error.rows[0]) if made.error.rows else None
+        dtype = row.stretches[-1].dtype if row and row.stretches else facts.run.dtypes[0]
+        yield _finding(
+            facts.run, "sampling-error", "error", dtype,
+            f"Sampling ended at step {made.error.step} with torch's error for row {rows}: {made.error.message}.",
+            "Run it again with the guards on (--guards default), or look for the origin with a probe.",
+            row=row.row if row else None, step=made.error.step, name="sampling", op="multinomial",
+        )  # fmt: skip
+    for row in made.rows:
+        # Unwatched, the guard epsilon is the only one that saw it.
+        mine = [t for t in made.trips if t.row == row.row and (t.kind in FILTERED or t.guard == "epsilon")]
+        if not mine:
+            continue
+        steps, first = {trip.step for trip in mine}, mine[0]
+        mended = steps <= mended_steps(made.trips, row.row)
+        more = f", and so at {len(steps) - 1} later steps" if len(steps) > 1 else ""
+        remedy = "Bring temperature and repetition penalty nearer to 1." if first.kind == "overflowed" else (
+            "Loosen the filters (top-k, top-p, min-p, suppressed tokens).")  # fmt: skip
+        yield _finding(
+            facts.run, "sampling-error", "warning" if mended else "error", first.dtype,
+            f"At step {first.step} of row {row.row}, {first.why}{more}.", remedy,
+            row=row.row, step=first.step, name="sampling", op="softmax",
+        )  # fmt: skip
+
+
+def degenerate_text(facts: Facts) -> Iterator[Finding]:
+    """The text is a run of one token ("!!!!"), descending ids or a short cycle; told apart by cause."""
+    made = facts.run.generation
+    if made is None:
+        return
+    settings = _settings(made)
+    top_k = made.options.get("top_k") if made.options.get("do_sample") else 0
+    for row in made.rows:
+        for symptom in symptoms(row.ids, settings.degenerate, top_k if isinstance(top_k, int) else 0):
+            yield _symptom(facts.run, made, row, symptom, settings.watch.enabled)
+    yield from _same_whatever_the_seed(facts.run, made, settings)
+
+
+def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, watched: bool) -> Finding:
+    span = range(symptom.start, symptom.end)
+    mended = mended_steps(made.trips, row.row)
+    bad = [t for t in bad_trips(made.trips, row.row) if t.step in span]
+    left = [trip for trip in bad if trip.step not in mended]
+    ids = row.ids[symptom.start : symptom.end]
+    looks = symptom.kind == "descending" or (symptom.kind == "run" and ids[0] == 0)
+    stop = symptom.start + (symptom.period or symptom.length)
+    shown = "".join(row.tokens[symptom.start : stop])[:40]
+    if not shown:  # redacted, or a token without text
+        shown = "ids " + " ".join(str(each) for each in row.ids[symptom.start : stop][:8])
+    tail = {"run": "over and over", "cycle": "again and again", "descending": "whose ids count down"}
+    what = f"{symptom.length} tokens from step {symptom.start} on are {shown!r} {tail[symptom.kind]}"
+    before = "".join(row.tokens[max(0, symptom.start - 8) : symptom.start])
+    what += f" after {before!r}" if before else ""
+    stretch = [each.dtype for each in row.stretches if each.start <= symptom.start]
+    if left:
+        cause = f"{what}: the logits were not usable at {len(left)} of these steps, so the text means nothing."
+        severity, advice = "error", f"Find the origin: {next_probe(run, row)}"
+    elif bad:
+        cause = f"{what}: the logits were repaired at {len({t.step for t in bad})} of these steps."
+        severity, advice = "warning", f"Find the origin: {next_probe(run, row)}"
+    elif watched:
+        cause = f"{what}: the logits were healthy all along, so the model merely repeats itself."
+        severity, advice = "info", "This is not a numerical fault: sample, or raise the repetition penalty a little."
+    elif looks:
+        cause = f"{what}: this is what NaN logits print (the argmax of a NaN row is id 0); they were not watched."
+        severity, advice = "error", "Run it again with the guard watch on."
+    else:
+        cause = f"{what}: whether the logits were healthy is not known, they were not watched."
+        severity, advice = "info", "Run it again with the guard watch on."
+    return _finding(
+        run, "degenerate-text", severity, stretch[-1] if stretch else run.dtypes[0], cause, advice,
+        row=row.row, step=symptom.start, name="generated text", op=symptom.kind,
+    )  # fmt: skip
+
+
+def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings) -> Iterator[Finding]:
+    """Rows draw from different random numbers; the same ids for different prompts, from logits that were bad or that
+    nobody watched, come from no distribution. (Healthy logits that are sure of a text give it to both.)"""
+    if not made.options.get("do_sample"):
+        return
+    seen: dict[tuple[int, ...], Continuation] = {}
+    for row in made.rows:
+        key = tuple(row.ids)
+        other = seen.setdefault(key, row)
+        bad = {t.step for t in bad_trips(made.trips, row.row)} - mended_steps(made.trips, row.row)
+        if len(key) < settings.degenerate.run or other is row or other.input == row.input:
+            continue
+        if settings.watch.enabled and not bad:
+            continue
+        yield _finding(
+            run, "degenerate-text", "error", row.stretches[-1].dtype if row.stretches else run.dtypes[0],
+            f"Rows {other.row} and {row.row} have different prompts and were drawn with different random numbers, "
+            f"yet their {len(key)} tokens are the same: the text depends on neither, as with NaN logits.",
+            f"Find the origin: {next_probe(run, row)}", row=row.row, step=0, name="generated text", op="sampling",
+        )  # fmt: skip
+
+
+def masked_rows(facts: Facts) -> Iterator[Finding]:
+    """Only pad positions of a row's KV cache are not finite: its padding was masked in a way that gave NaN."""
+    made = facts.run.generation
+    if made is None:
+        return
+    for trip in made.trips:
+        if trip.poisoned is not None and trip.poisoned.in_padding:
+            mended = trip.step in mended_steps(made.trips, trip.row)
+            yield _finding(
+                facts.run, "masked-row", "warning" if mended else "error", trip.dtype,
+                f"In row {trip.row} only pad positions of the KV cache are not finite, from the {trip.poisoned.part} "
+                f"of layer {trip.poisoned.layer} on: fully masked rows of left padding gave NaN.",
+                "Give this prompt alone, without padding, or try the other attention implementation (--attn).",
+                row=trip.row, step=trip.step, name="KV cache", op=trip.poisoned.part, layer=trip.poisoned.layer,
+            )  # fmt: skip
+
+
+def advice(facts: Facts) -> Iterator[Finding]:
+    """Settings of a generation that are known to make it worse; never more than an info."""
+    made = facts.run.generation
+    if made is None:
+        return
+    limits = _settings(made).advice
+    if limits.enabled:
+        for name, cause, remedy in _bad_settings(facts.run, made, limits):
+            yield _finding(facts.run, "advice", "info", facts.run.dtypes[0], cause, remedy, name=name, op="setting")
+
+
+def _bad_settings(run: Run, made: Generation, limits: Advice) -> Iterator[tuple[str, str, str]]:
+    temperature, penalty = made.options.get("temperature"), made.options.get("repetition_penalty")
+    if made.options.get("do_sample") and isinstance(temperature, (int, float)) and temperature < limits.temperature:
+        yield (
+            "temperature", f"Sampling at temperature {temperature:g} divides every logit by it: near greedy, "
+            "and nearer to overflow.", f"Use --greedy, or a temperature of {limits.temperature:g} to 1.",
+        )  # fmt: skip
+    if isinstance(penalty, (int, float)) and abs(penalty - 1) > limits.penalty:
+        cause = f"A repetition penalty of {penalty:g} is far from 1: it distorts the distribution at every step."
+        yield "repetition penalty", cause, "Stay near 1, 1.05 to 1.2 say."
+    if made.chat and made.base_model:
+        cause = f"A chat turn is given to what looks like a base model: {made.base_model}."
+        yield "base model", cause, "Use an instruction-tuned checkpoint, or --raw."
+    probe = made.probe
+    dtype = run.settings.get("dtype")
+    if probe is not None and probe.headroom is not None and probe.headroom < limits.headroom:
+        cause = (
+            f"The probe {probe.file} says {probe.verdict} for {dtype}: headroom {probe.headroom:.3g}x at {probe.where}."
+        )
+        yield "headroom", cause, "Other prompts may overflow: keep the guards on, or use a wider dtype."
+
+
+def _settings(made: Generation) -> GuardSettings:
+    """The guards of the run; a record from elsewhere may hold anything, then the defaults hold."""
+    try:
+        return GuardSettings.model_validate(made.guards)
+    except ValueError:
+        return GuardSettings()

@@ -1,0 +1,1 @@
+"""A checkpoint: found, checked, built without weights, its tensors read."""

@@ -1,0 +1,161 @@
+"""The static check: what a dtype cannot hold, found by looking at the weights alone, with no forward.
+
+A bf16 weight has 8 significant bits, so it is exact in fp16 from 2^-17 of magnitude upwards (fp16's smallest
+subnormal is 2^-24) up to 65280; only the few smaller ones have to be cast and compared. All other pairs of
+formats are cast and compared as a whole, in chunks, so that no second copy of a large tensor exists.
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.record.weights import Weight, WeightTotals
+
+_CHUNK = 1 << 24
+_SIGNIFICANT_BITS = {"fp64": 53, "fp32": 24, "fp16": 11, "bf16": 8}
+# A bf16 of magnitude 2^-17 ends exactly at fp16's last bit: 2^-17 * 2^-7 = 2^-24.
+_EXACT_FROM = np.uint16(2 * torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item() - 1)
+_LARGEST = np.uint16(2 * torch.tensor(65280.0, dtype=torch.bfloat16).view(torch.int16).item())
+_STEP = 1 << 18
+
+_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """qprec's word for a torch dtype; torch's own where qprec has none."""
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for qprec's word."""
+    found: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return found
+
+
+class WeightCheck:
+    """Collects what each tensor has to say; feed every piece of every tensor once.
+
+    Args:
+        dtypes: short names of the dtypes the checkpoint will be cast to.
+    """
+
+    def __init__(self, dtypes: Iterable[str]) -> None:
+        self.dtypes = list(dtypes)
+        self._totals = {name: [0, 0, 0, 0] for name in self.dtypes}  # elements, overflow, underflow, inexact
+        self._tensors: dict[str, dict[str, float]] = {}
+        self._files: dict[str, str] = {}
+        self._parameters: dict[str, str] = {}
+        self._rows_done: dict[str, int] = {}
+
+    def feed(self, name: str, file: str, tensor: Tensor, start: int = 0, parameter: str | None = None) -> None:
+        """Check one tensor, or the rows of it from ``start`` on; rows that were checked before are passed over.
+
+        Args:
+            name: in the files.
+            file: which one.
+            tensor: all of it, or rows that begin where those fed before ended (or earlier).
+            start: number of the first row.
+            parameter: the model's parameter it is (a part of), where that has another name.
+        """
+        done = self._rows_done.get(name, 0)
+        rows = tensor.shape[0] if tensor.dim() else 1
+        if start + rows <= done:
+            return
+        self._rows_done[name] = start + rows
+        if tensor.dim():
+            tensor = tensor[max(0, done - start) :]
+        self._files[name] = file
+        self._parameters[name] = parameter or name
+        for piece in torch.split(tensor.reshape(-1), _CHUNK):
+            self._piece(self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0}), piece)
+
+    def _piece(self, facts: dict[str, float], piece: Tensor) -> None:
+        facts["elements"] += piece.numel()
+        low, high = (float(value) for value in torch.aminmax(piece))
+        if math.isfinite(low) and math.isfinite(high):
+            facts["abs_max"] = max(facts["abs_max"], -low, high)
+        else:
+            facts["nan"] = facts.get("nan", 0) + int(torch.isnan(piece).sum())
+            facts["inf"] = facts.get("inf", 0) + int(torch.isinf(piece).sum())
+            finite = piece[torch.isfinite(piece)]
+            largest = float(finite.abs().max()) if finite.numel() else 0.0
+            facts["abs_max"] = max(facts["abs_max"], largest)
+            piece = finite
+        for name in self.dtypes:
+            lost = _cast_losses(piece, name)
+            total = self._totals[name]
+            total[0] += piece.numel()
+            for index, (what, count) in enumerate(zip(("overflow", "underflow", "inexact"), lost, strict=True), 1):
+                total[index] += count
+                facts[f"{what} {name}"] = facts.get(f"{what} {name}", 0) + count
+
+    def weights(self) -> list[Weight]:
+        """The tensors that are damaged or that some dtype changes; all others are exact everywhere."""
+        found = []
+        for name, facts in self._tensors.items():
+            overflow = {d: int(facts[f"overflow {d}"]) for d in self.dtypes if facts.get(f"overflow {d}")}
+            underflow = {d: int(facts[f"underflow {d}"]) for d in self.dtypes if facts.get(f"underflow {d}")}
+            inexact = {d: int(facts[f"inexact {d}"]) for d in self.dtypes if facts.get(f"inexact {d}")}
+            nan, inf = int(facts.get("nan", 0)), int(facts.get("inf", 0))
+            if nan or inf or overflow or inexact:
+                found.append(
+                    Weight(
+                        name=name, parameter=self._parameters[name], file=self._files[name],
+                        elements=int(facts["elements"]), nan=nan, inf=inf,
+                        abs_max=facts["abs_max"], overflow=overflow, underflow=underflow,
+                        inexact=inexact,
+                    )
+                )  # fmt: skip
+        return found
+
+    def totals(self) -> list[WeightTotals]:
+        """What casting everything costs, by dtype."""
+        return [
+            WeightTotals(dtype=name, elements=t[0], overflow=t[1], underflow=t[2], inexact=t[3])
+            for name, t in self._totals.items()
+        ]
+
+
+def _doubtful(piece: Tensor) -> Tensor:
+    """The bf16 elements that fp16 may not hold exactly: the very small (not the zeros) and the very large.
+
+    On the bare bits, because that is many times faster than comparing 16-bit floats: shifting the sign out
+    leaves the magnitude as an integer, in order.
+    """
+    bits = piece.view(torch.int16).cpu().numpy().view(np.uint16)
+    found = []
+    for start in range(0, len(bits), _STEP):  # steps that stay in the cache
+        magnitude = np.left_shift(bits[start : start + _STEP], 1)
+        # Minus one, zeros wrap around to the largest number and so are not small; then small means below.
+        small = np.flatnonzero(magnitude - np.uint16(1) < _EXACT_FROM)
+        if len(small):
+            found.append(small + start)
+        if magnitude.max() > _LARGEST:
+            found.append(np.flatnonzero(magnitude > _LARGEST) + start)
+    if not found:
+        return piece[:0]
+    return piece[torch.from_numpy(np.concatenate(found)).to(piece.device)]
+
+
+def _cast_losses(piece: Tensor, name: str) -> tuple[int, int, int]:
+    """(overflow, underflow to zero, inexact) counts of finite elements cast to a dtype."""
+    source = short_name(piece.dtype)
+    if source == name or (source in {"bf16", "fp16"} and name == "fp32") or not piece.numel():
+        return 0, 0, 0
+    if source == "bf16" and name == "fp16":
+        piece = _doubtful(piece)
+        if not piece.numel():
+            return 0, 0, 0
+    cast = piece.to(torch_dtype(name))
+    back = cast.to(piece.dtype) if _SIGNIFICANT_BITS[source] >= _SIGNIFICANT_BITS[name] else cast
+    wide = torch.promote_types(piece.dtype, back.dtype)
+    inexact = int((back.to(wide) != piece.to(wide)).sum())
+    if not inexact:
+        return 0, 0, 0
+    overflow = int(torch.isinf(cast).sum())
+    underflow = int(((cast == 0) & (piece != 0)).sum())
+    return overflow, underflow, inexact

@@ -1,0 +1,297 @@
+"""Weights, kept once and in the checkpoint's own dtype: whole (resident) or a module at a time (streamed).
+
+``WeightStore`` gives a module's tensors as they are in the files; the rest of the code cannot tell whether
+they were on the device all along or read just now. ``Scratch`` casts them into buffers that are used again
+for the next layer, and puts them into the module: three dtypes cost the memory of one layer.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qwen_precision.errors import QprecError
+from qwen_precision.model.folder import Checkpoint
+from qwen_precision.model.weightcheck import WeightCheck
+from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Scale
+
+
+class WeightStore:
+    """Tensors of a checkpoint by the names of the model's parameters.
+
+    Args:
+        checkpoint: a checked checkpoint.
+        model: the model on the meta device; its parameter names and shapes are what is asked for.
+        device: where tensors are given out.
+        resident: keep all tensors (and so read each file once), or drop them after use.
+        check: the static check; sees every tensor as it is read.
+        scale: a rescaling that every tensor is given out with, exactly; None for the files' own values.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: nn.Module, device: torch.device, resident: bool, check: WeightCheck,
+        scale: Scale | None = None,
+    ) -> None:  # fmt: skip
+        self._scale = scale
+        self._checkpoint = checkpoint
+        self._device = device
+        self._resident = resident
+        self._check = check
+        self._kept: dict[str, Tensor] = {}
+        self._prefix = getattr(model, "base_model_prefix", "model") + "."
+        self._tied: dict[str, str] = _tied_names(model, checkpoint)
+        self._fused = _Fusions(model, list(checkpoint.tensors))
+        self._expect_all(model)
+
+    def _expect_all(self, model: nn.Module) -> None:
+        """Every parameter must be in the files with the shape the config asks for."""
+        for name, parameter in model.named_parameters():
+            parts = self.parts(name)
+            if not parts and name != HEAD:
+                raise QprecError(
+                    f"{self._checkpoint.folder}: the tensor {name} is in none of its files; "
+                    "the checkpoint is incomplete or its config.json is another model's."
+                )
+            if len(parts) == 1:
+                found = self._checkpoint.tensors[parts[0]].shape
+                if found != tuple(parameter.shape) and not self._fused.has(name):
+                    raise QprecError(
+                        f"{self._checkpoint.folder}: {parts[0]} has shape {list(found)}, config.json asks for "
+                        f"{list(parameter.shape)}; the two do not belong together."
+                    )
+
+    def parts(self, name: str) -> list[str]:
+        """Names in the files of what makes up one parameter; empty where it is missing."""
+        name = self._tied.get(name, name)
+        tensors = self._checkpoint.tensors
+        if name == HEAD and self._scale is not None and self._scale.rescaling.untied:
+            name = self._prefix + EMBEDDING  # whatever copy the files hold, a tied model's lm_head is its embedding
+        if name in tensors:
+            return [name]
+        # A checkpoint saved from the bare model (embedding models are) has no "model." in front.
+        if name.startswith(self._prefix) and name.removeprefix(self._prefix) in tensors:
+            return [name.removeprefix(self._prefix)]
+        return self._fused.parts(name)
+
+    def unused(self, model: nn.Module) -> list[str]:
+        """Tensors of the files that no parameter of the model is made of."""
+        used = {part for name, _ in model.named_parameters() for part in self.parts(name)} | {*self.parts(HEAD)}
+        return [name for name in self._checkpoint.tensors if name not in used and name not in self._tied]
+
+    def module(self, module: nn.Module, path: str) -> dict[str, Tensor]:
+        """All parameters of one module, in the files' dtype, on the device; keys are relative names."""
+        return {name: self.tensor(f"{path}.{name}") for name, _ in module.named_parameters()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter; expert weights that the model keeps fused are put together here."""
+        name = self._tied.get(name, name)
+        if name in self._kept:
+            return self._kept[name]
+        parts = self.parts(name)
+        read = {part: self._read(part, name) for part in parts}
+        tensor = self._fused.join(name, read) if self._fused.has(name) else read[parts[0]]
+        tensor = tensor.to(self._device)
+        if self._resident:
+            self._kept[name] = tensor
+        return tensor
+
+    def row_chunks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) pieces of a two-dimensional parameter, so that a vocabulary is never held whole."""
+        if self._resident:
+            whole = self.tensor(name)
+            yield from ((start, whole[start : start + rows]) for start in range(0, len(whole), rows))
+            return
+        part = self.parts(name)[0]
+        info = self._checkpoint.tensors[part]
+        for start in range(0, info.shape[0], rows):
+            yield start, self._read_rows(part, name, start, min(start + rows, info.shape[0])).to(self._device)
+
+    def prefetch(self, module: nn.Module, path: str) -> None:
+        """Ask the system to read a module's bytes while the current one computes."""
+        if self._resident or not hasattr(os, "posix_fadvise"):
+            return
+        for name, _ in module.named_parameters():
+            for part in self.parts(f"{path}.{name}"):
+                info = self._checkpoint.tensors[part]
+                with (self._checkpoint.folder / info.file).open("rb") as file:
+                    os.posix_fadvise(file.fileno(), info.start, info.size, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, part: str, name: str) -> Tensor:
+        tensor = read_tensor(self._checkpoint, part)
+        self._check.feed(part, self._checkpoint.tensors[part].file, tensor, parameter=name)
+        return self._scaled(tensor, part if self._fused.has(name) else name)
+
+    def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
+        tensor = read_tensor(self._checkpoint, part)[start:stop]  # mapped: only these rows' pages are read
+        self._check.feed(part, self._checkpoint.tensors[part].file, tensor, start, self._tied.get(name, name))
+        return self._scaled(tensor, self._tied.get(name, name))
+
+    def _scaled(self, tensor: Tensor, name: str) -> Tensor:
+        factor = 0 if self._scale is None else self._scale.factor(name)
+        return scaled(tensor, factor) if factor else tensor
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor as the files have it. The pages are mapped, not copied, and unmapped when it goes.
+
+    Raises:
+        QprecError: its shard cannot be read.
+    """
+    path = checkpoint.folder / checkpoint.tensors[name].file
+    with _reading(path), safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def scaled(tensor: Tensor, factor: int) -> Tensor:
+    """``tensor`` times 2^factor, exactly: fp16, whose range is short, comes out as fp32."""
+    wide = tensor.float() if tensor.dtype == torch.float16 else tensor
+    return wide * 2.0**factor
+
+
+class _reading:
+    """Turns what a broken shard raises into a sentence that names it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (SafetensorError, OSError)):
+            raise QprecError(f"{self._path}: cannot be read ({error}); download it again.") from error
+
+
+def _tied_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Which parameter stands for which: a tied lm_head is the embedding.
+
+    Where the files hold another lm_head beside it, transformers takes that one from version 5 on, and so do we.
+    """
+    if not getattr(checkpoint.config, "tie_word_embeddings", False):
+        return {}
+    prefix = getattr(model, "base_model_prefix", "model") + "."
+    if HEAD in checkpoint.tensors and _takes_the_files_head():
+        embedding = next((name for name in (prefix + EMBEDDING, EMBEDDING) if name in checkpoint.tensors), HEAD)
+        if not torch.equal(read_tensor(checkpoint, HEAD), read_tensor(checkpoint, embedding)):
+            return {}
+    return {HEAD: prefix + EMBEDDING}
+
+
+def _takes_the_files_head() -> bool:
+    return int(transformers.__version__.partition(".")[0]) >= 5
+
+
+class _Fusions:
+    """Parameters that transformers makes out of several tensors, by its own conversion table.
+
+    From transformers 5 on, a MoE layer keeps its experts in one tensor where the files have one each; the
+    table that says how (``transformers.conversion_mapping``) is asked, not copied. Older versions have no
+    such table and need none.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self._recipes: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+        converters = _converters(model)
+        if not converters:
+            return
+        known = set(names)
+        for parameter, _ in model.named_parameters():
+            if parameter in known:
+                continue
+            for converter in converters:
+                sources = _sources(parameter, converter, names)
+                if sources:
+                    self._recipes[parameter] = (converter, sources)
+                    break
+
+    def has(self, name: str) -> bool:
+        """Whether this parameter is put together from several tensors."""
+        return name in self._recipes
+
+    def parts(self, name: str) -> list[str]:
+        """The tensors it is made of."""
+        return [part for group in self._recipes[name][1].values() for part in group] if name in self._recipes else []
+
+    def join(self, name: str, read: dict[str, Tensor]) -> Tensor:
+        """Put it together."""
+        converter, sources = self._recipes[name]
+        held: Any = {pattern: [read[part] for part in parts] for pattern, parts in sources.items()}
+        for operation in converter.operations:
+            held = operation.convert(
+                held, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns
+            )
+        (result,) = held.values()
+        joined: Tensor = result[0] if isinstance(result, list) else result
+        return joined
+
+
+def _converters(model: nn.Module) -> list[Any]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return []
+    return [each for each in get_model_conversion_mapping(cast(Any, model)) if isinstance(each, WeightConverter)]
+
+
+def _sources(parameter: str, converter: Any, names: list[str]) -> dict[str, list[str]]:
+    """By source pattern: the tensors, in order of their number, that this parameter is made of."""
+    for target in converter.target_patterns:
+        if not parameter.endswith(target):
+            continue
+        head = parameter[: -len(target)]
+        near = [name for name in names if name.startswith(head)]  # a MoE checkpoint has 18,000 names
+        groups = {}
+        for pattern in converter.source_patterns:
+            shape = re.compile(re.escape(head) + re.escape(pattern).replace(r"\*", r"(\d+)") + "$")
+            found = [(int(match.group(1)), name) for name in near if (match := shape.match(name)) and match.groups()]
+            groups[pattern] = [name for _, name in sorted(found)]
+        if all(groups.values()):
+            return groups
+    return {}
+
+
+class Scratch:
+    """Buffers a module's weights are cast into, used again for the next layer of the same shapes."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
+        self._original: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def place(self, module: nn.Module, sources: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Give ``module`` its weights in ``dtype``; already in that dtype, they are used as they are."""
+        for name, source in sources.items():
+            owner, _, leaf = name.rpartition(".")
+            part = module.get_submodule(owner)
+            if source.dtype == dtype:
+                tensor = source
+            else:
+                key = (name, dtype, source.shape)
+                if key not in self._buffers:
+                    self._buffers[key] = torch.empty(source.shape, dtype=dtype, device=source.device)
+                tensor = self._buffers[key].copy_(source)
+            self._keep_original(part, leaf)
+            part._parameters[leaf] = tensor  # type: ignore[assignment]  # a plain tensor: no autograd here
+
+    def _keep_original(self, part: nn.Module, leaf: str) -> None:
+        current = part._parameters[leaf]
+        if isinstance(current, nn.Parameter):
+            self._original.append((part, leaf, current))
+
+    def clear(self) -> None:
+        """Give every module back what it had, and drop the buffers."""
+        self.release()
+        self._buffers.clear()
+
+    def release(self) -> None:
+        """Give the modules back what they had, but keep the buffers for the next layer."""
+        for part, leaf, parameter in self._original:
+            part._parameters[leaf] = parameter
+        self._original.clear()

@@ -1,0 +1,1 @@
+"""A checkpoint measured: all dtypes through the layers together."""

@@ -1,0 +1,69 @@
+"""Log-probability of every token given those before it, from logits that come in pieces and slices."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.probe.plan import Encoded
+from qwen_precision.record.parts import rounded
+
+_AT_ONCE = 16  # positions upcast to fp32 at a time: logits of a long prompt are never held twice
+
+
+class LogProbs:
+    """Adds up what the pieces of a stream's logits say of its own prompt's tokens.
+
+    Args:
+        prompts: what the streams are of.
+    """
+
+    def __init__(self, prompts: list[Encoded]) -> None:
+        self._prompts = prompts
+        self._total: dict[tuple[str, int], Tensor] = {}
+        self._chosen: dict[tuple[str, int], Tensor] = {}
+
+    def add(self, key: tuple[str, int], logits: Tensor, begin: int, start: int) -> None:
+        """Take a piece.
+
+        Args:
+            key: dtype and prompt.
+            logits: ``[batch, positions, rows of the vocabulary]``.
+            begin: first position of the piece.
+            start: first row of the vocabulary.
+        """
+        ids = self._prompts[key[1]].ids
+        if key not in self._total:
+            self._total[key] = torch.full(ids.shape, -math.inf, device=ids.device)
+            self._chosen[key] = torch.full(ids.shape, math.nan, device=ids.device)
+        for offset in range(0, logits.shape[1], _AT_ONCE):
+            piece = logits[:, offset : offset + _AT_ONCE].float()
+            place = slice(begin + offset, begin + offset + piece.shape[1])
+            self._total[key][:, place] = torch.logaddexp(self._total[key][:, place], torch.logsumexp(piece, -1))
+            following = ids[:, place.start + 1 : place.stop + 1] - start
+            width = following.shape[1]
+            here = (following >= 0) & (following < piece.shape[2])
+            found = piece[:, :width].gather(-1, following.clamp(0, piece.shape[2] - 1)[..., None])[..., 0]
+            held = self._chosen[key][:, place.start : place.start + width]
+            held[here] = found[here]
+
+    def errors(self) -> dict[tuple[str, int], list[float | None]]:
+        """By stream and row: root mean square difference from the reference, in nats; None where not finite."""
+        found = {}
+        for dtype, prompt in self._total:
+            if dtype == REFERENCE or (REFERENCE, prompt) not in self._total:
+                continue
+            ours, wanted = (self._chosen[k] - self._total[k] for k in ((dtype, prompt), (REFERENCE, prompt)))
+            mask = self._prompts[prompt].mask.bool()
+            both = mask[:, :-1] & mask[:, 1:]
+            difference = (ours - wanted)[:, :-1].double()
+            found[dtype, prompt] = [_rms(row[real]) for row, real in zip(difference, both, strict=True)]
+        return found
+
+
+def _rms(values: Tensor) -> float | None:
+    if not len(values):
+        return None
+    value = float(values.square().mean().sqrt())
+    return rounded(value) if math.isfinite(value) else None

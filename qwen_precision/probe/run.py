@@ -1,0 +1,214 @@
+"""A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import torch
+import transformers
+from torch import nn
+
+from qwen_precision import __version__
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.errors import QprecError
+from qwen_precision.judge.findings import Limits
+from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
+from qwen_precision.model.hub import locate
+from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
+from qwen_precision.model.skeleton import build, decoder_layers, move_buffers
+from qwen_precision.model.weightcheck import WeightCheck
+from qwen_precision.model.weights import WeightStore
+from qwen_precision.probe.collect import Collector
+from qwen_precision.probe.plan import Encoded, FinalHook, Plan, encode
+from qwen_precision.probe.shadow import Shadow
+from qwen_precision.record.run import Choice, Prompt, Run
+from qwen_precision.rescue.plan import plan_rescue, wanted
+from qwen_precision.settings.config import ProbeSettings
+from qwen_precision.settings.prompts import PromptSpec, tokenise
+
+Progress = Callable[[int, int, str], None]
+
+SLICE_BYTES = 256 * 1024 * 1024
+"""Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""
+
+
+@dataclass
+class Job:
+    """Everything a probe has put together before it runs."""
+
+    source: str
+    checkpoint: Checkpoint
+    model: nn.Module
+    settings: ProbeSettings
+    device: torch.device
+    resident: bool
+    prompts: list[Prompt]
+    choices: list[Choice]
+    passes: list[str]
+    check: WeightCheck
+    collector: Collector = field(default_factory=Collector)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def probe(
+    source: str,
+    settings: ProbeSettings,
+    specs: Sequence[PromptSpec],
+    revision: str | None = None,
+    progress: Progress = lambda done, total, what: None,
+    on_final: FinalHook | None = None,
+) -> Run:
+    """Measure a checkpoint.
+
+    Args:
+        source: a hub id, a folder, or ``demo``.
+        settings: dtypes, device, memory and limits.
+        specs: the prompts.
+        revision: of a hub id.
+        progress: called with (steps done, steps in all, what is being done).
+        on_final: see ``plan.FinalHook``.
+
+    Raises:
+        QprecError: nothing could be measured. What dies later (Ctrl-C, memory, a broken shard) gives a Run
+            with ``stopped`` set, holding all that was measured before.
+    """
+    return measure(prepare(source, settings, specs, revision), progress, on_final)
+
+
+def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None = None) -> Job:
+    """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
+    folder, commit = locate(source, revision)
+    checkpoint = open_checkpoint(folder, source, commit)
+    context = getattr(checkpoint.config, "max_position_embeddings", None)
+    prompts, left_out = tokenise(
+        specs, checkpoint.tokenizer, checkpoint.config.vocab_size, context, settings.max_tokens
+    )
+    return job_for(checkpoint, source, settings, prompts, left_out)
+
+
+def job_for(
+    checkpoint: Checkpoint, source: str, settings: ProbeSettings, prompts: list[Prompt], left_out: Sequence[str] = ()
+) -> Job:
+    """A job of prompts that are token ids already; ``left_out`` names those that could not be made into ids."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    device, device_choice = choose_device(settings.device)
+    model = build(checkpoint.config, settings.attention)
+    # Asked for as a dtype, fp32 is run anyway, and then it serves as the reference too.
+    reference = settings.reference or REFERENCE in settings.dtypes
+    passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
+    resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
+    choices = [device_choice, memory, attention_used(model, settings.attention), *_notes(checkpoint, left_out)]
+    check = WeightCheck(passes)
+    return Job(source, checkpoint, model, settings, device, resident, prompts, choices, passes, check)
+
+
+def measure(job: Job, progress: Progress = lambda done, total, what: None, on_final: FinalHook | None = None) -> Run:
+    """Run a job; where fp16 turns out to fail or to be at risk, with the plan of a rescue."""
+    started = time.perf_counter()
+    stopped = _run(job, progress, on_final)
+    job.seconds["total"] = time.perf_counter() - started
+    run = _record(job, stopped)
+    limits = Limits(job.settings.near_overflow, job.settings.underflow_share)
+    return with_plan(job, run, progress) if wanted(run, limits) else run
+
+
+def with_plan(job: Job, run: Run, progress: Progress) -> Run:
+    """The run with the plan of a rescue; without one if it was interrupted."""
+    try:
+        plan = plan_rescue(run, job.checkpoint, job.settings.rescue_margin, progress)
+    except KeyboardInterrupt:
+        return run.model_copy(update={"unfinished": "interrupted while the rescue was planned"})
+    return run.model_copy(update={"rescue": plan})
+
+
+def _working(model: nn.Module) -> int:
+    """Bytes of the cast copies that exist at once: the largest layer in fp32 and a 16-bit dtype, or lm_head."""
+    _, layers = decoder_layers(model)
+    layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    return 8 * max(layer, sum(parameter.numel() for parameter in head.parameters()))
+
+
+def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
+    notes = []
+    if left_out:
+        reason = "the tokenizer has no chat template"
+        notes.append(Choice(what="prompts left out", value=", ".join(left_out), reason=reason))
+    tied = getattr(checkpoint.config, "tie_word_embeddings", False)
+    if not tied and "lm_head.weight" not in checkpoint.tensors:
+        notes.append(Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model"))
+    return notes
+
+
+def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None:
+    """Run the shadow; gives why it stopped early, or None."""
+    store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
+    unused = store.unused(job.model)
+    if unused:
+        value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
+        job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
+    move_buffers(job.model, job.device)
+    near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
+    plan = Plan(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
+    shadow = Shadow(job.model, store, encoded(job), plan, job.collector, progress, on_final)
+    try:
+        shadow.run()
+    except KeyboardInterrupt:
+        return "interrupted"
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
+    except QprecError as error:
+        return str(error)
+    finally:
+        job.seconds.update(shadow.seconds)
+    return None
+
+
+def encoded(job: Job) -> list[Encoded]:
+    """The prompts as tensors."""
+    return [encode(prompt, job.checkpoint, job.device) for prompt in job.prompts]
+
+
+def vocabulary_rows(job: Job) -> int:
+    """Rows of the vocabulary that lm_head takes at once; 0 for all."""
+    return 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
+
+
+def _not_run(job: Job) -> list[str]:
+    """Modules with weights of their own that no operation was seen in."""
+    ran = {module for module, _, _ in job.collector.sites}
+    return [path for path, module in job.model.named_modules() if module._parameters and path not in ran]
+
+
+def _record(job: Job, stopped: str | None) -> Run:
+    checkpoint = job.checkpoint
+    return Run(
+        schema_=3,
+        tool=f"qprec {__version__}",
+        verb="probe",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        stopped=stopped,
+        unfinished=None,
+        model=model_part(checkpoint, job.source, type(job.model).__name__, len(decoder_layers(job.model)[1])),
+        environment=environment(job.device),
+        settings=job.settings.model_dump(),
+        choices=job.choices,
+        prompts=job.prompts,
+        dtypes=job.settings.dtypes,
+        reference=REFERENCE in job.passes,
+        sites=job.collector.site_parts(),
+        wider=job.collector.wider,
+        casts=job.collector.casts,
+        not_run=_not_run(job),
+        passes=job.collector.passes(),
+        weights=job.check.weights(),
+        weight_totals=job.check.totals(),
+        seconds={name: round(value, 3) for name, value in job.seconds.items()},
+        generation=None,
+        rescue=None,
+        explanation=None,
+        sweep=None,
+    )  # fmt: skip

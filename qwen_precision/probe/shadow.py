@@ -1,0 +1,299 @@
+"""Shadow execution: the fp32 reference and the other dtypes go through the layers together.
+
+For each layer its weights are read once. The reference runs it, then every other dtype runs it on *its own*
+hidden states with weights cast to that dtype: what comes out is bit-identical to that dtype's own model, and
+the dtypes can be compared while it runs. All prompts go along, so a streamed checkpoint is read once.
+
+A dtype whose hidden states are no longer finite is re-seeded from the reference at the next layer (clamped
+into its range where the reference itself is out of it) and marked so: what overflows by itself in a later
+layer is then found too, not only the first place.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.model.skeleton import LayerCall, decoder_layers, finish, layer_calls, path_of, run_layer
+from qwen_precision.model.weightcheck import torch_dtype
+from qwen_precision.model.weights import Scratch, WeightStore
+from qwen_precision.probe.collect import Collector
+from qwen_precision.probe.head import Head
+from qwen_precision.probe.plan import Encoded, FinalHook, Plan
+from qwen_precision.probe.watched import Measure
+from qwen_precision.record.explanation import Massive
+from qwen_precision.record.parts import rounded
+from qwen_precision.record.run import Reseed
+from qwen_precision.watcher.mode import Watcher, attached
+
+
+@dataclass
+class _Stream:
+    """One dtype on one prompt between two layers."""
+
+    embedded: Tensor
+    hidden: Tensor
+    calls: list[LayerCall]
+    given: Tensor = field(default_factory=lambda: torch.empty(0))
+    """What went into the layer that ran last."""
+    reseeded_rows: set[int] = field(default_factory=set)
+
+
+_CHANNELS = 4
+"""Channels with massive activations that are kept of a layer."""
+_MASSIVE, _TIMES = 100.0, 1000.0
+"""A massive activation is above both: the magnitude, and so many times the median (arXiv 2402.17762, section 2)."""
+
+
+def massive(hidden: Tensor, valid: Tensor, layer: int) -> list[Massive]:
+    """The largest hidden state of each channel that has a massive one, at real tokens; of few channels, the largest.
+
+    Args:
+        hidden: ``[batch, tokens, hidden]``.
+        valid: ``[batch, tokens]`` bool, False at padding.
+        layer: after which it is.
+    """
+    size = hidden.abs().float()
+    size = torch.where(valid[..., None] & torch.isfinite(size), size, torch.zeros_like(size))
+    median = float(size[valid].median())
+    values, places = size.flatten(0, 1).max(dim=0)
+    found = []
+    for channel in values.topk(min(_CHANNELS, len(values))).indices.tolist():
+        value = float(values[channel])
+        if value <= max(_MASSIVE, _TIMES * median):
+            break
+        row, position = divmod(int(places[channel]), size.shape[1])
+        found.append(Massive(layer=layer, row=row, position=position, channel=channel, value=rounded(value),
+                             median=rounded(median)))  # fmt: skip
+    return found
+
+
+class Shadow:
+    """One shadow run over all prompts and dtypes.
+
+    Args:
+        model: from ``skeleton.build``, with weights on the meta device.
+        store: where its weights come from.
+        prompts: what to run.
+        plan: which dtypes, and how.
+        collector: takes the readings; holds what was measured also when the run dies.
+        progress: called with (steps done, steps in all, what is being done).
+        on_final: see ``plan.FinalHook``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: WeightStore,
+        prompts: list[Encoded],
+        plan: Plan,
+        collector: Collector,
+        progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+        on_final: FinalHook | None = None,
+    ) -> None:
+        self.model, self.store, self.prompts, self.plan = model, store, prompts, plan
+        self.collector, self.progress, self.on_final = collector, progress, on_final
+        self.watcher = Watcher()
+        self.measure = Measure(self.watcher, collector, plan.near)
+        self.scratch = Scratch()
+        self.seconds: dict[str, float] = {"read and cast": 0.0, **dict.fromkeys(plan.dtypes, 0.0)}
+        self._streams: dict[tuple[str, int], _Stream] = {}
+        self._path, self._layers = decoder_layers(model)
+        # One reader ahead: maps, pages in and checks the next layer's weights while this one computes.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qprec-reader")
+        self._ahead: Future[dict[str, Tensor]] | None = None
+
+    def run(self) -> None:
+        """Run everything; on an exception the model has its meta weights and no hooks again."""
+        steps = len(self._layers) + 2
+        try:
+            with torch.inference_mode(), attached(self.model, self.watcher):
+                self.progress(0, steps, "embedding")
+                self._embed()
+                for index in range(len(self._layers)):
+                    self.progress(index + 1, steps, f"layer {index}")
+                    self._layer(index)
+                self.progress(steps - 1, steps, "final norm and lm_head")
+                self._end()
+            self.progress(steps, steps, "done")
+        finally:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._ahead = None
+            self.scratch.clear()
+            self._streams.clear()
+
+    # -- the parts ----------------------------------------------------------------------------------------
+
+    def _embed(self) -> None:
+        """Token embeddings, from only the rows that the prompts use."""
+        embed: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        path = path_of(self.model, embed)
+        used, places = torch.unique(torch.cat([prompt.ids.flatten() for prompt in self.prompts]), return_inverse=True)
+        rows = self._gather(f"{path}.weight", used)
+        compact = [part.view_as(prompt.ids) for part, prompt in zip(
+            places.split([prompt.ids.numel() for prompt in self.prompts]), self.prompts, strict=True)]  # fmt: skip
+        embed.padding_idx = None  # it only matters to gradients, and would point outside the few rows
+        for name in self.plan.dtypes:
+            self.scratch.place(embed, {"weight": rows}, torch_dtype(name))
+            for index, prompt in enumerate(self.prompts):
+                hidden = self._watched(name, index, path, embed, partial(embed, compact[index]))
+                calls = layer_calls(self.model, hidden, prompt.mask)
+                self._streams[name, index] = _Stream(hidden, hidden, calls)
+        self.scratch.release()
+
+    def _gather(self, name: str, used: Tensor) -> Tensor:
+        """Rows of the embedding, in the order of ``used`` (sorted)."""
+        start_time = time.perf_counter()
+        found = []
+        for start, rows in self.store.row_chunks(name, 16384):
+            here = used[(used >= start) & (used < start + len(rows))]
+            found.append(rows[here - start].clone())
+        self.seconds["read and cast"] += time.perf_counter() - start_time
+        return torch.cat(found)
+
+    def _layer(self, index: int) -> None:
+        layer, path = self._layers[index], f"{self._path}.{index}"
+        sources = self._read(index)
+        for name in self.plan.dtypes:
+            started = time.perf_counter()
+            self.scratch.place(layer, sources, torch_dtype(name))
+            placed = time.perf_counter()
+            for prompt in range(len(self.prompts)):
+                stream = self._streams[name, prompt]
+                call = stream.calls[index]
+                stream.given = stream.hidden
+                stream.hidden = self._watched(
+                    name, prompt, path, layer, partial(run_layer, layer, stream.hidden, call), call
+                )
+                self._compare(name, prompt)
+                self._massive(name, prompt, index)
+                self._local(name, prompt, layer, call)
+                self._reseed(name, prompt, index)
+            self.seconds["read and cast"] += placed - started
+            self.seconds[name] += time.perf_counter() - placed
+        self.scratch.release()
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """A layer's weights, read ahead of time; sends the reader for the next and the disk for the one after."""
+        started = time.perf_counter()
+        sources = self._ahead.result() if self._ahead is not None else self._fetch(index)
+        self._ahead = self._reader.submit(self._fetch, index + 1) if index + 1 < len(self._layers) else None
+        self.seconds["read and cast"] += time.perf_counter() - started
+        return sources
+
+    def _fetch(self, index: int) -> dict[str, Tensor]:
+        if index + 1 < len(self._layers):
+            self.store.prefetch(self._layers[index + 1], f"{self._path}.{index + 1}")
+        return self.store.module(self._layers[index], f"{self._path}.{index}")
+
+    def _watched(
+        self,
+        name: str,
+        prompt: int,
+        path: str,
+        module: nn.Module,
+        forward: Callable[[], Tensor],
+        call: LayerCall | None = None,
+    ) -> Tensor:
+        valid = self.prompts[prompt].mask.bool()
+        return self.measure.run((name, prompt), valid, module, forward, partial(self._enter, path, call))
+
+    def _enter(self, path: str, call: LayerCall | None) -> None:
+        """Set the path of a part that is run by its forward, past its own hooks; declare its masks."""
+        if call is None:
+            return
+        self.watcher.enter_module(path)
+        for value in call.kwargs.values():
+            if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+                self.watcher.masks.mark(value)
+
+    def _compare(self, name: str, prompt: int) -> None:
+        """How far a stream is from the reference's, over the real tokens of rows that are still its own."""
+        reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
+        if reference is None or name == REFERENCE:
+            return
+        own = self.prompts[prompt].mask.bool().clone()
+        own[sorted(stream.reseeded_rows)] = False
+        error = _relative(stream.hidden[own], reference.hidden[own])
+        self.collector.column(name, prompt).layer_error.append(error)
+
+    def _local(self, name: str, prompt: int, layer: nn.Module, call: LayerCall) -> None:
+        """The error that this layer makes by itself: it is run on the reference's hidden states."""
+        reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
+        if not self.plan.local or reference is None or name == REFERENCE:
+            return
+        out = run_layer(layer, reference.given.to(stream.hidden.dtype), call)
+        own = self.prompts[prompt].mask.bool()
+        self.collector.column(name, prompt).local_error.append(_relative(out[own], reference.hidden[own]))
+
+    def _massive(self, name: str, prompt: int, index: int) -> None:
+        """Note the reference's largest hidden state after a layer, where it dwarfs the others."""
+        if name != REFERENCE:
+            return
+        hidden = self._streams[name, prompt].hidden
+        if not all(float(bound.abs()) <= _MASSIVE for bound in torch.aminmax(hidden)):
+            self.collector.column(name, prompt).massive += massive(hidden, self.prompts[prompt].mask.bool(), index)
+
+    def _reseed(self, name: str, prompt: int, index: int) -> None:
+        """Replace the rows of a stream that are no longer finite by the reference's, for the next layer."""
+        stream = self._streams[name, prompt]
+        reference = self._streams.get((REFERENCE, prompt))
+        if reference is None or name == REFERENCE or index + 1 == len(self._layers):
+            return
+        # One number tells: aminmax carries NaN and infinity through.
+        if all(bool(torch.isfinite(bound)) for bound in torch.aminmax(stream.hidden)):
+            return
+        bad = ~torch.isfinite(stream.hidden).flatten(1).all(dim=1)
+        limit = DTYPES[name].max
+        source = reference.hidden
+        clamped = bool((source[bad].abs() > limit).any())
+        seed = source.clamp(-limit, limit).to(stream.hidden.dtype)
+        if not bool(torch.isfinite(seed).all()):
+            return  # the reference is dead as well: there is nothing to go on from
+        stream.hidden = torch.where(bad[:, None, None], seed, stream.hidden)
+        rows = [int(row) for row in bad.nonzero()]
+        stream.reseeded_rows.update(rows)
+        column = self.collector.column(name, prompt)
+        column.reseeded.append(Reseed(layer=index + 1, rows=rows, clamped=clamped))
+
+    def _end(self) -> None:
+        """Final norm for every stream, then lm_head."""
+        base: nn.Module = self.model.base_model  # type: ignore[assignment]
+        norms = [(name, part) for name, part in base.named_children() if name not in {"layers", "embed_tokens"}]
+        hidden: dict[tuple[str, int], Tensor] = {}
+        for name in self.plan.dtypes:
+            started = time.perf_counter()
+            for child, part in norms:
+                path = f"{self.model.base_model_prefix}.{child}"
+                self.scratch.place(part, self.store.module(part, path), torch_dtype(name))
+            for prompt in range(len(self.prompts)):
+                stream = self._streams[name, prompt]
+                hidden[name, prompt] = self._watched(
+                    name, prompt, "", base,
+                    partial(finish, self.model, stream.embedded, self.prompts[prompt].mask, stream.hidden),
+                )  # fmt: skip
+            self.seconds[name] += time.perf_counter() - started
+        self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
+        head = Head(self.model, self.store, self.scratch, self.measure)
+        head.run(hidden, self.prompts, self.plan, self.seconds, self.on_final)
+        for (name, prompt), stream in self._streams.items():
+            column = self.collector.column(name, prompt)
+            for row in stream.reseeded_rows & set(range(len(column.top1))):
+                column.top1[row] = None  # what follows a re-seeded stream is not what this dtype would print
+                for measured in (column.kl, column.logprob_error):
+                    if row < len(measured):
+                        measured[row] = None
+
+
+def _relative(ours: Tensor, wanted: Tensor) -> float | None:
+    """Norm of the difference over the norm, or None where there is nothing finite to compare."""
+    if not len(wanted):
+        return None
+    error = float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+    return rounded(error) if math.isfinite(error) else None

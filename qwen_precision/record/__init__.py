@@ -1,0 +1,1 @@
+"""The Run, as it is saved: facts only. No torch."""

@@ -1,0 +1,147 @@
+"""What the record keeps of why something failed: close-ups, massive activations, control runs, a sweep. Facts only."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qwen_precision.record.parts import Number, Part
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Operand(Part):
+    """A tensor that went into an operation, or came out."""
+
+    role: Literal["input", "weight", "output"]
+    shape: list[Count]
+    dtype: str
+    low: Number
+    high: Number
+    """Smallest and largest finite number."""
+    bad: Count
+    """Elements that are not finite."""
+
+
+class Source(Part):
+    """The line of modelling code that an operation came from."""
+
+    file: str
+    """Below site-packages."""
+    line: Count
+    text: str
+
+
+class Contribution(Part):
+    """One input channel's part of an extreme output of a matrix product."""
+
+    channel: Count
+    value: Number
+    weight: Number
+    share: Number
+    """Of the whole sum, in exact arithmetic on the operands as they were."""
+
+
+class Closeup(Part):
+    """An operation that gave something not finite from finite inputs, under the microscope."""
+
+    operands: list[Operand]
+    source: Source | None
+    contributions: list[Contribution]
+    """Largest first; empty where it is no matrix product."""
+
+
+class Massive(Part):
+    """A hidden state of the reference that dwarfs the others after a layer.
+
+    The measure is that of https://arxiv.org/abs/2402.17762: above 100 and above 1,000 times the median magnitude.
+    """
+
+    layer: Count
+    row: Count
+    position: Count
+    channel: Count
+    value: Number
+    median: Number
+
+
+ControlKind = Literal[
+    "sdpa", "row alone", "full reduction", "token alone", "without the token", "without the template",
+    "with the template", "before the token", "token after the first", "as many first tokens", "up to the token",
+]  # fmt: skip
+
+
+class Control(Part):
+    """A prompt of a failing pass, changed in one way and run again in the same dtype."""
+
+    what: ControlKind
+    dtype: str
+    prompt: str
+    """Name of the prompt that failed."""
+    row: Count
+    tokens: Count
+    """How many the control had."""
+    position: int | None
+    """Token position in the padded row that it is about; null where it is about the whole row."""
+    clean: bool
+    """Whether every operation was finite."""
+    detail: str
+    """What was changed, in words."""
+
+
+class Continuation(Part):
+    """A short greedy continuation of a prompt in a dtype, against that in fp32."""
+
+    dtype: str
+    prompt: str
+    tokens: Count
+    first_difference: int | None
+    """The first generated token that differs, from 0; null where none does."""
+
+
+class Explanation(Part):
+    """Controls and measurements that were made after a failure, or asked for."""
+
+    budget: Count
+    """Forwards that the controls might take."""
+    controls: list[Control]
+    left_out: list[str]
+    """Controls that did not fit the budget, and measurements that could not be made, each with the reason."""
+    hashes: dict[str, str]
+    """SHA-256 of the files that hold damaged weights."""
+    continuations: list[Continuation]
+
+
+class Swept(Part):
+    """One token or text of a sweep."""
+
+    ids: list[int]
+    """One, or those of the text."""
+    text: str
+    magnitude: Number
+    """The largest of the reference, up to the step-up."""
+    layer: Count
+    name: str
+    """Of the operation."""
+    channel: Count
+    fails: bool | None
+    """Whether it overflows in the dtype itself; null where that was not tried."""
+
+
+class Sweep(Part):
+    """A search for what triggers an overflow: many first tokens, or the lengths of a prompt."""
+
+    kind: Literal["first-token", "length"]
+    dtype: str
+    tried: Count
+    total: Count
+    layers: Count
+    """How many were run: up to the step-up, after which magnitudes grow no more."""
+    over: Count
+    """Whose magnitude is beyond the dtype's largest number."""
+    worst: list[Swept]
+    prompt: str | None
+    """Of a length sweep: its name."""
+    shortest_failing: int | None
+    longest_clean: int | None
+    """Tokens of its prefix."""
+    seconds: Number

@@ -1,0 +1,160 @@
+"""What a generation leaves in the record: tokens, what the logits were like at each step, and every intervention.
+
+Facts only, as everywhere in the record. Steps count generated tokens from 0; rows index the one prompt of the
+run. A column (``top1``, ``margin``, ``entropy``) has one number a step, null where nothing was watched.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from qwen_precision.record.parts import Number, Part
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+BadKind = Literal["wholly bad", "partly bad", "flat", "all filtered", "overflowed"]
+"""Why a row could not be used as it was; the last two are what the processors made of healthy logits."""
+
+BAD_LOGITS = get_args(BadKind)
+
+FILTERED = ("all filtered", "overflowed")
+"""Those of them in which the logits themselves were healthy."""
+
+Kind = (
+    BadKind
+    | Literal["repaired", "likeliest kept", "recovered", "not recovered", "stopped", "returned", "stays"]
+    | Literal["run", "descending", "cycle"]
+)
+"""What a trip is about: what was seen, what was done about it, what the text looks like."""
+
+MENDED = ("repaired", "likeliest kept", "recovered")
+"""Kinds that say a row could be used after all."""
+
+Finish = Literal["eos", "length", "criterion", "failed", "error", "degenerate", "interrupted"]
+"""Why a row ended: its end token, the limit, another stopping criterion, logits that nothing could mend, the
+sampling error of torch, degenerate text, or the whole run was stopped."""
+
+
+class Poison(Part):
+    """Where a row's KV cache is first not finite: what the layers before it wrote is clean."""
+
+    layer: Count
+    part: Literal["keys", "values"]
+    position: Count
+    """Token position in the padded row."""
+    in_padding: bool
+    """Whether only pad positions are bad, in this layer."""
+
+
+class Trip(Part):
+    """A guard that fired."""
+
+    step: Count
+    row: Count
+    guard: str
+    kind: Kind
+    dtype: str
+    """The dtype the row was computed in when it fired."""
+    why: str
+    acted: bool
+    """Whether something was changed; false where the guard only looks, or was told to only report."""
+    before: dict[str, Number]
+    after: dict[str, Number]
+    poisoned: Poison | None = None
+
+
+def bad_trips(trips: Iterable[Trip], row: int) -> list[Trip]:
+    """Trips that say a row could not be used as it was."""
+    return [trip for trip in trips if trip.row == row and trip.kind in BAD_LOGITS]
+
+
+def mended_steps(trips: Iterable[Trip], row: int) -> set[int]:
+    """Steps of a row at which a guard did make it usable."""
+    return {trip.step for trip in trips if trip.acted and trip.kind in MENDED and trip.row == row}
+
+
+class Stretch(Part):
+    """From this step on the row was computed in this dtype."""
+
+    start: Count
+    dtype: str
+    rescaled: bool
+    """Whether with weights rescaled to stay inside it."""
+
+    @property
+    def way(self) -> str:
+        """Both, in words."""
+        return f"{self.dtype} rescaled" if self.rescaled else self.dtype
+
+
+class Continuation(Part):
+    """What was generated for one row."""
+
+    row: Count
+    input: str
+    """The text that was tokenised: the prompt, or the chat template around it."""
+    ids: list[int]
+    tokens: list[str]
+    """Each id as text."""
+    text: str
+    """All of it, without special tokens."""
+    clean_text: str | None
+    """What had been generated before the first bad logits; null where there were none."""
+    stretches: list[Stretch]
+    top1: list[Number | None]
+    """Probability of the likeliest token, before any filter."""
+    margin: list[Number | None]
+    """Logit of the likeliest token minus that of the second: the natural logarithm of their odds."""
+    entropy: list[Number | None]
+    """In nats, before any filter."""
+    finish: Finish
+
+
+class SamplingError(Part):
+    """The error with which torch refused to draw a token."""
+
+    step: Count
+    rows: list[int]
+    message: str
+
+
+class LogitsCost(Part):
+    """What the logits took, and what they would take if the whole prompt's were materialised."""
+
+    upcast: bool
+    upcast_seconds: Number
+    bytes: Count
+    """``[batch, 1, vocabulary]`` as it was computed with."""
+    whole_prompt_bytes: Count
+    """``[batch, prompt, vocabulary]`` in the same format."""
+    chunks: Count
+    """Pieces that the prompt was prefilled in."""
+
+
+class ProbeSummary(Part):
+    """What an earlier probe of the same checkpoint said of the dtype asked for (``--probe-run``)."""
+
+    file: str
+    verdict: str
+    headroom: Number | None
+    """The least of all operations, null where it is not known."""
+    where: str
+    """That operation."""
+
+
+class Generation(Part):
+    """One run of ``qprec generate``."""
+
+    options: dict[str, Any]
+    """As transformers' generation took them: do_sample, temperature, max_new_tokens, …"""
+    guards: dict[str, Any]
+    """Settings of every guard."""
+    chat: bool
+    base_model: str | None
+    """Why the checkpoint looks like a base model, or null."""
+    rows: list[Continuation]
+    trips: list[Trip]
+    error: SamplingError | None
+    logits: LogitsCost | None
+    probe: ProbeSummary | None

@@ -1,0 +1,91 @@
+"""Whether the indices and names of a record fit the lists and tables they point into.
+
+One that does not would crash a renderer later on; records come from strangers, so it is found on loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qwen_precision.dtypes import DTYPES, WIDER_MAX
+
+_DEEPEST = 12
+
+if TYPE_CHECKING:
+    from qwen_precision.record.run import Run
+
+
+def misfit(run: Run) -> str | None:
+    """The key of the first reference that points nowhere, or None."""
+    return next((key for check in (_depth, _passes, _tables, _weights, _generation) for key in check(run)), None)
+
+
+def _depth(run: Run) -> Iterator[str]:
+    """What may hold anything must at least not be nested without end."""
+    made = run.generation
+    for key, value in {
+        "settings": run.settings,
+        **({"generation": [made.options, made.guards]} if made else {}),
+    }.items():
+        level = [value]
+        for _ in range(_DEEPEST):
+            level = [item for each in level if isinstance(each, (dict, list))
+                     for item in (each.values() if isinstance(each, dict) else each)]  # fmt: skip
+        if level:
+            yield key
+
+
+def _passes(run: Run) -> Iterator[str]:
+    sites = len(run.sites)
+    for number, each in enumerate(run.passes):
+        if len(each.abs_max) != sites:
+            yield f"passes.{number}.abs_max"
+        if not 0 <= each.prompt < len(run.prompts) or each.dtype not in DTYPES:
+            yield f"passes.{number}"
+            continue
+        rows = len(run.prompts[each.prompt].rows)
+        if not rows or any(one.row >= rows for one in each.massive):
+            yield f"passes.{number}.massive"
+        for event in each.events:
+            if not 0 <= event.site < sites or (event.row is not None and not 0 <= event.row < rows):
+                yield f"passes.{number}.events"
+
+
+def _tables(run: Run) -> Iterator[str]:
+    sites = len(run.sites)
+    if not {*run.dtypes} <= set(DTYPES):
+        yield "dtypes"
+    for table in run.wider.values():
+        if any(not 0 <= site < sites or name not in {*DTYPES, *WIDER_MAX} for site, name in table.items()):
+            yield "wider"
+    if any(not (0 <= site < sites and 0 <= source < sites) for site, source in run.casts.items()):
+        yield "casts"
+
+
+def _weights(run: Run) -> Iterator[str]:
+    if any(total.dtype not in DTYPES for total in run.weight_totals):
+        yield "weight_totals"
+    for weight in run.weights:
+        if not {*weight.overflow, *weight.underflow, *weight.inexact} <= set(DTYPES):
+            yield "weights"
+
+
+def _generation(run: Run) -> Iterator[str]:
+    made = run.generation
+    if made is None:
+        if run.verb == "generate":
+            yield "generation"
+        return
+    rows = len(run.prompts[0].rows) if run.prompts else 0
+    for number, each in enumerate(made.rows):
+        columns = (each.tokens, each.top1, each.margin, each.entropy)
+        if not 0 <= each.row < rows or any(len(column) != len(each.ids) for column in columns):
+            yield f"generation.rows.{number}"
+        if any(stretch.dtype not in run.dtypes for stretch in each.stretches):
+            yield f"generation.rows.{number}.stretches"
+    for number, trip in enumerate(made.trips):
+        if trip.row >= rows or trip.dtype not in run.dtypes:
+            yield f"generation.trips.{number}"
+    if made.error is not None and any(not 0 <= row < rows for row in made.error.rows):
+        yield "generation.error"

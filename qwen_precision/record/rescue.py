@@ -1,0 +1,89 @@
+"""What the record keeps of a rescue: the factors, what they cost, what they cannot reach, and what was exported."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qwen_precision.qwen3.rescaling import Rescaling
+from qwen_precision.record.parts import Number, Part
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Loss(Part):
+    """Weights of one kind (``q_proj``, say, of all layers) that fp16 does not hold exactly, before and after."""
+
+    kind: str
+    tensors: Count
+    """That take a factor other than 1."""
+    elements: Count
+    inexact_before: Count
+    """Cast as they are. Of fp32 and fp64 weights only those that fp16 holds with fewer bits than its usual 11."""
+    inexact: Count
+    """Cast after the factor, where some fall below fp16's normal range and lose bits."""
+    to_zero: Count
+    badly: Count
+    """Those of the inexact that change by more than 1 %."""
+    error: Number
+    """Root mean square of the changes over that of the weights."""
+
+
+class Stuck(Part):
+    """What no exact factor can move, and is too close to fp16's largest number, or beyond it."""
+
+    layer: int | None
+    module: str
+    name: str
+    """The operation or tensor in Qwen3's words."""
+    headroom: Number | None
+    fails: bool
+    """Whether it is not finite in fp16; else it only has less headroom than was asked for."""
+    why: str
+
+
+class Exported(Part):
+    """What was written and how it was proven."""
+
+    folder: str
+    """Its name, without where it lies."""
+    dtype: str
+    bytes: Count
+    identical: bool
+    """Whether the rescaled model's fp32 outputs equal the original's bit for bit."""
+    compared: Count
+    """Tokens at which they were compared."""
+    verdict: str
+    """Of the written folder in fp16."""
+    headroom: Number | None
+    """The least of all its operations in fp16."""
+    where: str
+    """That operation."""
+    logit_error: dict[str, Number | None]
+    """Relative root mean square error of the last logits against fp32: of the dtypes before, and of fp16 ``after``."""
+    verified: bool
+    why: str | None
+    """What failed, where something did."""
+    kept: bool
+    """Whether the folder is there."""
+
+
+class Rescue(Part):
+    """The plan for fp16, made from the reference's magnitudes and the weights."""
+
+    margin: Number
+    """Headroom that every operation shall have."""
+    unsupported: str | None
+    """Why there is no plan for this model; then all that follows is empty."""
+    rescaling: Rescaling
+    losses: list[Loss]
+    stuck: list[Stuck]
+    fp32_modules: list[str]
+    """The smallest set of modules that would have to compute in fp32 instead, for what fails and is stuck."""
+    gate_channels: Count
+    """Channels of the experts' fused gate and up projection that belong to the gate, which no power moves."""
+    exported: Exported | None
+
+    @property
+    def possible(self) -> bool:
+        """Whether the plan brings everything inside fp16."""
+        return self.unsupported is None and not any(each.fails for each in self.stuck)

@@ -1,0 +1,291 @@
+"""The Run: everything a probe or a generation measured, as one frozen record that can be saved and loaded again.
+
+Facts only. What they mean (findings, verdict, exit code) is derived in ``checks.py``, so that a new limit
+works on last month's file with no GPU. The tensors are gone: a reading is one number per operation.
+
+Layout: ``sites`` lists every operation once; each ``Pass`` (one dtype on one prompt) holds a column of
+magnitudes in the same order, null where that operation did not run. A generation has none of these; what it
+has is in ``generation``.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from qwen_precision.errors import QprecError
+from qwen_precision.files import write_atomically
+from qwen_precision.record.explanation import Closeup, Explanation, Massive, Sweep
+from qwen_precision.record.generation import Generation
+from qwen_precision.record.packing import pack_column, pack_list, unpack_all
+from qwen_precision.record.parts import Column, Number, Part, in_words
+from qwen_precision.record.references import misfit
+from qwen_precision.record.rescue import Rescue
+from qwen_precision.record.upgrades import upgraded
+from qwen_precision.record.weights import Weight, WeightTotals
+
+SCHEMA = 3
+"""The schema this version writes; older ones are upgraded on loading, newer ones are refused."""
+
+MAX_BYTES = 256 * 1024 * 1024
+"""A record larger than this is not a qprec record: it is refused before it is parsed."""
+_EXPECTED = "give the file that `qprec probe -o` or `qprec generate -o` wrote"
+
+
+class Choice(Part):
+    """An automatic or asked-for choice and why it was made."""
+
+    what: str
+    value: str
+    reason: str
+
+
+class Model(Part):
+    """Which checkpoint was probed."""
+
+    source: str
+    """What the user typed: a hub id, a folder, or ``demo``."""
+    revision: str | None
+    """The commit on the hub, where it came from there."""
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    parameters: Annotated[int, Field(ge=0, le=2**53)]
+    weight_bytes: Annotated[int, Field(ge=0, le=2**53)]
+    source_dtype: str
+    """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32)."""
+    tied_embeddings: bool
+
+
+class Row(Part):
+    """One sequence of a prompt."""
+
+    text: str
+    ids: list[int]
+    """Token ids without padding."""
+    tokens: list[str]
+    """Each id as text, for naming a token in a finding."""
+    padding: int
+    """How many pad positions stand before the ids."""
+
+
+class Prompt(Part):
+    """A batch of one or more rows that goes through the model together, padded on the left."""
+
+    name: str
+    rows: list[Row]
+
+
+class Site(Part):
+    """One operation of the model: a place where a number can leave the range."""
+
+    layer: int | None
+    """Decoder layer, or null outside the layers."""
+    module: str
+    """Path of the module whose forward ran it."""
+    op: str
+    """The operation's own name: linear, add, mul, scaled_dot_product_attention, …"""
+    call: int
+    """The how-manieth such operation of that module in one forward, from 0."""
+
+
+class Event(Part):
+    """An operation looked at closely because it was not finite or came near a limit."""
+
+    site: int
+    """Index into ``sites``."""
+    step: int
+    """Orders the events of a pass as they ran; sites are in the order in which any pass first met them."""
+    nan: int
+    inf: int
+    elements: int
+    value: Number
+    """The largest magnitude (inf or nan where there is one)."""
+    clean_inputs: bool
+    """Whether all activations that went in were finite."""
+    clean_weights: bool
+    """Whether all weights that went in were finite in this dtype."""
+    row: int | None
+    position: int | None
+    """Token position in the padded row of the extreme element (of the first non-finite one)."""
+    channel: int | None
+    head: int | None
+    expert: int | None
+    in_padding: bool
+    """Whether only pad positions are affected."""
+    closeup: Closeup | None
+    """Of an origin; null where it only passed something on, or was finite."""
+
+
+class Reseed(Part):
+    """A stream that had gone non-finite and was replaced by the reference before a layer."""
+
+    layer: int
+    """The layer that read the replaced stream."""
+    rows: list[int]
+    clamped: bool
+    """Whether the reference itself had to be clamped to the dtype's range."""
+
+
+class Pass(Part):
+    """One dtype on one prompt."""
+
+    dtype: str
+    prompt: int
+    """Index into ``prompts``."""
+    abs_max: Column
+    """Largest magnitude by site; null where the site did not run (or was not reached)."""
+    events: list[Event]
+    reseeded: list[Reseed]
+    top1: list[int | None]
+    """The likeliest next token of each row, null where its logits were not finite or not computed."""
+    layer_error: list[Number | None]
+    """After each layer, the norm of the difference from the reference's hidden states over the norm of those, real
+    tokens only; null from where the stream was not this dtype's own any more, and in the reference itself."""
+    massive: list[Massive]
+    """Of the reference: massive activations, after each layer that has one."""
+    local_error: list[Number | None]
+    """As ``layer_error``, but with the reference's hidden states going into each layer; empty unless asked for."""
+    logprob_error: list[Number | None]
+    """Of each row, the root mean square over its tokens of the difference of their log-probability (nats) from the
+    reference's, each token given those before it."""
+    kl: list[Number | None]
+    """Of each row, the Kullback-Leibler divergence (nats) of the next token's distribution from the reference's."""
+
+
+class Run(Part):
+    """One run of ``qprec probe`` or ``qprec generate``."""
+
+    schema_: Literal[3] = Field(default=3, alias="schema")
+    tool: str
+    verb: Literal["probe", "generate"]
+    created: str
+    """UTC, ISO 8601."""
+    stopped: str | None
+    """Why the run ended early, or null when it is whole."""
+    unfinished: str | None
+    """What was asked for beside the run (a sweep, a rescue) and could not be finished, and why."""
+    model: Model
+    environment: dict[str, str]
+    settings: dict[str, Any]
+    choices: list[Choice]
+    prompts: list[Prompt]
+    dtypes: list[str]
+    """The dtypes asked for, in the order asked."""
+    reference: bool
+    """Whether the fp32 pass ran."""
+    sites: list[Site]
+    wider: dict[str, dict[int, str]]
+    """By dtype: sites whose output is in another format than the dtype (norms compute in fp32)."""
+    casts: dict[int, int]
+    """By site of a cast: the site of what ran just before, whose output it casts."""
+    not_run: list[str]
+    """Modules with weights of their own in which no pass ran any operation."""
+    passes: list[Pass]
+    weights: list[Weight]
+    """Tensors that are damaged or inexact in some dtype; every other is exact in all of them."""
+    weight_totals: list[WeightTotals]
+    seconds: dict[str, float]
+    """Wall time by part: reading, arithmetic of each dtype, everything."""
+    generation: Generation | None
+    """What was generated; null in a probe."""
+    rescue: Rescue | None
+    """The plan that would make the checkpoint safe in fp16; null where none was made."""
+    explanation: Explanation | None
+    """Control runs; null where none were made."""
+    sweep: Sweep | None
+    """A search for triggers; null where none was asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, populate_by_name=True)
+
+
+def to_json(run: Run) -> str:
+    """The record as JSON text; the same run always gives the same text."""
+    plain = run.model_dump(by_alias=True)
+    plain["sites"] = pack_list(plain["sites"])
+    for each in plain["passes"]:
+        each["abs_max"] = pack_column(each["abs_max"])
+    plain = in_words(plain)
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def save(run: Run, path: Path) -> None:
+    """Write the record, atomically."""
+    write_atomically(path, to_json(run))
+
+
+def load(path: Path) -> Run:
+    """Read a record.
+
+    Raises:
+        QprecError: no such file, not JSON, not a qprec record, or one of a newer schema; the message
+            names the offending key.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # no more: a device has no end
+        if len(raw) > MAX_BYTES:
+            raise QprecError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not a qprec record.")
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise QprecError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}.") from error
+    except ValueError as error:
+        raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, path: str) -> Run:
+    """The record that a JSON text holds; ``path`` is its name in messages. Raises as ``load`` does."""
+    try:
+        data = json.loads(text, parse_int=_bounded)
+    except (ValueError, RecursionError) as error:
+        raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
+    if _SURROGATE.search(text):
+        data = _whole_characters(data)
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        raise QprecError(f"{path}: has no `schema` number, so it is not a qprec record.")
+    if data["schema"] < 1:
+        raise QprecError(f"{path}: has schema {data['schema']}, but the first was 1; it is not a qprec record.")
+    if data["schema"] > SCHEMA:
+        raise QprecError(
+            f"{path}: has schema {data['schema']}, this qprec reads up to {SCHEMA}; upgrade qprec to read it."
+        )
+    return _validated(upgraded(data, SCHEMA), path)
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _whole_characters(value: Any) -> Any:
+    """Without half characters (lone surrogates), which no file could be written with."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    return [_whole_characters(item) for item in value] if isinstance(value, list) else value
+
+
+def _validated(data: dict[str, Any], path: str) -> Run:
+    try:
+        run = Run.model_validate(unpack_all(data))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            raise QprecError(f"{path}: is nested too deeply to be a qprec record.") from error
+        if not isinstance(error, ValidationError):
+            raise QprecError(f"{path}: not a valid qprec record: {error}.") from error
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise QprecError(f"{path}: not a valid qprec record: {key}: {first['msg'].lower()}.") from error
+    wrong = misfit(run)
+    if wrong is not None:
+        raise QprecError(f"{path}: not a valid qprec record: {wrong} does not fit the lists it points into.")
+    return run

@@ -1,0 +1,1 @@
+"""The terminal table, a section a file."""

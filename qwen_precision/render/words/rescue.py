@@ -1,0 +1,128 @@
+"""A rescue in words, for every format that has room: what is done, what it costs, what it cannot do, the proof."""
+
+from collections.abc import Iterable, Iterator
+
+from qwen_precision.judge.findings import Report
+from qwen_precision.judge.needs import DTYPE
+from qwen_precision.qwen3.names import placed
+from qwen_precision.qwen3.rescaling import LayerPowers
+from qwen_precision.record.rescue import Exported, Rescue, Stuck
+from qwen_precision.render.text import count, number, room
+
+_MOST = 6
+"""Stuck operations named one by one; the rest is counted."""
+
+_LAYERED = (
+    # (power, what is multiplied, what makes up for it)
+    ("input_norm", "input_layernorm", "q, k and v_proj"),
+    ("value", "v_proj", "o_proj"),
+    ("post_norm", "post_attention_layernorm", "gate and up_proj"),
+    ("product", "up_proj", "down_proj"),
+)
+
+
+def headline(plan: Rescue) -> str:
+    """What comes of it, in one sentence."""
+    if plan.unsupported is not None:
+        return f"No rescue: {plan.unsupported}."
+    if not plan.possible:
+        needed = ", ".join(plan.fp32_modules)
+        beside = "" if plan.rescaling.changes_nothing else "beside the factors below, "
+        keep = f"; {beside}this would have to stay in fp32: {needed}" if needed else ""
+        return f"Cannot be rescued by rescaling alone{keep}."
+    if plan.rescaling.changes_nothing:
+        left = "what has less cannot be moved" if plan.stuck else f"every operation has {room(plan.margin)} headroom"
+        return f"Nothing to rescue in fp16: {left}."
+    return f"Powers of two that change no fp32 output and give {room(plan.margin)} headroom in fp16:"
+
+
+def factors(plan: Rescue) -> Iterator[str]:
+    """A line for each factor."""
+    scaling = plan.rescaling
+    if scaling.stream:
+        yield (
+            f"residual stream x 2^{-scaling.stream}: embed_tokens, o_proj, down_proj, and q_proj, k_proj; "
+            f"rms_norm_eps {scaling.eps:.6g} becomes {scaling.new_eps:.6g}"
+        )
+    if scaling.final_norm:
+        takes = "the tied lm_head has the stream's factor"
+        takes = takes if scaling.final_norm == scaling.stream and not scaling.untied else "lm_head makes up for it"
+        yield f"final norm x 2^{scaling.final_norm}: {takes}"
+    if scaling.untied:
+        yield "lm_head becomes a tensor of its own, no longer tied to embed_tokens"
+    for power, what, other in _LAYERED:
+        for size, layers in _by_size(scaling.layers, power):
+            yield f"{what} x 2^{-size} in {_ranges(layers)}: {other} makes up for it"
+
+
+def _by_size(layers: Iterable[LayerPowers], power: str) -> Iterator[tuple[int, list[int]]]:
+    sizes: dict[int, list[int]] = {}
+    for each in layers:
+        held = getattr(each, power)
+        for size in sorted(set(held if isinstance(held, list) else [held]) - {0}):
+            sizes.setdefault(size, []).append(each.layer)
+    yield from sorted(sizes.items())
+
+
+def _ranges(layers: list[int]) -> str:
+    """ "layer 3", "layers 0 to 5, 7"."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1] = [parts[-1][0], layer]
+        else:
+            parts.append([layer])
+    words = ", ".join(" to ".join(str(end) for end in part) for part in parts[:8]) + (" …" if len(parts) > 8 else "")
+    return f"layer{'' if len(layers) == 1 else 's'} {words}"
+
+
+def costs(report: Report, plan: Rescue) -> str:
+    """How many weights fp16 does not hold exactly, and by how much, in a sentence."""
+    wide = report.run.model.source_dtype in ("F32", "F64")
+    lose = "lose more in fp16 than its own rounding" if wide else "are not exact in fp16"
+    before, after, badly = (
+        sum(getattr(each, key) for each in plan.losses) for key in ("inexact_before", "inexact", "badly")
+    )
+    elements = sum(each.elements for each in plan.losses)
+    if not after:
+        return f"Of {elements:,} weights that take a factor, none {lose.replace('are', 'is')}."
+    worst = max(plan.losses, key=lambda each: each.error)
+    kinds = ", ".join(f"{each.kind} {each.inexact:,}" for each in plan.losses if each.inexact)
+    return (
+        f"Of {elements:,} weights that take a factor, {after:,} {lose} ({before:,} before): {kinds}; "
+        f"{badly:,} change by more than 1 %, {sum(each.to_zero for each in plan.losses):,} become zero. "
+        f"Root mean square error at most {number(float(worst.error))} of the weights' ({worst.kind})."
+    )
+
+
+def stuck(plan: Rescue) -> Iterator[str]:
+    """A line for each place that no factor moves."""
+    for each in plan.stuck[:_MOST]:
+        yield _stuck(each)
+    if len(plan.stuck) > _MOST:
+        yield f"… and {count(len(plan.stuck) - _MOST, 'more such place')}"
+
+
+def _stuck(each: Stuck) -> str:
+    left = "" if not each.headroom else f" ({room(float(each.headroom))} headroom)"
+    return f"{placed(each.layer, each.name)}{left}: {'' if each.fails else 'stays as it is; '}{each.why}"
+
+
+def proof(report: Report, exported: Exported) -> Iterator[tuple[str, str]]:
+    """What was measured of the exported folder, as pairs of a name and a sentence."""
+    state = "verified" if exported.verified else f"NOT verified: {exported.why}"
+    kept = "" if exported.kept else "; the folder was removed"
+    yield "exported", f"{exported.folder} ({exported.dtype}, {exported.bytes / 1e6:,.1f} MB), {state}{kept}"
+    same = "equal to the original's bit for bit" if exported.identical else "NOT the original's"
+    yield "in fp32", (
+        f"before its weights were rounded: final hidden states and last logits {same}, "
+        f"at {count(exported.compared, 'token')}")  # fmt: skip
+    first = report.headroom[DTYPE][0] if report.headroom.get(DTYPE) else None
+    verdict = report.verdict.get(DTYPE, "not judged").upper()
+    before = f"{verdict}, {room(first.headroom)} headroom; " if first is not None else ""
+    least = room(float(exported.headroom)) if exported.headroom is not None else "-"
+    yield "in fp16", f"before: {before}after: {exported.verdict.upper()}, {least} at {exported.where}"
+    errors = [f"{name} {number(value)}" if value is not None else f"{name} not finite"
+              for name, value in exported.logit_error.items() if name != "after"]  # fmt: skip
+    after = exported.logit_error.get("after")
+    yield "logits", f"relative error against fp32: {', '.join(errors)}; {DTYPE} rescued {number(after)}"

@@ -1,0 +1,119 @@
+"""Why something failed, in words, for every format that has room: cause, close look, run-up, controls, triggers."""
+
+from collections.abc import Iterator
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.judge.causes import CAUSES
+from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.judge.precision import precision
+from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
+from qwen_precision.record.explanation import Closeup, Sweep
+from qwen_precision.render.text import count, number, quoted
+
+_MOST = 5
+_HALF = 0.5
+"""Input channels are named until they make up so much of an extreme."""
+
+
+def because(finding: Finding) -> str:
+    """The cause by name, and what that means."""
+    return f"{finding.cause_kind}: {CAUSES.get(finding.cause_kind, '')}" if finding.cause_kind else ""
+
+
+def microscope(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
+    """What the close look saw of an origin, as pairs of a name and a line."""
+    look = closeup_of(report.run, finding)
+    if look is not None:
+        if look.source is not None:
+            yield "code", f"{look.source.file}:{look.source.line}  {look.source.text}"
+        for operand in look.operands:
+            shape = " x ".join(map(str, operand.shape))
+            bad = f", {count(operand.bad, 'element')} not finite" if operand.bad else ""
+            ends = f"{number(float(operand.low))} to {number(float(operand.high))}"
+            yield operand.role, f"[{shape}] {operand.dtype}, {ends}{bad}"
+        blame = _blame(look)
+        if blame:
+            yield "made of", blame
+    steps = run_up(report.run, finding)
+    if steps:
+        yield "before it", ", ".join(f"{step.name} {number(step.value)}" for step in steps)
+
+
+def _blame(look: Closeup) -> str:
+    """The input channels that make up most of the extreme, with their weights."""
+    parts, total = [], 0.0
+    for each in look.contributions:
+        weight = number(float(each.weight))
+        parts.append(f"channel {each.channel} ({number(float(each.value))} x weight {weight}) {float(each.share):.0%}")
+        total += float(each.share)
+        if total >= _HALF:
+            break
+    return "input " + ", ".join(parts) if parts else ""
+
+
+def controls(report: Report) -> Iterator[str]:
+    """Control runs and what came of them."""
+    made = report.run.explanation
+    if made is None:
+        return
+    for each in made.controls:
+        outcome = "clean" if each.clean else "fails"
+        yield f"{each.dtype}, {quoted(each.prompt)}: {each.detail} ({count(each.tokens, 'token')}): {outcome}"
+    for line in made.left_out:
+        yield f"not run: {line}"
+    by_dtype: dict[str, list[int | None]] = {}
+    for one in made.continuations:
+        by_dtype.setdefault(one.dtype, []).append(one.first_difference)
+    for dtype, places in by_dtype.items():
+        parted = [place for place in places if place is not None]
+        where = f", first at token {min(parted)}" if parted else ""
+        same = f"equal to fp32's on {len(places) - len(parted)} of {count(len(places), 'prompt')}"
+        yield f"{dtype}: greedy continuation {same}{where}"
+
+
+def massive(report: Report) -> Iterator[str]:
+    """Massive activations of the reference, a line a channel."""
+    for each in massive_channels(report.run)[:_MOST]:
+        tokens = ", ".join(quoted(token, 20) for token in each.tokens[:4]) + (" …" if len(each.tokens) > 4 else "")
+        layers = f"layer {each.first}" if each.first == each.last else f"layers {each.first} to {each.last}"
+        yield f"channel {each.channel}, {layers}: up to {number(each.value)}, at {tokens}"
+
+
+def triggers(found: Sweep) -> Iterator[str]:
+    """What a sweep found."""
+    largest = DTYPES[found.dtype].max if found.dtype in DTYPES else 0.0
+    if found.kind == "length":
+        cost = count(found.tried, "forward")
+        yield f"Length of {quoted(found.prompt or '')} in {found.dtype}: {_length(found)} ({cost})."
+        return
+    yield (
+        f"First tokens in {found.dtype}: {found.tried:,} of {found.total:,} tried, through "
+        f"{count(found.layers, 'layer')} (the step-up), {float(found.seconds):.1f} s; "
+        f"{found.over:,} beyond {largest:.6g}."
+    )
+    for each in found.worst[:_MOST]:
+        outcome = {True: "fails", False: "finite", None: "not tried"}[each.fails]
+        which = f"id {each.ids[0]} " if len(each.ids) == 1 else ""
+        yield (
+            f"{which}{quoted(each.text, 30)}: {number(float(each.magnitude))} in layer {each.layer}, {each.name}, "
+            f"channel {each.channel}; in {found.dtype} {outcome}"
+        )
+
+
+def _length(found: Sweep) -> str:
+    if found.shortest_failing is None:
+        return "by itself it does not fail at any length"
+    if found.shortest_failing == 1:
+        return "its first token fails"
+    return f"the first {found.shortest_failing} tokens fail, the first {found.longest_clean} are clean"
+
+
+def nearer(report: Report) -> str | None:
+    """How much nearer fp16 is to fp32 than bf16 is, where it is safe."""
+    found = precision(report.run)
+    if report.verdict.get("fp16") != "ok" or "fp16" not in found or "bf16" not in found:
+        return None
+    ours, theirs = (found[name].layers[-1] if found[name].layers else None for name in ("fp16", "bf16"))
+    if not ours or not theirs or theirs < ours:
+        return None
+    return f"fp16 is safe here, and {theirs / ours:.2g}x closer to fp32 than bf16 (hidden states after the last layer)."

@@ -1,0 +1,1 @@
+"""What qprec report does between its arguments and its text. No torch."""

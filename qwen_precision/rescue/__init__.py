@@ -1,0 +1,1 @@
+"""An exact rescaling: planned, proven, written, probed again."""

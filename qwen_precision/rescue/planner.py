@@ -1,0 +1,239 @@
+"""The smallest powers of two that bring every operation inside fp16, from a probe's magnitudes and the weights.
+
+The stream's power is the most that anything that goes with the stream asks for. Within a layer, where a factor may go
+to either of two tensors (up or down_proj, v or o_proj), it goes where the fewest bits are lost in fp16.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from qwen_precision.judge.columns import Facts
+from qwen_precision.judge.findings import Limits
+from qwen_precision.judge.needs import DTYPE, FAR, Needs, needs
+from qwen_precision.qwen3.names import layer_of
+from qwen_precision.qwen3.rescaling import LayerPowers, Rescaling, Scale, expert_of, powers_of
+from qwen_precision.record.rescue import Loss, Rescue, Stuck
+from qwen_precision.record.run import Run
+from qwen_precision.rescue.bits import NOTHING_LOST, Lost, WeightBits
+
+
+class Shape(NamedTuple):
+    """What a plan must know of the model."""
+
+    tied: bool
+    eps: float
+    gate_channels: int
+    """Channels of the experts' fused gate and up projection that belong to the gate."""
+
+
+class _Block:
+    """Names of one layer's tensors by their leaf; those of experts by expert."""
+
+    def __init__(self) -> None:
+        self.by_leaf: dict[str, dict[int, str]] = defaultdict(dict)
+
+    def names(self, leaf: str) -> dict[int, str]:
+        """By expert (0 where there is none)."""
+        return self.by_leaf.get(leaf, {})
+
+
+class Planner:
+    """Makes the plan for one run.
+
+    Args:
+        run: a whole probe with fp16 and the reference in it.
+        margin: headroom that every operation shall have.
+        shape: of the model.
+        tensors: names in the files.
+        bits: how the numbers of a tensor are distributed, by its name; every tensor is asked for at most twice.
+        tell: called with (layers done, layers, what is being done).
+    """
+
+    def __init__(
+        self, run: Run, margin: float, shape: Shape, tensors: Iterable[str], bits: Callable[[str], WeightBits],
+        tell: Callable[[int, int, str], None] = lambda done, total, what: None,
+    ) -> None:  # fmt: skip
+        self._margin, self._shape, self._bits, self._tell = margin, shape, bits, tell
+        self._needs: Needs = needs(Facts(run, Limits()), margin, shape.gate_channels)
+        self._too_large = {each.name for each in run.weights if each.overflow.get(DTYPE)}
+        self._rooms: dict[str, int] = {}
+        self._outside: dict[str, str] = {}
+        self._blocks: dict[int, _Block] = defaultdict(_Block)
+        for name in tensors:
+            self._sort_in(name)
+
+    def _sort_in(self, name: str) -> None:
+        layer = layer_of(name)
+        if powers_of(name) is None or not name.endswith(".weight"):
+            return
+        leaf = name.split(".")[-2]
+        if layer is None:
+            self._outside[leaf] = name
+        else:
+            self._blocks[layer].by_leaf[leaf][expert_of(name) or 0] = name
+
+    def plan(self) -> Rescue:
+        """The plan; nothing is changed yet."""
+        stream = self._stream()
+        layers = []
+        losses: dict[str, tuple[int, Lost, Lost]] = {}
+        for number in sorted(self._blocks):
+            self._tell(number, len(self._blocks), "planning the rescue")
+            held: dict[str, WeightBits] = {}
+            powers = self._layer(number, stream, held)
+            if powers != _none(number):
+                layers.append(powers)
+            scale = Scale(_rescaling(stream, [powers], self._shape.eps))
+            names = [name for each in self._blocks[number].by_leaf.values() for name in each.values()]
+            self._lose(names, scale, held, losses)
+        final, untied = self._final(stream)
+        found = _rescaling(stream, layers, self._shape.eps, final, untied)
+        unused = {"lm_head"} if self._shape.tied else set()  # a copy of the embedding, written from it
+        self._lose([name for leaf, name in self._outside.items() if leaf not in unused], Scale(found), {}, losses)
+        return Rescue(
+            margin=self._margin, unsupported=None, rescaling=found,
+            losses=[_loss(kind, *each) for kind, each in losses.items()],
+            stuck=sorted(self._needs.stuck, key=lambda each: not each.fails), fp32_modules=self._needs.modules,
+            gate_channels=self._shape.gate_channels, exported=None,
+        )  # fmt: skip
+
+    # -- powers ------------------------------------------------------------------------------------------------
+
+    def _room(self, name: str, held: dict[str, WeightBits] | None = None) -> int:
+        if name not in self._rooms:
+            self._rooms[name] = self._look(name, held if held is not None else {}).room()
+        return self._rooms[name]
+
+    def _look(self, name: str, held: dict[str, WeightBits]) -> WeightBits:
+        if name not in held:
+            held[name] = self._bits(name)
+        return held[name]
+
+    def _stream(self) -> int:
+        """The stream's power: what its operations ask for, and what its writers need to be representable."""
+        stream = max(0, self._needs.of("stream"))
+        for name in self._too_large & set(self._outside.values()):
+            if powers_of(name) == {"stream": -1}:
+                stream = max(stream, -self._room(name))
+        for number, block in self._blocks.items():
+            for reads, writes, power in (("up_proj", "down_proj", "product"), ("v_proj", "o_proj", "value")):
+                for expert, name in block.names(writes).items():
+                    least = self._least(number, power, expert, block.names(reads).get(expert))
+                    if least or name in self._too_large:
+                        stream = max(stream, least - self._room(name))
+            norm = max(0, self._norm(number, "input_norm", block))
+            for name in (*block.names("q_proj").values(), *block.names("k_proj").values()):
+                if norm or name in self._too_large:
+                    stream = max(stream, norm - self._room(name))
+        return stream
+
+    def _least(self, layer: int, power: str, expert: int, reads: str | None) -> int:
+        """The least power of a product (of v_proj): what its operations ask for, and what its own weight needs."""
+        norm = self._norm(layer, "post_norm" if power == "product" else "input_norm", self._blocks[layer])
+        least = max(0, self._needs.of(power, layer, expert if power == "product" else None))
+        if reads is not None and (norm > 0 or reads in self._too_large):
+            least = max(least, norm - self._room(reads))
+        return least
+
+    def _norm(self, layer: int, power: str, block: _Block) -> int:
+        """A norm's power: 0 where it may be, else the nearest that gives its output room, and the gate's weight."""
+        leaf = "input_layernorm" if power == "input_norm" else "post_attention_layernorm"
+        low = self._needs.of(power, layer)
+        for name in block.names(leaf).values():
+            if name in self._too_large:
+                low = max(low, -self._room(name))
+        fixed = [] if power == "input_norm" else [*block.names("gate_proj").values(), *block.names("gate").values()]
+        asked = [name for name in fixed if low > 0 or name in self._too_large]
+        high = min((self._room(name) for name in asked), default=FAR)
+        if low > high or any(self._room(name) < -high for name in block.names(leaf).values() if high < 0):
+            self._stick(layer, leaf, "the weights that read it have no room in fp16 to make up for a smaller output")
+            return 0
+        return low if low > 0 else min(high, 0)
+
+    def _stick(self, layer: int | None, leaf: str, why: str) -> None:
+        name = self._blocks[layer].names(leaf)[0] if layer is not None else self._outside[leaf]
+        module = name.removesuffix(".weight")
+        if all(each.module != module for each in self._needs.stuck):
+            self._needs.stuck.append(
+                Stuck(layer=layer, module=module, name=f"{leaf} output", headroom=None, fails=True, why=why)
+            )
+            self._needs.modules.append(module)
+
+    def _layer(self, number: int, stream: int, held: dict[str, WeightBits]) -> LayerPowers:
+        block = self._blocks[number]
+        post = self._norm(number, "post_norm", block)
+        norm = self._norm(number, "input_norm", block)
+        product = [
+            self._side(number, "product", expert, post, stream, held) for expert in sorted(block.names("down_proj"))
+        ]
+        return LayerPowers(
+            layer=number, input_norm=norm, value=self._side(number, "value", 0, norm, stream, held), post_norm=post,
+            product=product if any(product) or len(product) == 1 else [0],
+        )  # fmt: skip
+
+    def _side(self, layer: int, power: str, expert: int, norm: int, stream: int, held: dict[str, WeightBits]) -> int:
+        """How much of the stream's factor the first of the two tensors takes, and how much is passed on by the product.
+
+        The least that its operations need, or more where fewer bits are then lost.
+        """
+        block = self._blocks[layer]
+        reads, writes = ("up_proj", "down_proj") if power == "product" else ("v_proj", "o_proj")
+        first, second = block.names(reads).get(expert), block.names(writes).get(expert)
+        least = self._least(layer, power, expert, first)
+        if first is None or second is None or (not least and not stream):
+            return least
+        most = max(least, min(stream, stream + self._room(second, held)))
+        one, other = self._look(first, held), self._look(second, held)
+        lost = {each: one.bits_lost(norm - each) + other.bits_lost(each - stream) for each in range(least, most + 1)}
+        return min(lost, key=lambda each: (lost[each], each))
+
+    def _final(self, stream: int) -> tuple[int, bool]:
+        """The final norm's power, and whether lm_head must be untied for it."""
+        norm = self._outside.get("norm")
+        head = self._outside.get("embed_tokens" if self._shape.tied else "lm_head")
+        asked = self._needs.of("final_norm")
+        if norm is None or head is None or not (stream or asked > 0 or {norm, head} & self._too_large):
+            return 0, False
+        high = min(-asked, self._room(norm))
+        if self._shape.tied and stream <= high:
+            return stream, False  # lm_head is the embedding, so it has the stream's factor; the norm takes it back
+        low = -self._room(head) if high < 0 or head in self._too_large else -FAR
+        if low > high:
+            own = self._room(norm) < -asked
+            why = "its weight has no room" if own else "lm_head has no room to make up for a smaller output"
+            self._stick(None, "norm", f"{why} in fp16")
+            return 0, self._shape.tied and stream != 0
+        power = min(high, max(low, 0))
+        return power, self._shape.tied and power != stream
+
+    # -- what it costs -----------------------------------------------------------------------------------------
+
+    def _lose(
+        self, names: Iterable[str], scale: Scale, held: dict[str, WeightBits],
+        losses: dict[str, tuple[int, Lost, Lost]],
+    ) -> None:  # fmt: skip
+        """Count the weights that fp16 does not hold, before and after their factor."""
+        for name in names:
+            factor = scale.factor(name)
+            if factor:
+                bits = held.pop(name, None) or self._bits(name)
+                self._rooms.setdefault(name, bits.room())
+                kind = name.split(".")[-2]
+                tensors, before, after = losses.get(kind, (0, NOTHING_LOST, NOTHING_LOST))
+                losses[kind] = (tensors + 1, before + bits.lost(0), after + bits.lost(factor))
+
+
+def _none(layer: int) -> LayerPowers:
+    return LayerPowers(layer=layer, input_norm=0, value=0, post_norm=0, product=[0])
+
+
+def _rescaling(stream: int, layers: list[LayerPowers], eps: float, final: int = 0, untied: bool = False) -> Rescaling:
+    return Rescaling(stream=stream, final_norm=final, untied=untied, eps=eps, layers=layers)
+
+
+def _loss(kind: str, tensors: int, before: Lost, after: Lost) -> Loss:
+    return Loss(
+        kind=kind, tensors=tensors, elements=after.elements, inexact_before=before.inexact, inexact=after.inexact,
+        to_zero=after.to_zero, badly=after.badly, error=after.relative,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What can be asked for: profiles, flags, guards, prompts. No torch."""

@@ -1,0 +1,220 @@
+"""Settings: YAML profiles and command-line flags, checked by one schema. Flags win over the profile.
+
+A profile is found by path or by name; names are the files of ``configs/``, which travel in the wheel.
+"""
+
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.errors import UsageError
+from qwen_precision.judge.findings import FAIL_ON
+
+ATTENTION = ("sdpa", "eager")
+MEMORY = ("auto", "resident", "streamed")
+SWEEPS = ("first-token", "length")
+"""Searches for what triggers an overflow."""
+RESCUE_DTYPES = ("fp16", "bf16", "source")
+"""What the weights of a rescued checkpoint may be written in; ``source`` leaves each tensor its own format."""
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+
+class ProbeSettings(BaseModel):
+    """What a probe can be told; every field is also a flag."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtypes: list[str] = Field(default_factory=lambda: list(DTYPES))
+    reference: bool = True
+    prompts: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    device: str = "auto"
+    attention: str | None = None
+    memory: str = "auto"
+    near_overflow: float = Field(default=2.0, ge=1.0, le=1e6)
+    underflow_share: float = Field(default=0.01, gt=0, le=1)
+    rescue_margin: float = Field(default=4.0, ge=1.0, le=1024.0)
+    explain: bool | None = None
+    """Control runs: after a failure (None), always and with all that measures precision (True), or never."""
+    budget: int = Field(default=8, ge=0, le=1000)
+    """Forwards that control runs may take."""
+    sweep: str | None = None
+    sweep_limit: int | None = Field(default=None, ge=1)
+    sweep_texts: str | None = None
+    fail_on: str = "fail"
+
+    @field_validator("dtypes")
+    @classmethod
+    def _known_dtypes(cls, value: list[str]) -> list[str]:
+        for name in value:
+            known(name, DTYPES, "dtype")
+        if not value:
+            raise ValueError(f"at least one dtype is needed; expected {one_of(DTYPES)}")
+        return list(dict.fromkeys(value))
+
+    @field_validator("memory", "attention", "fail_on", "sweep")
+    @classmethod
+    def _known_word(cls, value: str | None, info: ValidationInfo) -> str | None:
+        table, what = {
+            "memory": (MEMORY, "mode"), "attention": (ATTENTION, "implementation"), "fail_on": (FAIL_ON, "level"),
+            "sweep": (SWEEPS, "sweep"),
+        }[str(info.field_name)]  # fmt: skip
+        return None if value is None else known(value, table, what)
+
+
+class GenerateSettings(BaseModel):
+    """What a generation can be told beside its guards; every field is also a flag. None: as the checkpoint says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    dtype: str = "fp16"
+    prompts: str | None = None
+    chat: bool = False
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    do_sample: bool | None = None
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    device: str = "auto"
+    attention: str | None = None
+    guards: str = "default"
+    """Profile of the guards, by name or file; their settings are in the record one by one."""
+    on_failure: str | None = None
+
+    @field_validator("dtype", "attention")
+    @classmethod
+    def _known_word(cls, value: str | None, info: ValidationInfo) -> str | None:
+        table, what = (DTYPES, "dtype") if info.field_name == "dtype" else (ATTENTION, "implementation")
+        return None if value is None else known(value, table, what)
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(f"should be above 0, not {value:g}; for the likeliest token at every step use --greedy")
+        return value
+
+
+def load_generate_settings(flags: dict[str, Any]) -> GenerateSettings:
+    """Settings from the flags that were given (None means not given).
+
+    Raises:
+        UsageError: a wrong value; the flag is named.
+    """
+    try:
+        return GenerateSettings.model_validate({key: value for key, value in flags.items() if value is not None})
+    except ValidationError as error:
+        key, message = first_error(error)
+        raise UsageError(f"{flag_of(key)}: {message}.") from error
+
+
+def known(value: str, table: Iterable[str], what: str) -> str:
+    """``value``, if it is in the table.
+
+    Raises:
+        ValueError: it is not; pydantic makes a finding of it that names the key.
+    """
+    if value not in table:
+        raise ValueError(f"unknown {what} {value!r}; expected {one_of(table)}")
+    return value
+
+
+def one_of(table: Iterable[str]) -> str:
+    """ "a, b or c", for a message."""
+    names: list[str] = [str(name) for name in table]
+    return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]
+
+
+def configs_folder() -> Path:
+    """Where the profiles and prompt sets lie: in the wheel, or in the source tree of an editable install."""
+    inside = Path(str(resources.files("qwen_precision"))) / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "configs"
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with qprec."""
+    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+
+
+def load_settings(profile: str | None, flags: dict[str, Any]) -> ProbeSettings:
+    """Settings from a profile and the flags that were given (None means not given).
+
+    Raises:
+        UsageError: no such profile, not YAML, an unknown key or a wrong value; the key is named.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    data = _read_profile(profile) if profile else {}
+    source = f"--config {profile}: " if profile else ""
+    unknown = [key for key in data if key not in ProbeSettings.model_fields]
+    if unknown:
+        hint = near_or_known(str(unknown[0]), ProbeSettings.model_fields)
+        raise UsageError(f"{source}unknown key {unknown[0]!r}; {hint}")
+    merged = {**data, **given}
+    if merged.get("reference") is False and "dtypes" not in merged:
+        merged["dtypes"] = [name for name in DTYPES if name != REFERENCE]  # nobody asked for the costly one
+    try:
+        return ProbeSettings.model_validate(merged)
+    except ValidationError as error:
+        key, message = first_error(error)
+        where = flag_of(key) if key in given else f"{source}{key}"
+        raise UsageError(f"{where}: {message}.") from error
+
+
+_FLAGS = {"dtypes": "--dtype", "attention": "--attn", "reference": "--no-reference"}
+
+
+def flag_of(key: str) -> str:
+    """The command-line option of a setting."""
+    return _FLAGS.get(key, "--" + key.replace("_", "-"))
+
+
+def first_error(error: ValidationError) -> tuple[str, str]:
+    """Key and message (as a part of a sentence) of the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return ".".join(str(part) for part in first["loc"]), f"{message[0].lower()}{message[1:]}"
+
+
+def near_or_known(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is not in a table: the nearest that is, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}."
+
+
+def _read_profile(profile: str) -> dict[str, Any]:
+    path = Path(profile)
+    if not path.suffix and profile in profile_names():
+        path = configs_folder() / f"{profile}.yaml"
+    data = read_yaml(path, f"--config {profile}", f"a file or one of the profiles {', '.join(profile_names())}")
+    if not isinstance(data, dict):
+        raise UsageError(f"--config {profile}: should hold keys and values, like `memory: streamed`.")
+    return data
+
+
+def read_yaml(path: Path, label: str, expected: str) -> Any:
+    """Parse a YAML file with the safe loader (no tags that build objects).
+
+    Raises:
+        UsageError: unreadable, too large or not YAML; the message names the place.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UsageError(f"{label}: {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; expected {expected}.")
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"{label}: cannot read {path} ({why}); expected {expected}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{label}: {path}{place} is not valid YAML; expected {expected}.") from error

@@ -1,0 +1,235 @@
+"""The close second look: which elements of an operation's output are bad, at which token, and who started it.
+
+The first pass keeps one number an operation. Only when one is not finite or near a limit is the layer run
+again (a forward is deterministic, so it does the same) with an ``Inspector`` that counts, finds the extreme
+element, and asks of every operation whether what went *in* was finite: that tells an origin from what merely
+passes a NaN on.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_precision.record.run import Event
+from qwen_precision.watcher.closeup import closeup
+from qwen_precision.watcher.mode import Seen
+
+
+@dataclass(frozen=True)
+class Located:
+    """A close look at one operation."""
+
+    path: str
+    op: str
+    call: int
+    event: Event
+    """As it goes into the record, but for the number of its site."""
+
+    def shifted(self, position: int, channel: int) -> "Located":
+        """A place within a slice as a place in the whole."""
+        event = self.event
+        moved = {
+            "position": None if event.position is None else event.position + position,
+            "channel": None if event.channel is None else event.channel + channel,
+        }
+        return replace(self, event=event.model_copy(update=moved))
+
+
+@dataclass
+class Inspector:
+    """Collects a ``Located`` for every operation that is not finite or comes near its format's limit.
+
+    Args:
+        valid: ``[batch, tokens]`` bool on the compute device, False at pad positions.
+        ratio: locate a finite output too when its headroom is below this.
+        weights: storages (data pointers) of the weights; all other tensors that go in are activations.
+    """
+
+    valid: Tensor
+    ratio: float
+    weights: set[int]
+    found: list[Located] = field(default_factory=list)
+    # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
+    _picked: Tensor | None = None
+    _experts: Tensor | None = None
+    _step: int = 0
+
+    def __call__(self, seen: Seen) -> None:
+        """Look at one operation."""
+        self._step += 1
+        out = seen.out
+        bad = ~torch.isfinite(out)
+        if seen.keep is not None:
+            bad = bad & seen.keep
+        magnitude = out.abs() if seen.keep is None else torch.where(seen.keep, out, torch.zeros_like(out)).abs()
+        failed = bool(bad.any())
+        if not failed and float(magnitude.max()) * self.ratio < torch.finfo(out.dtype).max:
+            return
+        clean_rows = self._clean_rows(seen)
+        own = bad & clean_rows.view(-1, *[1] * (out.dim() - 1)) if out.dim() else bad
+        clean = not failed or (bool(own.any()) and not seen.spoiled)
+        hits = (own if clean else bad) if failed else magnitude == magnitude.max()
+        nan, count = int((torch.isnan(out) & hits).sum()), int(hits.sum()) if failed else 0
+        index, in_padding = self._extreme(hits, seen)
+        row, position, channel, head, expert = self._place(index, seen)
+        look = None
+        if failed and clean:
+            inputs = [(arg, self._is_weight(arg)) for arg in _tensors(seen.args) if arg.is_floating_point()]
+            look = closeup(inputs, out, seen.op, index, expert)
+        event = Event(
+            site=0, step=self._step, nan=nan if failed else 0, inf=count - nan if failed else 0,
+            elements=out.numel(), value=(math.nan if nan else math.inf) if failed else float(magnitude.max()),
+            clean_inputs=clean, clean_weights=self._clean_weights(seen), row=row, position=position,
+            channel=channel, head=head, expert=expert, in_padding=in_padding, closeup=look,
+        )  # fmt: skip
+        self.found.append(Located(seen.path, seen.op, seen.call, event))
+
+    def note_sort(self, values: Tensor) -> None:
+        """Remember which expert each row goes to, where fused experts sort their rows."""
+        self._experts = values
+
+    def note_index(self, args: tuple[Any, ...]) -> None:
+        """Remember which token each row is, where rows are picked from all tokens."""
+        source, indices = args[0], args[1]
+        for axis, index in enumerate(indices):
+            if index is not None and index.dim() == 1 and source.shape[axis] == self.valid.numel():
+                self._picked = index
+
+    def _clean_rows(self, seen: Seen) -> Tensor:
+        """By leading index of the output (a row of the batch, a token, an expert's row): were its inputs finite?
+
+        One row's NaN does not excuse another row's overflow. An input that is not split in the same rows
+        (a position table, a score of all) counts for all of them.
+        """
+        count = seen.out.shape[0] if seen.out.dim() else 1
+        clean = torch.ones(count, dtype=torch.bool, device=seen.out.device)
+        for arg in _tensors(seen.args):
+            if not arg.is_floating_point() or arg is seen.out or self._is_weight(arg):
+                continue
+            # Infinities in a mask or in masked scores are intended.
+            fine = torch.isfinite(arg if seen.keep is None else _only(arg, seen.keep))
+            same_rows = arg.dim() > 0 and arg.shape[0] == count
+            clean &= fine.flatten(1).all(dim=1) if same_rows and arg.dim() > 1 else fine if same_rows else fine.all()
+        return clean
+
+    def _clean_weights(self, seen: Seen) -> bool:
+        """Were the weights finite in this dtype; of fused experts, those that had any row?"""
+        for arg in _tensors(seen.args):
+            if arg.is_floating_point() and self._is_weight(arg):
+                used = arg[torch.unique(self._experts)] if arg.dim() == 3 and self._experts is not None else arg
+                if not bool(torch.isfinite(used).all()):
+                    return False
+        return True
+
+    def _is_weight(self, arg: Tensor) -> bool:
+        return arg.untyped_storage().data_ptr() in self.weights
+
+    def _extreme(self, hits: Tensor, seen: Seen) -> tuple[list[int], bool]:
+        """The first hit at a real token if there is one, else the first; and whether all are padding."""
+        real = self._real(seen)
+        if real is not None:
+            at_tokens = hits & real
+            if bool(at_tokens.any()):
+                return _first(at_tokens), False
+        return _first(hits), real is not None
+
+    def _real(self, seen: Seen) -> Tensor | None:
+        """Which entries belong to real tokens, broadcastable to the output; None where that cannot be told."""
+        layout, dims = self._layout(seen), seen.out.dim()
+        if layout == "btx":
+            return self.valid.view(*self.valid.shape, *[1] * (dims - 2))
+        if layout == "bhtx":
+            return self.valid[:, None, :, None]
+        flat = self.valid.flatten()
+        if layout == "picked" and self._picked is not None:
+            flat = flat[self._picked]
+        elif layout != "flat":
+            return None
+        return flat.view(-1, *[1] * (dims - 1))
+
+    def _token(self, index: list[int], layout: str) -> tuple[int, int] | None:
+        """(row, position) of one element, from how the tensor it lies in is laid out."""
+        length = self.valid.shape[1]
+        if layout == "btx":
+            return index[0], index[1]
+        if layout == "bhtx":
+            return index[0], index[2]
+        if layout == "flat":
+            return divmod(index[0], length)
+        if layout == "picked" and self._picked is not None:
+            return divmod(int(self._picked[index[0]]), length)
+        return None
+
+    def _layout(self, seen: Seen) -> str:
+        """How rows and tokens lie in the output's axes."""
+        shape, (rows, length) = tuple(seen.out.shape), self.valid.shape
+        if len(shape) == 4 and shape[0] == rows:
+            # [batch, heads, tokens, …] after the transpose, [batch, tokens, heads, …] in q_norm and k_norm.
+            in_norm = seen.path.endswith("norm")
+            if shape[2] == length and not (in_norm and shape[1] == length):
+                return "bhtx"
+        if len(shape) >= 2 and shape[:2] == (rows, length):
+            return "btx"
+        if len(shape) >= 1 and shape[0] == rows * length and "experts" not in seen.path:
+            return "flat"
+        if "experts" in seen.path and self._picked is not None and shape[:1] == self._picked.shape:
+            return "picked"
+        if len(shape) >= 1 and shape[0] == rows * length:
+            return "flat"
+        return "unknown"
+
+    def _place(self, index: list[int], seen: Seen) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+        """(row, position, channel, head, expert) of one element."""
+        channel = head = expert = None
+        layout = self._layout(seen)
+        row, position = self._token(index, layout) or (None, None)
+        if len(index) > 1 and seen.out.shape[-1] > 1:
+            channel = index[-1]
+        if len(index) == 4:
+            head = index[1] if layout == "bhtx" else index[2]
+        if layout == "picked" and self._experts is not None and self._experts.shape == seen.out.shape[:1]:
+            expert = int(self._experts[index[0]])
+        elif (parts := seen.path.split(".experts.")) and len(parts) == 2:
+            number = parts[1].split(".")[0]
+            expert = int(number) if number.isdigit() else None
+        return row, position, channel, head, expert
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (tuple, list)):
+            found.extend(item for item in arg if isinstance(item, Tensor))
+    return found
+
+
+def _first(hits: Tensor) -> list[int]:
+    """Index of the first true element; in memory of one byte an element, however many are true."""
+    flat = int(hits.contiguous().view(torch.uint8).flatten().argmax())
+    index = []
+    for extent in reversed(hits.shape):
+        index.append(flat % extent)
+        flat //= extent
+    return index[::-1]
+
+
+def _only(arg: Tensor, keep: Tensor) -> Tensor:
+    try:
+        return torch.where(keep, arg, torch.zeros((), dtype=arg.dtype, device=arg.device))
+    except RuntimeError:
+        return arg
+
+
+def storages(module: nn.Module) -> set[int]:
+    """Where this module's weights lie right now; a view of a weight (one expert's part) lies there too."""
+    return {
+        tensor.untyped_storage().data_ptr()
+        for part in module.modules()
+        for tensor in part._parameters.values()
+        if tensor is not None and tensor.device.type != "meta"
+    }

@@ -1,0 +1,275 @@
+"""Watch every operation of a model's forward: the largest magnitude each one produced, and where it ran.
+
+    with qwen_precision.watch(model) as readings:
+        model(**inputs)
+    print(readings.worst(5))
+
+The idea: module hooks tell *where* (the path of the module whose forward is running), a dispatch mode sees
+*what* (each operation and its output), so residual adds, products and the insides of norms are seen as well
+as module outputs, for any architecture. One fused ``aminmax`` looks at a tensor; it carries NaN and infinity
+through. Its two results stay on the device until somebody asks; nothing else is kept, no tensor outlives its
+operation. Watched and unwatched outputs are bit-identical: the mode runs the very operation it was given.
+
+Intended extremes are not readings. A tensor into which ``where`` or ``masked_fill`` has put the dtype's
+minimum or an infinity is an additive mask; scores that one was added to are judged on their unmasked entries.
+
+What it does not see: values inside a fused kernel (the scores of ``scaled_dot_product_attention``).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen_precision.watcher.aten import Kind, kind_of, name_of_operator, writes_in_place
+from qwen_precision.watcher.masks import FLOATS, Masks
+from qwen_precision.watcher.readings import Reading, Readings, Slots
+
+_READ, _MOVE = Kind.READ, Kind.MOVE  # looked up for every operation
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One operation as an inspector sees it, before its output is let go."""
+
+    path: str
+    op: str
+    call: int
+    args: tuple[Any, ...]
+    out: Tensor
+    keep: Tensor | None
+    """Entries that are not masked on purpose (broadcastable bool), or None for all."""
+    spoiled: bool = False
+    """Whether the tensor that the operation writes into was not finite before."""
+
+
+class Inspector(Protocol):
+    """Takes a close second look at operations while they run."""
+
+    def __call__(self, seen: Seen) -> None:
+        """Look at one operation."""
+
+    def note_sort(self, values: Tensor) -> None:
+        """See the result of a sort: fused experts order their rows by expert."""
+
+    def note_index(self, args: tuple[Any, ...]) -> None:
+        """See an indexing: experts pick their rows from the tokens by one."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What the mode does with one operator; looked up once, then cached."""
+
+    kind: Kind
+    op: str
+    mutates: bool
+
+
+_RULES: dict[Any, _Rule] = {}
+
+
+def _rule_for(func: Any) -> _Rule:
+    rule = _RULES[func] = _Rule(kind_of(func), name_of_operator(func), writes_in_place(func))
+    return rule
+
+
+class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """The dispatch mode and the path stack; use through ``watch`` or ``attached``.
+
+    ``inspect``, where it is set, is called on every watched output after its reading was taken.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap every dispatch to keep torch.compile out of it, which costs more than the reading.
+        # Nothing is compiled inside: each operation is run as it came.
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.path = ""
+        self.inspect: Inspector | None = None
+        self.slots = Slots()
+        self._stack: list[str] = []
+        self._calls: dict[tuple[str, str], int] = {}
+        # The output read last, and its slot: a cast or a square of it need not be read. It is held until the
+        # next reading, so its memory cannot become another tensor's meanwhile.
+        self._last: Tensor | None = None
+        self._last_slot = 0
+        self.masks = Masks()
+        self._spoiled = False
+
+    # -- where: the path of the running module -------------------------------------------------------------
+
+    def enter_module(self, path: str) -> None:
+        """Enter the forward of the module at ``path``."""
+        self._stack.append(self.path)
+        self.path = path
+
+    def leave_module(self) -> None:
+        """Leave it again."""
+        if self._stack:
+            self.path = self._stack.pop()
+
+    def forget(self) -> None:
+        """Drop what is known of memory and masks; call between forwards."""
+        self._last = None
+        self.masks.clear()
+        self._calls.clear()
+        self._stack.clear()
+        self.path = ""
+
+    def take(self) -> list[Reading]:
+        """The readings since the last call, in order: one transfer per dtype and device."""
+        self.forget()
+        return self.slots.take()
+
+    # -- what: every operation -----------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation as it is and take the reading of what it gave."""
+        rule = _RULES.get(func) or _rule_for(func)
+        if self.inspect is not None:
+            self._spoiled = rule.mutates and _has_bad(args[0])
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if self.masks and self._read_masked(func, rule, args, kwargs, out):
+            return out
+        kind = rule.kind
+        if kind is _READ:
+            if type(out) is Tensor:
+                self._read(rule, args, out, None)
+            else:
+                self._read_first(rule, args, out)
+        elif kind is _MOVE:
+            if self.inspect is not None and rule.op == "index":
+                self.inspect.note_index(args)
+        elif kind is Kind.EXACT:
+            self._read_exact(rule, args, out)
+        elif kind is Kind.FILL:
+            self.masks.note_fill(rule.op, args, out)
+        elif kind is Kind.SORT and self.inspect is not None:
+            self.inspect.note_sort(out[0])
+        if rule.mutates:
+            self._last = None  # what was read last may just have been written over, through whatever view
+        return out
+
+    def _read(self, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
+        """Take the reading of one output, of its entries in ``keep`` if that is given."""
+        if out.dtype not in FLOATS or not out.numel():
+            return
+        flat = out
+        if keep is not None:
+            flat = torch.where(keep, out, torch.zeros((), dtype=out.dtype, device=out.device))
+        elif not out.is_contiguous() and out.dim() == 4:
+            # [batch, heads, tokens, dim] lies in memory as [batch, tokens, heads, dim]: look at it that way,
+            # because looking across the grain costs three times as much.
+            swapped = out.transpose(1, 2)
+            flat = swapped if swapped.is_contiguous() else out
+        self._last_slot = self.slots.read(self.path, rule.op, flat)
+        self._last = out
+        if self.inspect is not None:
+            self._inspect(rule, args, out, keep)
+
+    def _read_first(self, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
+        """Of several outputs the first is the result; the others (log-sum-exp, seeds, indices) are bookkeeping."""
+        items = out if isinstance(out, (tuple, list)) else (out,)
+        first = next((item for item in items if isinstance(item, Tensor)), None)
+        if first is not None:
+            self._read(rule, args, first, None)
+
+    def _read_exact(self, rule: _Rule, args: tuple[Any, ...], out: Tensor) -> None:
+        """A cast or a power: derived where it is of the output read last, else read."""
+        source, last = args[0], self._last
+        if out is source:
+            return  # a cast to the dtype it has already
+        if (
+            last is not None
+            and source.data_ptr() == last.data_ptr()
+            and source.numel() == last.numel()
+            and source.dtype == last.dtype
+            and out.dtype in FLOATS
+            and (rule.op == "cast" or args[1] == 2)
+        ):
+            self._last_slot = self.slots.derive(self.path, rule.op, self._last_slot, out.dtype)
+            self._last = out
+            if self.inspect is not None:
+                self._inspect(rule, args, out, None)
+        else:
+            self._read(rule, args, out, None)
+
+    def _inspect(self, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
+        call = self._calls.get((self.path, rule.op), 0)
+        self._calls[self.path, rule.op] = call + 1
+        assert self.inspect is not None
+        self.inspect(Seen(self.path, rule.op, call, args, out, keep, self._spoiled))
+
+    def _read_masked(
+        self, func: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
+    ) -> bool:
+        """Whether an argument is a mask or masked and so is ``out``; then it has been read where unmasked."""
+        keep = self.masks.after(func, rule.kind, rule.op, args, kwargs, out)
+        if keep is None:
+            return False
+        if rule.kind is Kind.READ or (rule.kind is Kind.EXACT and out is not args[0]):
+            self._read(rule, args, out, keep)
+        return True
+
+
+def _has_bad(target: Any) -> bool:
+    return isinstance(target, Tensor) and target.is_floating_point() and not bool(torch.isfinite(target).all())
+
+
+@contextmanager
+def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Hook every submodule of ``model`` for its path; unhook on the way out, whatever happened.
+
+    The second hook runs even when a forward raises (``always_call``), so that the stack stays true.
+    """
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        watcher.leave_module()
+
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(_entering(watcher, name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        watcher.forget()
+
+
+def _entering(watcher: Watcher, name: str) -> Callable[[nn.Module, Any], None]:
+    def enter(module: nn.Module, args: Any) -> None:
+        watcher.enter_module(name)
+
+    return enter
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[Readings]:
+    """Watch every operation of whatever runs in the block.
+
+    Args:
+        model: any loaded module; its outputs are bit-identical with and without watching.
+
+    Yields:
+        Readings: empty until the block ends (or ``readings.refresh()`` is called), then one reading an
+        operation, in the order they ran.
+    """
+    watcher = Watcher()
+    readings = Readings(watcher.slots)
+    with attached(model, watcher):
+        try:
+            with watcher:
+                yield readings
+        finally:
+            readings.refresh()
