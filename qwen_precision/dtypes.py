@@ -39,6 +39,9 @@ DTYPES: dict[str, Dtype] = {
 REFERENCE = "fp32"
 """The dtype of the reference pass: headroom and origin are read off it."""
 
+RESCUED = "fp16"
+"""The format that a checkpoint is rescaled for; bf16 has fp32's range and needs no rescue."""
+
 WIDER_MAX: dict[str, float] = {"fp64": (2 - 2.0**-52) * 2.0**1023}
 """Largest finite numbers of formats that operations may compute in although no pass runs in them."""
 

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM
 import qwen_precision
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.generate.decode import Decoder
-from qwen_precision.generate.lanes import Models
 from qwen_precision.model.folder import open_checkpoint
-from qwen_precision.qwen3.rescaling import Rescaling
+from qwen_precision.model.loaded import Models
+from qwen_precision.record.rescue import Rescaling
 from qwen_precision.rescue.export import Exporter
 from qwen_precision.settings.guards import load_guards
 

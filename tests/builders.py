@@ -2,23 +2,12 @@
 
 from typing import Any
 
-from qwen_precision.qwen3.rescaling import LayerPowers, Rescaling
-from qwen_precision.record.explanation import (
-    Closeup,
-    Contribution,
-    Control,
-    Explanation,
-    Massive,
-    Operand,
-    Source,
-    Sweep,
-    Swept,
-)
+from qwen_precision.record.closeup import Closeup, Contribution, Massive, Operand, Source
 from qwen_precision.record.explanation import Continuation as Continued
+from qwen_precision.record.explanation import Control, Explanation, Sweep, Swept
 from qwen_precision.record.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
-from qwen_precision.record.rescue import Exported, Loss, Rescue, Stuck
-from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Row, Run, Site
-from qwen_precision.record.weights import WeightTotals
+from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
+from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
 from qwen_precision.settings.guards import GuardSettings
 
 SITES = [

@@ -10,8 +10,8 @@ from conftest import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.generate.lanes import Models
 from qwen_precision.generate.run import generate
+from qwen_precision.model.loaded import Models
 from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_generate_settings
 from qwen_precision.settings.guards import GuardSettings, load_guards

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen_precision.diagnose.run import diagnose
 from qwen_precision.model.folder import open_checkpoint
-from qwen_precision.qwen3.rescaling import LayerPowers, Rescaling
+from qwen_precision.record.rescue import LayerPowers, Rescaling
 from qwen_precision.record.run import Run
 from qwen_precision.rescue.deliver import Target
 from qwen_precision.rescue.export import Exporter
@@ -23,7 +23,7 @@ def rescue(source: Path | str, folder: Path, texts: list[str] | None = None, **o
     """Probe and export; ``dtype``, ``force`` and ``keep`` are the target's, the rest is settings."""
     target = Target(folder, **{key: options.pop(key) for key in ("dtype", "force", "keep") if key in options})
     specs = read_prompts(TEXTS if texts is None else texts, None)
-    return diagnose(str(source), load_settings(None, {"explain": False, **options}), specs, target=target)
+    return diagnose(str(source), load_settings(None, {"explain": False, **options}), specs, target=target).run
 
 
 def export(source: Path, folder: Path, rescaling: Rescaling, dtype: str = "source") -> Path:

@@ -32,7 +32,7 @@ def ids_of(text: str) -> list[int]:
 
 def explained(folder: Path | str, prompts: list[PromptSpec] | None = None, **settings: Any) -> Run:
     specs = prompts or [PromptSpec(name=text[:9], text=text) for text in TEXTS]
-    return diagnose(str(folder), load_settings(None, settings), specs)
+    return diagnose(str(folder), load_settings(None, settings), specs).run
 
 
 def first_of(run: Run, dtype: str = "fp16") -> Finding:
@@ -162,7 +162,7 @@ def test_the_healthy_look_alike_gives_no_finding_and_runs_no_control(
     folder = make_checkpoint(tmp_path / "model", edit=case.healthy, dtype=case.dtype)
     told: list[str] = []
     specs = case.prompts or [PromptSpec(name=text[:9], text=text) for text in TEXTS]
-    run = diagnose(str(folder), load_settings(None, {"attention": attention}), specs, announce=told.append)
+    run = diagnose(str(folder), load_settings(None, {"attention": attention}), specs, announce=told.append).run
     assert judge(run).findings == [] and run.explanation is None and told == []
 
 
@@ -385,11 +385,11 @@ def test_controls_keep_to_their_budget_and_are_announced_before_they_run(tmp_pat
     folder = make_checkpoint(tmp_path / "model", edit=case.plant)
     for budget in (0, 1, 3):
         told: list[str] = []
-        run = diagnose(str(folder), load_settings(None, {"budget": budget}), TOKEN, announce=told.append)
+        run = diagnose(str(folder), load_settings(None, {"budget": budget}), TOKEN, announce=told.append).run
         assert run.explanation is not None
         assert len(run.explanation.controls) == budget and len(told) == (budget > 0)
         assert all(f"beyond --budget {budget}" in line for line in run.explanation.left_out)
-    assert diagnose(str(folder), load_settings(None, {"explain": False}), TOKEN).explanation is None
+    assert diagnose(str(folder), load_settings(None, {"explain": False}), TOKEN).run.explanation is None
 
 
 def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

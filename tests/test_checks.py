@@ -7,8 +7,7 @@ from builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overf
 
 from qwen_precision.judge.checks import CHECKS, judge
 from qwen_precision.judge.findings import Limits
-from qwen_precision.record.run import Reseed, Site
-from qwen_precision.record.weights import Weight
+from qwen_precision.record.run import Reseed, Site, Weight
 
 
 def test_there_are_checks_and_each_says_what_it_does() -> None:

@@ -436,7 +436,7 @@ def run_python(code: str) -> str:
 
 
 def test_help_and_report_never_import_torch(demo_run, tmp_path: Path) -> None:
-    from qwen_precision.record.run import save
+    from qwen_precision.record.file import save
 
     save(demo_run, tmp_path / "run.json")
     for arguments in (["--help"], ["probe", "--help"], ["report", "--help"], ["report", str(tmp_path / "run.json")]):
@@ -452,7 +452,7 @@ def test_the_version_is_shown(capsys: Capture) -> None:
 
 
 def test_an_output_that_is_an_input_is_refused_and_the_input_stays(broken: Path, demo_run, capsys: Capture) -> None:
-    from qwen_precision.record.run import save
+    from qwen_precision.record.file import save
 
     save(demo_run, Path("run.json"))
     Path("prompts.txt").write_text("Hello\n")
@@ -473,7 +473,7 @@ def test_an_output_that_is_a_link_is_followed_and_a_pipe_is_never_replaced(demo_
     import os
     import threading
 
-    from qwen_precision.record.run import save
+    from qwen_precision.record.file import save
 
     save(demo_run, Path("run.json"))
     Path("link").symlink_to("target.txt")
@@ -545,7 +545,7 @@ def test_no_reference_leaves_fp32_out_unless_it_is_asked_for(capsys: Capture) ->
 def test_a_terminal_without_unicode_still_gets_the_table(demo_run, tmp_path: Path) -> None:
     import os
 
-    from qwen_precision.record.run import save
+    from qwen_precision.record.file import save
 
     save(demo_run, tmp_path / "run.json")
     done = subprocess.run(

@@ -101,7 +101,7 @@ def test_several_prompts_are_one_left_padded_batch(capsys: Capture) -> None:
 
 
 def test_stream_prints_tokens_as_they_come(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qwen_precision.terminal as terminal
+    import qwen_precision.cli.terminal as terminal
 
     pieces, whole = [], terminal.result
     monkeypatch.setattr(terminal, "result", lambda text: (pieces.append(text), whole(text))[0])
@@ -111,8 +111,9 @@ def test_stream_prints_tokens_as_they_come(capsys: Capture, monkeypatch: pytest.
 
 
 def test_a_streamed_character_of_several_tokens_is_printed_whole() -> None:
-    import qwen_precision.terminal as terminal
     from transformers import AutoTokenizer
+
+    import qwen_precision.cli.terminal as terminal
 
     tokenizer, sink = AutoTokenizer.from_pretrained(DEMO), io.StringIO()
     text = "naïve 漢字 🙂 and a tail that is long enough to go past what is kept"
@@ -130,7 +131,7 @@ def test_streamed_text_is_whole_where_a_token_ends_in_the_middle_of_a_character(
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return b"".join(self.pieces[each] for each in ids).decode(errors="replace")
 
-    import qwen_precision.terminal as terminal
+    import qwen_precision.cli.terminal as terminal
 
     sink = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, terminal.streaming() as (_, on_token):
@@ -355,16 +356,16 @@ def test_more_tokens_than_the_context_holds_are_cut_and_that_is_told(capsys: Cap
 
 
 def test_ctrl_c_saves_what_was_generated(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    import qwen_precision.decode as decode
+    import qwen_precision.generate.decode as decode
 
-    accept = decode.Decoder._accept
+    accept = decode.Session._accept
 
     def interrupted(self: Any, state: Any, drawn: Any) -> None:
         if state.step == 2:
             raise KeyboardInterrupt
         accept(self, state, drawn)
 
-    monkeypatch.setattr(decode.Decoder, "_accept", interrupted)
+    monkeypatch.setattr(decode.Session, "_accept", interrupted)
     assert main(["generate", "demo", "--dtype", "fp32"]) == 3
     saved = json.loads(Path("qprec-gen.json").read_text())
     assert saved["stopped"] == "interrupted" and len(saved["generation"]["rows"][0]["ids"]) == 2

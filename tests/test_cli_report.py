@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qwen_precision.cli.app import main
 from qwen_precision.errors import QprecError
 from qwen_precision.judge.checks import judge
-from qwen_precision.record.run import load, parse, save, to_json
+from qwen_precision.record.file import load, parse, save, to_json
 from qwen_precision.render import FORMATS, one
 from qwen_precision.render.schema import report_schema
 from qwen_precision.settings.config import configs_folder
@@ -206,7 +206,7 @@ def test_one_member_that_does_not_belong_spoils_a_good_bundle(capsys: Capture) -
 
 
 def test_a_bomb_is_refused_by_what_it_unpacks_to(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    import qwen_precision.bundle as bundle
+    import qwen_precision.report.bundle as bundle
 
     monkeypatch.setattr(bundle, "MAX_BYTES", 2 * 1024 * 1024)
     Path("b.zip").write_bytes(zipped({"run.json": b" " * 50_000_000}))

@@ -159,7 +159,7 @@ def swept(
     folder: Path | str, prompts: list[PromptSpec] | None = None, state: Path | None = None, **settings: Any
 ) -> Any:
     specs = prompts or [PromptSpec(name="plain", text="abc")]
-    return diagnose(str(folder), load_settings(None, {"explain": False, **settings}), specs, sweep_file=state)
+    return diagnose(str(folder), load_settings(None, {"explain": False, **settings}), specs, sweep_file=state).run
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])

@@ -10,7 +10,8 @@ from generation import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plant, run, s
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
-from qwen_precision.record.run import Run, load, save, to_json
+from qwen_precision.record.file import load, save, to_json
+from qwen_precision.record.run import Run
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 NAN = float("nan")
@@ -494,7 +495,7 @@ def test_the_length_of_the_generation_config_counts_the_prompt(healthy: Path, tm
 def test_only_one_position_of_logits_is_computed_and_a_row_alone_has_no_padding(
     healthy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qwen_precision.lanes as lanes
+    import qwen_precision.model.loaded as lanes
 
     shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     load = lanes.Models._load
@@ -517,7 +518,7 @@ def test_only_one_position_of_logits_is_computed_and_a_row_alone_has_no_padding(
 
 def test_a_lane_whose_rows_are_all_over_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row fails and goes on in bf16; when the others have ended, the fp16 weights are given back."""
-    from qwen_precision.generate.lanes import Models as Store
+    from qwen_precision.model.loaded import Models as Store
 
     released, release = [], Store.release
 
@@ -572,7 +573,7 @@ def test_out_of_memory_keeps_what_was_generated() -> None:
 def test_a_second_dtype_that_does_not_fit_ends_only_the_row_that_needs_it(
     healthy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qwen_precision.lanes as lanes
+    import qwen_precision.model.loaded as lanes
 
     plant(monkeypatch, nan_at(2, row=1))
     clean_free, calls = lanes.free_bytes, []

@@ -15,8 +15,9 @@ from builders import a_pass, a_run, exclamation_run, healthy_run, recovered_run
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
+from qwen_precision.record.file import load, save, to_json
 from qwen_precision.record.packing import LARGE, pack_column
-from qwen_precision.record.run import SCHEMA, Run, Site, load, save, to_json
+from qwen_precision.record.run import SCHEMA, Run, Site
 from qwen_precision.record.upgrades import UPGRADES
 
 
@@ -250,7 +251,7 @@ def test_a_damaged_packed_column_is_refused_with_its_key(column: str, tmp_path: 
 
 
 def test_a_packed_column_is_never_unpacked_beyond_what_a_record_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    import qwen_precision.packing as packing
+    import qwen_precision.record.packing as packing
 
     bomb = base64.b64encode(zlib.compress(b"\0" * 50_000_000)).decode()
     with pytest.raises(ValueError, match="larger than a record may hold"):
@@ -288,7 +289,7 @@ def test_half_characters_are_made_whole_so_that_every_format_can_be_written(tmp_
 
 
 def test_a_file_without_an_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import qwen_precision.record as record
+    import qwen_precision.record.file as record
 
     monkeypatch.setattr(record, "MAX_BYTES", 1000)
     with pytest.raises(QprecError, match="not a qprec record"):

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
+from qwen_precision.judge.needs import moved
 from qwen_precision.judge.nextcommand import next_rescue
-from qwen_precision.judge.rescued import moved
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.qwen3.names import name_of
 from qwen_precision.record.generation import Stretch
@@ -536,7 +536,7 @@ def test_the_next_command_makes_the_same_plan(tmp_path: Path) -> None:
 def test_generate_recovers_in_fp16_itself_and_loads_no_second_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     from generation import run as generated
 
-    from qwen_precision.generate.lanes import Models
+    from qwen_precision.model.loaded import Models
 
     loaded: list[str] = []
     original = Models._load

@@ -19,9 +19,10 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import append, check_writable, write_atomically
 from qwen_precision.judge.checks import judge
-from qwen_precision.judge.findings import FAIL_ON, rescue_exit_code
+from qwen_precision.judge.findings import Report, rescue_exit_code
 from qwen_precision.judge.nextcommand import next_command, next_rescue
-from qwen_precision.record.run import Run, save
+from qwen_precision.record.file import save
+from qwen_precision.record.run import Run
 from qwen_precision.render import View
 from qwen_precision.report import view as reporting
 from qwen_precision.settings.config import (
@@ -33,6 +34,7 @@ from qwen_precision.settings.config import (
     load_settings,
 )
 from qwen_precision.settings.guards import ON_FAILURE, load_guards
+from qwen_precision.settings.levels import FAIL_ON
 
 app = typer.Typer(
     name="qprec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -127,12 +129,12 @@ def probe(
     if rescue_to is not None:
         target = Target(rescue_to, rescue_dtype or RESCUE_DTYPES[0], force, keep_unverified)
     with terminal.progress() as (progress, _):
-        run = diagnose(
+        report = diagnose(
             model, settings, specs, revision, target, progress, terminal.note, lambda measured: _save(measured, output),
             output.with_name(f"{output.name}.sweep"),
         )  # fmt: skip
-    _save(run, output)
-    _show(run, output, settings.fail_on, rescue_to is not None)
+    _save(report.run, output)
+    _show(report, output, settings.fail_on, rescue_to is not None)
 
 
 _saved: list[Path] = []
@@ -169,9 +171,8 @@ def _specs(texts: list[str] | None, file: str | None, instead: list[str]) -> Any
     return read_prompts(texts or ([] if file is not None else instead), file)
 
 
-def _show(run: Run, path: Path, fail_on: str, rescued: bool = False) -> NoReturn:
+def _show(report: Report, path: Path, fail_on: str, rescued: bool = False) -> NoReturn:
     """The table, what to do next, and the exit code of a run that was just made, or of the rescue asked for."""
-    report = judge(run, reporting.limits(run.settings))
     terminal.result(str(terminal.render(View((report,), fail_on), "table")))
     terminal.note(f"saved {path}; show it again with: qprec report {shlex.quote(str(path))}")
     command = next_command(report, shlex.quote(str(path)))
@@ -180,7 +181,7 @@ def _show(run: Run, path: Path, fail_on: str, rescued: bool = False) -> NoReturn
     rescue = next_rescue(report, shlex.quote(str(path)))
     if rescue is not None and not rescued:
         terminal.note(f"make it safe in fp16 with: {rescue}")
-    if rescued and (run.rescue is None or run.rescue.exported is None):
+    if rescued and (report.run.rescue is None or report.run.rescue.exported is None):
         terminal.note("no rescaled checkpoint was written")
     raise typer.Exit(rescue_exit_code(report, fail_on) if rescued else report.exit_code(fail_on))
 
@@ -247,7 +248,7 @@ def generate(
     with terminal.streaming() if stream else terminal.progress() as (progress, on_token):
         run = run_it(model, settings, chosen, specs, revision, probe_run, progress, on_token)
     _save(run, output)
-    _show(run, output, fail_on)
+    _show(judge(run), output, fail_on)
 
 
 @app.command()

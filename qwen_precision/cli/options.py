@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen_precision.judge.findings import FAIL_ON
 from qwen_precision.settings.config import ATTENTION, RESCUE_DTYPES, SWEEPS
+from qwen_precision.settings.levels import FAIL_ON
 
 
 def one_of(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwen_precision.errors import QprecError
+from qwen_precision.progress import Progress
 from qwen_precision.render import FORMATS, View
 from qwen_precision.render.text import safe
 
@@ -47,16 +48,19 @@ def note(text: str) -> None:
     _stderr().print(safe(text, 10_000), markup=False, style="dim")
 
 
-Show = Callable[[int, int, str], None]
 OnToken = Callable[[Any, int, int], None]
 
 
 @contextmanager
-def progress() -> Iterator[tuple[Show, OnToken]]:
+def progress() -> Iterator[tuple[Progress, OnToken]]:
     """A bar on stderr; nothing at all where stderr is not a terminal. Tokens are not shown."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.TimeElapsedColumn(),
+    )
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("opening the checkpoint", total=None)
 
         def show(done: int, total: int, what: str) -> None:
@@ -110,7 +114,7 @@ class _Stream:
 
 
 @contextmanager
-def streaming() -> Iterator[tuple[Show, OnToken]]:
+def streaming() -> Iterator[tuple[Progress, OnToken]]:
     """Tokens on stdout as they come, as text; no bar beside them."""
     stream = _Stream()
     try:

@@ -1,13 +1,12 @@
 """Token ids run once more in one dtype, all together: what control runs and searches for triggers need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.probe.run import Job, job_for, measure
+from qwen_precision.progress import Progress
 from qwen_precision.record.run import Prompt, Row, Run
 from qwen_precision.settings.prompts import as_text
-
-Progress = Callable[[int, int, str], None]
 
 
 def run_again(

@@ -4,7 +4,7 @@ All controls of one dtype and attention go through the layers together, so a str
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
@@ -13,19 +13,16 @@ import torch
 from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.generate.lanes import Models
-from qwen_precision.judge.checks import judge
 from qwen_precision.judge.controls import Planned, asked, planned
-from qwen_precision.judge.findings import Limits, Report
+from qwen_precision.judge.findings import Report
+from qwen_precision.model.encode import encode
+from qwen_precision.model.loaded import Models
 from qwen_precision.model.machine import out_of_memory
-from qwen_precision.probe.plan import encode
 from qwen_precision.probe.run import Job
+from qwen_precision.progress import Announce, Progress, said
 from qwen_precision.record.explanation import Continuation, Control, ControlKind, Explanation
 from qwen_precision.record.run import Run
 from qwen_precision.settings.prompts import PromptSpec, has_template, tokenise
-
-Progress = Callable[[int, int, str], None]
-Announce = Callable[[str], None]
 
 NEW_TOKENS = 16
 """Length of the greedy continuations that are compared."""
@@ -33,19 +30,19 @@ _PROMPTS = 4
 """Prompts that are continued."""
 
 
-def explained(job: Job, run: Run, progress: Progress, announce: Announce) -> Run:
+def explained(job: Job, report: Report, run: Run, progress: Progress, announce: Announce) -> Run:
     """The run with what tells its causes apart, as its settings ask: after a failure unless told not to.
 
     Args:
         job: that the run was made with.
-        run: whole or not; one that stopped early is not looked into.
+        report: what was measured, judged; one that stopped early is not looked into.
+        run: the same with what has been added to it since.
         progress: as for ``probe``.
         announce: called with a sentence before controls run.
     """
     wish = job.settings.explain
     if wish is False or run.stopped is not None:
         return run
-    report = judge(run, Limits(job.settings.near_overflow, job.settings.underflow_share))
     wanted = planned(report, _templates(job, report))
     damaged = sorted({weight.file for weight in run.weights if weight.nan or weight.inf})
     if not wish and not wanted and not damaged:
@@ -111,7 +108,9 @@ def _run_controls(job: Job, controls: Sequence[Planned], made: Explanation, prog
         members = list(group)
         try:
             with _full_reduction() if full else nullcontext():
-                run = run_again(job, dtype, [each.ids for each in members], _said(progress), attention or None)
+                run = run_again(
+                    job, dtype, [each.ids for each in members], said("controls", progress), attention or None
+                )
         except QprecError as error:
             made.left_out.extend(f"{dtype}: {each.what}: {error}" for each in members)
             continue
@@ -139,10 +138,6 @@ def _full_reduction() -> Iterator[None]:
     finally:
         for name, value in zip(names, before, strict=True):
             setattr(flags, name, value)
-
-
-def _said(progress: Progress) -> Progress:
-    return lambda done, total, what: progress(done, total, f"controls: {what}")
 
 
 def _hash(job: Job, file: str, progress: Progress) -> str:

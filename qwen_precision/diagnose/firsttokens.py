@@ -20,15 +20,16 @@ from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
+from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.skeleton import build, decoder_layers, layer_calls, move_buffers, path_of, run_layer
-from qwen_precision.model.weightcheck import WeightCheck, torch_dtype
-from qwen_precision.model.weights import Scratch, WeightStore
+from qwen_precision.model.weightcheck import WeightCheck
+from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.run import Job
+from qwen_precision.progress import Progress
 from qwen_precision.record.explanation import Sweep, Swept
 from qwen_precision.record.parts import in_words, rounded
 from qwen_precision.settings.prompts import as_text
-
-Progress = Callable[[int, int, str], None]
+from qwen_precision.torch_dtypes import torch_dtype
 
 AT_ONCE = 2048
 """Sequences that go through a layer together."""
@@ -269,39 +270,3 @@ def _confirmed(job: Job, dtype: str, worst: list[Swept], progress: Progress) -> 
 
 
 # -- lengths ---------------------------------------------------------------------------------------------------
-
-_SECTIONS = 7
-"""Lengths tried together: all go through the layers at once."""
-
-
-def lengths(job: Job, dtype: str, prompt: str, ids: Sequence[int], progress: Progress) -> Sweep:
-    """The shortest prefix of a failing row that fails, and the longest that is clean, taking failure to be monotone.
-
-    Args:
-        job, dtype: to run in.
-        prompt: its name.
-        ids: of the row.
-        progress: as for ``probe``.
-
-    Raises:
-        QprecError: a pass could not be finished.
-    """
-    started = time.perf_counter()
-    clean, failing, tried = 0, len(ids) + 1, 0
-    while failing - clean > 1:
-        gap = failing - clean
-        steps = sorted({clean + max(1, gap * part // (_SECTIONS + 1)) for part in range(1, _SECTIONS + 1)})
-        if not tried:
-            steps = sorted({*steps, len(ids)})  # alone, without its batch, the row may not fail at all
-        run = run_again(job, dtype, [ids[:length] for length in steps], progress)
-        if run.stopped is not None:
-            raise QprecError(run.stopped)
-        result, tried = outcomes(run), tried + len(steps)
-        failing = next((length for n, length in enumerate(steps) if not result[n]), failing)
-        clean = max([clean, *(length for n, length in enumerate(steps) if result[n] and length < failing)])
-    fails = failing <= len(ids)
-    return Sweep(
-        kind="length", dtype=dtype, tried=tried, total=tried, layers=0, over=0, worst=[], prompt=prompt,
-        shortest_failing=failing if fails else None, longest_clean=clean,
-        seconds=round(time.perf_counter() - started, 3),
-    )  # fmt: skip

@@ -6,24 +6,34 @@ from pathlib import Path
 from qwen_precision.diagnose.explain import explained
 from qwen_precision.diagnose.firsttokens import held_state
 from qwen_precision.diagnose.triggers import swept, texts_of
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.findings import Report
 from qwen_precision.probe.run import measure, prepare
+from qwen_precision.progress import Announce, Progress, silent
 from qwen_precision.record.run import Run
 from qwen_precision.rescue.deliver import Target, delivered
 from qwen_precision.rescue.export import check_folder
-from qwen_precision.rescue.plan import Finals
+from qwen_precision.rescue.plan import wanted, with_plan
+from qwen_precision.rescue.proof import Finals
 from qwen_precision.settings.config import ProbeSettings
 from qwen_precision.settings.prompts import PromptSpec
 
-Progress = Callable[[int, int, str], None]
-
 
 def diagnose(
-    source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None = None,
-    target: Target | None = None, progress: Progress = lambda done, total, what: None,
-    announce: Callable[[str], None] = lambda sentence: None, on_measured: Callable[[Run], None] = lambda run: None,
+    source: str,
+    settings: ProbeSettings,
+    specs: Sequence[PromptSpec],
+    revision: str | None = None,
+    target: Target | None = None,
+    progress: Progress = silent,
+    announce: Announce = lambda sentence: None,
+    on_measured: Callable[[Run], None] = lambda run: None,
     sweep_file: Path | None = None,
-) -> Run:  # fmt: skip
+) -> Report:
     """Probe a checkpoint, tell why it fails, and rescue it.
+
+    What was measured is judged once; the plan of a rescue, the controls and the search for triggers all start from
+    that report. Only what they add to the run is judged again.
 
     Args:
         source, settings, specs, revision, progress: as for ``probe``.
@@ -42,13 +52,16 @@ def diagnose(
     if target is not None:
         check_folder(target.folder, job.checkpoint.folder, target.force)
     before = Finals()
-    run = measure(job, progress, before if target is not None else None)
+    measured = judge(measure(job, progress, before if target is not None else None))
+    run = measured.run
+    if wanted(measured):
+        run = with_plan(run, job.checkpoint, settings.rescue_margin, progress)
     on_measured(run)
-    run = explained(job, run, progress, announce)
+    run = explained(job, measured, run, progress, announce)
     if settings.sweep is not None and run.unfinished is None:
         on_measured(run)
-        run = swept(job, run, texts, sweep_file, progress, announce)
+        run = swept(job, measured, run, texts, sweep_file, progress, announce)
     if target is not None and run.unfinished is None:
         on_measured(run)
         run = delivered(job, run, before, specs, target, progress)
-    return run
+    return measured if run is measured.run else judge(run)

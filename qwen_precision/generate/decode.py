@@ -5,37 +5,43 @@ processors, warpers and stopping criteria are transformers' own. With no guard f
 transformers' own loop does, and the tokens are the same.
 
 A step: every lane gives its rows' logits; one token a row is drawn; one copy to the host says how it went. If a
-row's logits were bad, the random state is put back, the row is mended (``mend.py``), and the step is drawn again:
-the other rows come out as before, bit for bit.
+row's logits were bad, the random state is put back, the row is repaired (``repair.py``) or recovered (``recover.py``),
+and the step is drawn again: the other rows come out as before, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen_precision.generate.draw import Chooser, Drawn, sampling_error
-from qwen_precision.generate.lanes import Lane, Models
-from qwen_precision.generate.look import nearly_uniform
-from qwen_precision.generate.mend import Mender, Step
+from qwen_precision.generate.lanes import Lane
+from qwen_precision.generate.look import Look, nearly_uniform
+from qwen_precision.generate.recover import Recovery
+from qwen_precision.generate.repair import Repair, Step
+from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import RowState
 from qwen_precision.generate.stopwatch import Stopwatch
+from qwen_precision.generate.trips import Trips
 from qwen_precision.judge.degenerate import at_the_end
-from qwen_precision.record.generation import LogitsCost, SamplingError, Trip, bad_trips, mended_steps
+from qwen_precision.model.loaded import Models
+from qwen_precision.progress import Progress
+from qwen_precision.record.generation import FILTERED, LogitsCost, SamplingError, bad_trips, mended_steps
 from qwen_precision.settings.guards import GuardSettings
 
-Progress = Callable[[int, int, str], None]
 OnToken = Callable[[int, int], None]
 """Called with row and id of each accepted token."""
 
 
 class Decoder:
-    """One guarded generation; what it has so far can be read at any time, also after an exception.
+    """The decoding method that ``model.generate`` calls; what was decoded so far can be read at any time.
 
     Args:
         models: where models in other dtypes come from.
+        rescaler: where rescaled ones come from.
         dtype: the first dtype.
         guards: what may intervene.
         progress: called with (step, steps at most, what is being done).
@@ -43,46 +49,78 @@ class Decoder:
     """
 
     def __init__(
-        self, models: Models, dtype: str, guards: GuardSettings, progress: Progress, on_token: OnToken
+        self,
+        models: Models,
+        rescaler: Rescaler,
+        dtype: str,
+        guards: GuardSettings,
+        progress: Progress,
+        on_token: OnToken,
     ) -> None:
-        self._models, self._dtype, self._guards = models, dtype, guards
-        self._progress, self._on_token = progress, on_token
-        self.rows: list[RowState] = []
-        self.trips: list[Trip] = []
-        self.error: SamplingError | None = None
-        self._first: tuple[int, int] | None = None
-        self.config: Any = None
-        """The generation config as transformers prepared it, its own defaults filled in."""
-        self._were_going: list[bool] = []
+        self.models, self.rescaler, self.dtype, self.guards = models, rescaler, dtype, guards
+        self.progress, self.on_token = progress, on_token
+        self.session: Session | None = None
+        """What is being decoded; None until transformers has prepared everything."""
 
     def __call__(
-        self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
-        generation_config: Any, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """The decoding method: ids in, ids with the continuation out; called by ``model.generate``."""
         # Not an argument of its own: transformers would take it out of what it prepares.
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        self.rows = [RowState(row) for row in range(len(input_ids))]
+        self.session = Session(self, input_ids, mask, logits_processor, stopping_criteria, generation_config)
+        return self.session.run(model)
+
+
+class Session:
+    """One guarded generation.
+
+    Args:
+        given: the decoder, with everything that does not depend on the prompt.
+        ids: ``[batch, prompt]``, padding included.
+        mask: ``[batch, prompt]`` 1 at tokens, 0 at padding.
+        processors: transformers' prepared logits processors, warpers included.
+        criteria: transformers' prepared stopping criteria.
+        config: the generation config as transformers prepared it, its own defaults filled in.
+    """
+
+    def __init__(self, given: Decoder, ids: Tensor, mask: Tensor, processors: Any, criteria: Any, config: Any) -> None:
+        self._dtype, self._guards = given.dtype, given.guards
+        self._progress, self._on_token = given.progress, given.on_token
+        self._prompt, self.config = ids, config
+        self.rows = [RowState(row) for row in range(len(ids))]
         for state in self.rows:
             state.moved(self._dtype)
-        self._prompt, self.config = input_ids, generation_config
-        self._eos = set(_listed(generation_config.eos_token_id))
-        self._watch = Stopwatch(input_ids.device)
-        choose = Chooser(
-            logits_processor, stopping_criteria, bool(generation_config.do_sample),
-            next(iter(_listed(generation_config.pad_token_id)), 0), self._guards.watch.enabled,
-        )  # fmt: skip
-        self._mender = Mender(self._guards, self._models, self._dtype, mask, generation_config, self.trips)
-        self._mender.begin(input_ids)
+        self.trips = Trips(self._guards.act)
+        self.error: SamplingError | None = None
+        self._first: tuple[int, int] | None = None
+        self._were_going: list[bool] = []
+        self._eos = set(_listed(config.eos_token_id))
+        self._watch = Stopwatch(ids.device)
+        pad = next(iter(_listed(config.pad_token_id)), 0)
+        self._choose = Chooser(processors, criteria, bool(config.do_sample), pad, self._guards.watch.enabled)
+        self._repair = Repair(self._guards, config, self.trips)
+        self._recovery = Recovery(
+            self._guards, given.models, given.rescaler, self._dtype, self.rows, ids, mask, self.trips
+        )
+
+    def run(self, model: Any) -> Tensor:
+        """Decode until every row is over; gives the ids with the continuation."""
         with ExitStack() as decoding:
-            ids = self._step(input_ids, choose)
+            ids = self._step(self._prompt)
             # On a GPU transformers decodes the experts of a MoE layer in another way than it prefills them.
             optimised = getattr(model, "_optimize_model_for_decode", None)
             if optimised is not None and self._unfinished():
                 decoding.enter_context(optimised())
             while self._unfinished():
-                ids = self._step(ids, choose)
+                ids = self._step(ids)
         return ids
 
     @property
@@ -98,26 +136,49 @@ class Decoder:
 
     # -- one step ----------------------------------------------------------------------------------------------
 
-    def _step(self, ids: Tensor, choose: Chooser) -> Tensor:
+    def _step(self, ids: Tensor) -> Tensor:
         number, limit = ids.shape[1] - self._prompt.shape[1], self.config.max_length - self._prompt.shape[1]
         self._progress(number, limit, f"token {number + 1} of at most {limit}")
         raw = self._logits(ids)
         dice = _dice(ids.device) if self.config.do_sample else None
-        longer, drawn = choose(ids, raw, self._going(ids))
+        longer, drawn = self._choose(ids, raw, self._going(ids))
         step = Step(ids, raw, drawn, set(), {})
         while bad := [state for state in self._unfinished() if self._is_bad(step, state)]:
-            if not self._mender.mend(step, bad, self.rows):
+            if not self._mend(step, bad):
                 break
             if dice is not None:
                 _roll_back(dice, ids.device)
-            longer, step.drawn = choose(ids, step.raw, self._going(ids), step.forced)
+            longer, step.drawn = self._choose(ids, step.raw, self._going(ids), step.forced)
         if self.config.do_sample and self._refused(step):
             return longer
         for state in self._unfinished():
             self._accept(state, step.drawn[state.row])
-        if len(self._mender.lanes) > 1 and self._unfinished():
-            self._mender.drop_idle(self.rows)
+        if len(self._recovery.lanes) > 1 and self._unfinished():
+            self._recovery.drop_idle()
         return longer
+
+    def _mend(self, step: Step, bad: Sequence[RowState]) -> bool:
+        """What the guards may do about the bad rows: repair each, recover the rest; is anything different now?"""
+        failed: list[tuple[RowState, Look]] = []
+        changed = False
+        for state in bad:
+            lane = self._recovery.owner[state.row]
+            seen, kind = self._repair.look(step, state, partial(lane.poisoned, state.row))
+            if kind is None:
+                step.settled.add(state.row)  # a closer look cleared it
+            elif self._repair.repair(step, state, seen, kind):
+                changed = self._guards.act or changed
+            elif kind in FILTERED:
+                self._recovery.end(state, seen, "another dtype would change nothing about what the processors did")
+                changed = state.finish is not None or changed
+            else:
+                failed.append((state, seen))
+        if failed and self._guards.recover.enabled:
+            changed = self._recovery.recover(step, failed) or changed
+        # What was not mended now will not be in this step; what was only reported is not looked at again.
+        step.settled.update(state.row for state in bad if not self._guards.act)
+        step.settled.update(state.row for state, _ in failed)
+        return changed
 
     def _unfinished(self) -> list[RowState]:
         return [state for state in self.rows if state.finish is None]
@@ -141,7 +202,9 @@ class Decoder:
     def _logits(self, ids: Tensor) -> Tensor:
         """``[batch, vocabulary]`` raw logits of this step; zeros for rows that no lane computes any more."""
         fresh = self._go_back(ids)
-        parts = fresh + [(lane, lane.forward(ids)) for lane in self._mender.lanes if lane not in [f[0] for f in fresh]]
+        parts = fresh + [
+            (lane, lane.forward(ids)) for lane in self._recovery.lanes if lane not in [f[0] for f in fresh]
+        ]
         upcast = self._guards.float32_logits.enabled or len({lane.dtype for lane, _ in parts}) > 1
         with self._watch:
             ready = [(lane, logits.to(torch.float32) if upcast else logits) for lane, logits in parts]
@@ -152,7 +215,7 @@ class Decoder:
         raw = ready[0][1].new_zeros((len(self.rows), ready[0][1].shape[-1]))
         for lane, logits in ready:
             for number, row in enumerate(lane.rows):
-                if self._mender.owner[row] is lane:
+                if self._recovery.owner[row] is lane:
                     raw[row] = logits[number]
         return raw
 
@@ -162,7 +225,7 @@ class Decoder:
             return []
         due = [s for s in self._unfinished() if s.dtype != self._dtype and not s.stays
                and s.since() >= settings.return_after]  # fmt: skip
-        return self._mender.go_back(ids, due, self.rows) if due else []
+        return self._recovery.go_back(ids, due) if due else []
 
     def _refused(self, step: Step) -> bool:
         """Whether torch would refuse to draw: then everything ends here, as it does in transformers."""
@@ -201,11 +264,15 @@ class Decoder:
         acted = self._guards.act and (bool(made_by) or limits.stop_loops)
         cause = "bad logits made it" if made_by else "the logits were healthy" if self._guards.watch.enabled else (
             "whether the logits were bad was not watched")  # fmt: skip
-        self.trips.append(Trip(
-            step=state.step - 1, row=state.row, guard="degenerate", kind=found.kind, dtype=state.dtype,
-            why=f"{found.length} tokens from step {start} on are a {found.kind}; {cause}", acted=acted,
-            before={"start": start, "length": found.length, "period": found.period}, after={},
-        ))  # fmt: skip
+        self.trips.write(
+            state,
+            "degenerate",
+            found.kind,
+            f"{found.length} tokens from step {start} on are a {found.kind}; {cause}",
+            {"start": start, "length": found.length, "period": found.period},
+            step=state.step - 1,
+            acted=acted,
+        )
         if acted:
             state.finish = "degenerate"
 

@@ -3,27 +3,29 @@
 The measurement is a probe of those tokens, a layer at a time, so that nothing but one layer is ever held in fp32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 
+from qwen_precision.dtypes import RESCUED
 from qwen_precision.errors import QprecError
-from qwen_precision.judge.needs import DTYPE
 from qwen_precision.model.folder import Checkpoint
-from qwen_precision.model.weightcheck import torch_dtype
-from qwen_precision.probe.run import job_for, measure, with_plan
-from qwen_precision.qwen3.rescaling import Rescaling
-from qwen_precision.record.rescue import Rescue
+from qwen_precision.model.loaded import Models
+from qwen_precision.probe.run import job_for, measure
+from qwen_precision.record.rescue import Rescaling, Rescue
 from qwen_precision.record.run import Prompt, Row
-from qwen_precision.rescue.plan import can_plan, rescaled_store
+from qwen_precision.rescue.plan import can_plan, with_plan
+from qwen_precision.rescue.proof import rescaled_store
 from qwen_precision.settings.config import ProbeSettings
+from qwen_precision.torch_dtypes import torch_dtype
 
 
 class Rescaler:
     """Plans a rescaling from token ids, and loads the model with it.
 
     Args:
+        models: where the rescaled models are kept.
         checkpoint: a checked checkpoint of a model that can be rescaled (``rescue.unsupported`` says).
         device: asked for, in the user's words.
         attention: ``sdpa``, ``eager``, or None for what transformers would choose.
@@ -32,14 +34,44 @@ class Rescaler:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str, attention: str | None, margin: float, tell: Callable[[str], None]
+        self,
+        models: Models,
+        checkpoint: Checkpoint,
+        device: str,
+        attention: str | None,
+        margin: float,
+        tell: Callable[[str], None],
     ) -> None:
+        self._models, self._rescalings = models, dict[str, Rescaling]()
         self._checkpoint, self._device, self._attention, self._tell = checkpoint, device, attention, tell
         self._settings = ProbeSettings(
-            dtypes=[DTYPE], device=device, attention=attention, memory="streamed", rescue_margin=margin
+            dtypes=[RESCUED], device=device, attention=attention, memory="streamed", rescue_margin=margin
         )
         self.plan: Rescue | None = None
         """The last one made."""
+
+    def rescale(self, prefixes: Sequence[Sequence[int]], tried: Collection[str], more: float) -> tuple[str, Rescaling]:
+        """Rescaled weights with which these tokens stay inside fp16; gives their name among the models.
+
+        Args:
+            prefixes: token ids, without padding.
+            tried: names of weights with which they failed.
+            more: times the margin that is usual.
+
+        Raises:
+            NoRoom: they do not fit beside what is there.
+            QprecError: no rescaling helps.
+        """
+        rescaling = self.rescaling(prefixes, more)
+        name = next((name for name, held in self._rescalings.items() if held == rescaling), None)
+        if name in tried or rescaling.changes_nothing:
+            raise QprecError(f"{RESCUED} fails although every operation of these tokens is in range when measured")
+        if name is None:
+            name = f"{RESCUED} rescaled" + (f" {len(self._rescalings) + 1}" if self._rescalings else "")
+            self._rescalings[name] = rescaling
+        device = self._models.device
+        self._models.add(name, RESCUED, lambda: self.load(rescaling, device))
+        return name, rescaling
 
     def rescaling(self, prefixes: Sequence[Sequence[int]], more: float = 1.0) -> Rescaling:
         """The powers with which these tokens are inside fp16, with so many times the margin.
@@ -54,8 +86,8 @@ class Rescaler:
         job = job_for(self._checkpoint, self._checkpoint.source, settings, prompts)
         tell = self._tell
         run = measure(job, lambda done, total, what: tell(f"measuring for the rescue: {what}"))
-        if run.stopped is None and run.rescue is None and can_plan(run):
-            run = with_plan(job, run, lambda done, total, what: tell(what))
+        if can_plan(run):
+            run = with_plan(run, self._checkpoint, margin, lambda done, total, what: tell(what))
         if run.stopped == "interrupted" or run.unfinished is not None:
             raise KeyboardInterrupt
         if run.rescue is None:
@@ -72,10 +104,10 @@ class Rescaler:
         Raises:
             QprecError: a shard cannot be read.
         """
-        self._tell(f"loading the rescaled weights in {DTYPE}")
+        self._tell(f"loading the rescaled weights in {RESCUED}")
         model, store = rescaled_store(self._checkpoint, rescaling, self._attention, device, resident=False)
         for name, parameter in list(model.named_parameters()):
-            new = nn.Parameter(store.tensor(name).to(torch_dtype(DTYPE)), requires_grad=False)
+            new = nn.Parameter(store.tensor(name).to(torch_dtype(RESCUED)), requires_grad=False)
             for module in model.modules():  # tied weights are one parameter that two modules hold
                 for key, held in module._parameters.items():
                     if held is parameter:

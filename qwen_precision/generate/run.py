@@ -12,23 +12,24 @@ import torch
 import transformers
 
 from qwen_precision import __version__
-from qwen_precision.dtypes import DTYPES
+from qwen_precision.dtypes import DTYPES, RESCUED
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.generate.decode import Decoder, Progress
-from qwen_precision.generate.lanes import Models
+from qwen_precision.generate.decode import Decoder, Session
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import continuation
 from qwen_precision.generate.sampling import generation_config, looks_like_a_base_model, options
 from qwen_precision.judge.checks import judge
-from qwen_precision.judge.needs import DTYPE as RESCUED
+from qwen_precision.model.encode import encode
 from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
 from qwen_precision.model.hub import locate
+from qwen_precision.model.loaded import Models
 from qwen_precision.model.machine import attention_used, choose_device, environment, out_of_memory
-from qwen_precision.probe.plan import encode
+from qwen_precision.progress import Progress, silent
 from qwen_precision.qwen3.names import name_of, placed
+from qwen_precision.record.file import load
 from qwen_precision.record.generation import Generation, ProbeSummary
 from qwen_precision.record.rescue import Rescue
-from qwen_precision.record.run import Choice, Prompt, Run, load
+from qwen_precision.record.run import Choice, Prompt, Run
 from qwen_precision.rescue.plan import unsupported
 from qwen_precision.settings.config import GenerateSettings
 from qwen_precision.settings.guards import GuardSettings
@@ -61,7 +62,7 @@ def generate(
     specs: Sequence[PromptSpec],
     revision: str | None = None,
     probe_run: Path | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
     on_token: OnToken = lambda tokenizer, row, token: None,
 ) -> Run:
     """Generate with the guards on.
@@ -83,20 +84,27 @@ def generate(
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     started = time.perf_counter()
     job = _prepare(source, settings, guards, specs, revision, probe_run)
-    rescaler = Rescaler(
-        job.checkpoint, settings.device, settings.attention, guards.recover.margin, lambda what: progress(0, 0, what)
-    )
-    models = Models(job.checkpoint, job.device, settings.attention, lambda what: progress(0, 0, what), rescaler)
+
+    def tell(what: str) -> None:
+        progress(0, 0, what)
+
+    models = Models(job.checkpoint, job.device, settings.attention, tell)
+    rescaler = Rescaler(models, job.checkpoint, settings.device, settings.attention, guards.recover.margin, tell)
     model = models.get(settings.dtype)
     loaded = time.perf_counter()
     job.choices.insert(1, attention_used(model, settings.attention))
     decoder = Decoder(
-        models, settings.dtype, guards, progress, lambda row, token: on_token(job.checkpoint.tokenizer, row, token)
+        models,
+        rescaler,
+        settings.dtype,
+        guards,
+        progress,
+        lambda row, token: on_token(job.checkpoint.tokenizer, row, token),
     )
     stopped = _run(job, model, decoder)
     ended = time.perf_counter()
     seconds = {"loading": loaded - started, "generating": ended - loaded, "total": ended - started}
-    return _record(job, model, decoder, stopped, seconds, rescaler.plan)
+    return _record(job, model, decoder.session, stopped, seconds, rescaler.plan)
 
 
 def _prepare(
@@ -170,11 +178,11 @@ def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
             warnings.simplefilter("ignore")  # what they would say is in the choices, or has no effect here
             model.generate(encoded.ids, attention_mask=encoded.mask, custom_generate=decoder)
     except KeyboardInterrupt:
-        if not decoder.rows:
+        if decoder.session is None:
             raise
         return "interrupted"
     except (TypeError, ValueError) as error:
-        if decoder.rows:
+        if decoder.session is not None:
             raise
         raise QprecError(
             f"{job.checkpoint.folder / 'generation_config.json'}: transformers refuses these settings "
@@ -185,33 +193,60 @@ def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
             raise
         return f"out of memory on {job.device}; try a shorter prompt, fewer rows or fewer --max-new-tokens"
     except QprecError as error:
-        if not decoder.rows:
+        if decoder.session is None:
             raise
         return str(error)
     return None
 
 
 def _record(
-    job: _Job, model: Any, decoder: Decoder, stopped: str | None, seconds: dict[str, float], plan: Rescue | None
+    job: _Job, model: Any, session: Session | None, stopped: str | None, seconds: dict[str, float], plan: Rescue | None
 ) -> Run:
-    used = [job.settings.dtype, *(stretch.dtype for state in decoder.rows for stretch in state.stretches),
-            *(trip.dtype for trip in decoder.trips)]  # fmt: skip
-    tokenizer = job.checkpoint.tokenizer
-    rows = [continuation(state, job.inputs[state.row], decoder.trips, tokenizer) for state in decoder.rows]
+    made = _generation(job, session)
+    used = [job.settings.dtype, *(stretch.dtype for row in made.rows for stretch in row.stretches)]
+    used += [trip.dtype for trip in made.trips]
     layers = int(getattr(model.config, "num_hidden_layers", 0))
     return Run(
-        schema_=3, tool=f"qprec {__version__}", verb="generate", stopped=stopped, unfinished=None,
+        tool=f"qprec {__version__}",
+        verb="generate",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        stopped=stopped,
+        unfinished=None,
         model=model_part(job.checkpoint, job.source, type(model).__name__, layers),
-        environment=environment(job.device), settings=job.settings.model_dump(), choices=job.choices,
-        prompts=[job.prompt], dtypes=[name for name in DTYPES if name in used], reference=False,
-        sites=[], wider={}, not_run=[], casts={}, passes=[], weights=[], weight_totals=[],
+        environment=environment(job.device),
+        settings=job.settings.model_dump(),
+        choices=job.choices,
+        prompts=[job.prompt],
+        dtypes=[name for name in DTYPES if name in used],
+        reference=False,
+        sites=[],
+        wider={},
+        casts={},
+        not_run=[],
+        passes=[],
+        weights=[],
+        weight_totals=[],
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        generation=Generation(
-            options=options(decoder.config or job.config, job.settings.seed),
-            guards=job.guards.model_dump(), chat=job.settings.chat,
-            base_model=looks_like_a_base_model(job.checkpoint, job.config), rows=rows, trips=decoder.trips,
-            error=decoder.error, logits=decoder.cost, probe=job.probe,
-        ),
-        rescue=plan, explanation=None, sweep=None,
-    )  # fmt: skip
+        generation=made,
+        rescue=plan,
+        explanation=None,
+        sweep=None,
+    )
+
+
+def _generation(job: _Job, session: Session | None) -> Generation:
+    """What was decoded; nothing where memory ran out before the first step."""
+    trips = session.trips if session is not None else []
+    rows = session.rows if session is not None else []
+    tokenizer = job.checkpoint.tokenizer
+    return Generation(
+        options=options(session.config if session is not None else job.config, job.settings.seed),
+        guards=job.guards.model_dump(),
+        chat=job.settings.chat,
+        base_model=looks_like_a_base_model(job.checkpoint, job.config),
+        rows=[continuation(state, job.inputs[state.row], trips, tokenizer) for state in rows],
+        trips=trips,
+        error=session.error if session is not None else None,
+        logits=session.cost if session is not None else None,
+        probe=job.probe,
+    )

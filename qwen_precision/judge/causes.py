@@ -9,8 +9,7 @@ from qwen_precision.judge.columns import Facts, token_of
 from qwen_precision.judge.controls import is_scores
 from qwen_precision.qwen3.names import name_of
 from qwen_precision.record.explanation import Control
-from qwen_precision.record.run import Event, Pass, Run, Site
-from qwen_precision.record.weights import Weight
+from qwen_precision.record.run import Event, Pass, Run, Site, Weight
 
 CAUSES: dict[str, str] = {
     "dead-in-fp32": "the reference itself is not finite",

@@ -14,11 +14,11 @@ from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.judge import text as textchecks
 from qwen_precision.judge.causes import advice_for, cause_of, weight_cause
 from qwen_precision.judge.columns import Facts, token_of
-from qwen_precision.judge.findings import SEVERITIES, Finding, Headroom, Limits, Report
+from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, limits_of
 from qwen_precision.judge.precision import precision
 from qwen_precision.qwen3.names import layer_of, name_of
-from qwen_precision.record.run import Event, Pass, Run, Site
-from qwen_precision.record.weights import Weight
+from qwen_precision.record.run import Event, Pass, Run, Site, Weight
+from qwen_precision.settings.levels import SEVERITIES
 
 
 def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
@@ -26,10 +26,10 @@ def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
 
     Args:
         run: the facts.
-        limits: from where on something is worth a finding.
+        limits: from where on something is worth a finding; None for those that the run was made with.
         name: of its file, where it is shown beside others.
     """
-    facts = Facts(run, limits or Limits())
+    facts = Facts(run, limits or limits_of(run.settings))
     findings = [finding for check in CHECKS.values() for finding in check(facts)]
     findings.sort(key=_order)
     headroom = {dtype: facts.headroom(dtype) for dtype in run.dtypes}

@@ -1,11 +1,9 @@
 """What judging gives: findings, headroom and the report that holds them. Data only."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qwen_precision.record.run import Run
-
-SEVERITIES = ("info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,16 @@ class Limits:
     """Nats that the next token's distribution may be from fp32's, where the likeliest token differs too."""
     logprob: float = 0.25
     """Nats, root mean square, that a token's log-probability may be from fp32's, then."""
+
+
+def limits_of(settings: dict[str, Any]) -> Limits:
+    """The limits a run was made with; a record from elsewhere may hold anything, then the defaults hold."""
+    default = Limits()
+    near, share = settings.get("near_overflow"), settings.get("underflow_share")
+    return Limits(
+        near if isinstance(near, (int, float)) and near >= 1 else default.near_overflow,
+        share if isinstance(share, (int, float)) and share > 0 else default.underflow_share,
+    )
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,3 @@ def rescue_exit_code(report: Report, fail_on: str) -> int:
     if plan.exported is None or not plan.exported.verified:
         return 1
     return replace(report, verdict={**report.verdict, "fp16": plan.exported.verdict}).exit_code(fail_on)
-
-
-FAILING: dict[str, tuple[str, ...]] = {"fail": ("error",), "risk": ("error", "warning"), "never": ()}
-"""Severities that fail a run, by what it may be failed on."""
-
-FAIL_ON = tuple(FAILING)

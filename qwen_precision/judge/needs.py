@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge.columns import Facts
-from qwen_precision.judge.findings import Headroom
+from qwen_precision.judge.findings import Headroom, Limits
 from qwen_precision.qwen3.names import layer_of, name_of
-from qwen_precision.qwen3.rescaling import GATE_AND_UP, expert_of, moved_by, powers_of
+from qwen_precision.qwen3.rescaling import GATE_AND_UP, Scale, expert_of, moved_by, powers_of
 from qwen_precision.record.rescue import Stuck
-from qwen_precision.record.run import Site
-
-DTYPE = "fp16"
-"""The format that is rescued; bf16 has fp32's range and needs none."""
+from qwen_precision.record.run import Run, Site
 
 FAR = 120
 """More bits than any format has: stands for no need at all, and for room without end."""
@@ -59,7 +58,7 @@ def needs(facts: Facts, margin: float, gate_channels: int) -> Needs:
     found = Needs()
     _weights(facts, found)
     failing = _failing(facts)
-    for row in facts.headroom(DTYPE):
+    for row in facts.headroom(RESCUED):
         site, power = mover(facts, row, gate_channels)
         dead = row.headroom == 0
         if power is None or dead:
@@ -77,7 +76,7 @@ def needs(facts: Facts, margin: float, gate_channels: int) -> Needs:
 
 def _failing(facts: Facts) -> set[int]:
     """Sites at which the fp16 pass itself left the range first."""
-    events = [event for each in facts.passes(DTYPE) for event in each.events if event.nan or event.inf]
+    events = [event for each in facts.passes(RESCUED) for event in each.events if event.nan or event.inf]
     return {event.site for event in events if event.clean_inputs and event.clean_weights}
 
 
@@ -120,7 +119,7 @@ def _weights(facts: Facts, found: Needs) -> None:
     """Weights that no factor reaches, or that are damaged."""
     for weight in facts.run.weights:
         damaged = weight.nan or weight.inf
-        fixed = weight.overflow.get(DTYPE) and not powers_of(weight.name)
+        fixed = weight.overflow.get(RESCUED) and not powers_of(weight.name)
         if not damaged and not fixed:
             continue
         module, _, leaf = weight.parameter.rpartition(".")
@@ -142,3 +141,32 @@ def _least(modules: list[str]) -> list[str]:
 def _order(module: str) -> tuple[int, str]:
     layer = layer_of(module)
     return (FAR * FAR if layer is None else layer), module
+
+
+class Moved(NamedTuple):
+    """One operation, the worst of all layers, in fp16."""
+
+    name: str
+    layer: int | None
+    """Where it has the least headroom before."""
+    before: float
+    after: float
+    """The least of all layers, after."""
+
+
+def moved(run: Run) -> list[Moved]:
+    """Headroom of each operation before and after the planned rescue, the tightest first; nothing without a plan."""
+    if run.rescue is None:
+        return []
+    scale, facts = Scale(run.rescue.rescaling), Facts(run, Limits())
+    found: dict[str, Moved] = {}
+    for row in facts.headroom(RESCUED):  # smallest first
+        site, power = mover(facts, row, run.rescue.gate_channels)
+        exponent = scale.output(site.module, site.op, site.call, site.layer in facts.sparse) if power else 0
+        after = row.headroom * 2.0**-exponent
+        own = run.sites[row.site]
+        name = name_of(own.module, own.op, own.call)
+        first = found.setdefault(name, Moved(name, own.layer, row.headroom, after))
+        if after < first.after:
+            found[name] = first._replace(after=after)
+    return sorted(found.values(), key=lambda each: each.before)

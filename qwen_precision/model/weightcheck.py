@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_precision.dtypes import DTYPES
-from qwen_precision.record.weights import Weight, WeightTotals
+from qwen_precision.record.run import Weight, WeightTotals
+from qwen_precision.torch_dtypes import short_name, torch_dtype
 
 _CHUNK = 1 << 24
 _SIGNIFICANT_BITS = {"fp64": 53, "fp32": 24, "fp16": 11, "bf16": 8}
@@ -21,19 +21,6 @@ _SIGNIFICANT_BITS = {"fp64": 53, "fp32": 24, "fp16": 11, "bf16": 8}
 _EXACT_FROM = np.uint16(2 * torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item() - 1)
 _LARGEST = np.uint16(2 * torch.tensor(65280.0, dtype=torch.bfloat16).view(torch.int16).item())
 _STEP = 1 << 18
-
-_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """qprec's word for a torch dtype; torch's own where qprec has none."""
-    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype for qprec's word."""
-    found: torch.dtype = getattr(torch, DTYPES[name].torch_name)
-    return found
 
 
 class WeightCheck:

@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass, field
 
-from qwen_precision.model.weightcheck import short_name
 from qwen_precision.qwen3.names import layer_of
-from qwen_precision.record.explanation import Massive
+from qwen_precision.record.closeup import Massive
 from qwen_precision.record.parts import rounded
 from qwen_precision.record.run import Event, Pass, Reseed, Site
+from qwen_precision.torch_dtypes import short_name
 from qwen_precision.watcher.inspector import Located
 from qwen_precision.watcher.readings import Reading
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.dtypes import REFERENCE
+from qwen_precision.model.encode import Encoded
+from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.skeleton import path_of
-from qwen_precision.model.weightcheck import torch_dtype
-from qwen_precision.model.weights import Scratch, WeightStore
+from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.logprobs import LogProbs
-from qwen_precision.probe.plan import Encoded, FinalHook, Plan
+from qwen_precision.probe.plan import FinalHook, Plan
 from qwen_precision.probe.watched import Measure
 from qwen_precision.record.parts import rounded
+from qwen_precision.torch_dtypes import torch_dtype
 
 LOGITS_BYTES = 1 << 30
 """Logits of more bytes than this are computed a piece of the tokens at a time."""

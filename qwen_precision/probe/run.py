@@ -1,7 +1,7 @@
 """A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -12,7 +12,7 @@ from torch import nn
 from qwen_precision import __version__
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.judge.findings import Limits
+from qwen_precision.model.encode import Encoded, encode
 from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
 from qwen_precision.model.hub import locate
 from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
@@ -20,14 +20,12 @@ from qwen_precision.model.skeleton import build, decoder_layers, move_buffers
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.collect import Collector
-from qwen_precision.probe.plan import Encoded, FinalHook, Plan, encode
+from qwen_precision.probe.plan import FinalHook, Plan
 from qwen_precision.probe.shadow import Shadow
+from qwen_precision.progress import Progress, silent
 from qwen_precision.record.run import Choice, Prompt, Run
-from qwen_precision.rescue.plan import plan_rescue, wanted
 from qwen_precision.settings.config import ProbeSettings
 from qwen_precision.settings.prompts import PromptSpec, tokenise
-
-Progress = Callable[[int, int, str], None]
 
 SLICE_BYTES = 256 * 1024 * 1024
 """Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""
@@ -56,7 +54,7 @@ def probe(
     settings: ProbeSettings,
     specs: Sequence[PromptSpec],
     revision: str | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
     on_final: FinalHook | None = None,
 ) -> Run:
     """Measure a checkpoint.
@@ -103,23 +101,12 @@ def job_for(
     return Job(source, checkpoint, model, settings, device, resident, prompts, choices, passes, check)
 
 
-def measure(job: Job, progress: Progress = lambda done, total, what: None, on_final: FinalHook | None = None) -> Run:
-    """Run a job; where fp16 turns out to fail or to be at risk, with the plan of a rescue."""
+def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = None) -> Run:
+    """Run a job. What it found is not judged here."""
     started = time.perf_counter()
     stopped = _run(job, progress, on_final)
     job.seconds["total"] = time.perf_counter() - started
-    run = _record(job, stopped)
-    limits = Limits(job.settings.near_overflow, job.settings.underflow_share)
-    return with_plan(job, run, progress) if wanted(run, limits) else run
-
-
-def with_plan(job: Job, run: Run, progress: Progress) -> Run:
-    """The run with the plan of a rescue; without one if it was interrupted."""
-    try:
-        plan = plan_rescue(run, job.checkpoint, job.settings.rescue_margin, progress)
-    except KeyboardInterrupt:
-        return run.model_copy(update={"unfinished": "interrupted while the rescue was planned"})
-    return run.model_copy(update={"rescue": plan})
+    return _record(job, stopped)
 
 
 def _working(model: nn.Module) -> int:
@@ -186,7 +173,6 @@ def _not_run(job: Job) -> list[str]:
 def _record(job: Job, stopped: str | None) -> Run:
     checkpoint = job.checkpoint
     return Run(
-        schema_=3,
         tool=f"qprec {__version__}",
         verb="probe",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

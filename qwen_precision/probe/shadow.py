@@ -20,16 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.model.encode import Encoded
+from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.skeleton import LayerCall, decoder_layers, finish, layer_calls, path_of, run_layer
-from qwen_precision.model.weightcheck import torch_dtype
-from qwen_precision.model.weights import Scratch, WeightStore
+from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
-from qwen_precision.probe.plan import Encoded, FinalHook, Plan
+from qwen_precision.probe.plan import FinalHook, Plan
 from qwen_precision.probe.watched import Measure
-from qwen_precision.record.explanation import Massive
+from qwen_precision.progress import Progress, silent
+from qwen_precision.record.closeup import Massive
 from qwen_precision.record.parts import rounded
 from qwen_precision.record.run import Reseed
+from qwen_precision.torch_dtypes import torch_dtype
 from qwen_precision.watcher.mode import Watcher, attached
 
 
@@ -94,7 +97,7 @@ class Shadow:
         prompts: list[Encoded],
         plan: Plan,
         collector: Collector,
-        progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+        progress: Progress = silent,
         on_final: FinalHook | None = None,
     ) -> None:
         self.model, self.store, self.prompts, self.plan = model, store, prompts, plan

@@ -8,57 +8,12 @@ nothing, so in fp32 the logits keep every bit.
 """
 
 import re
-from typing import Annotated
-
-from pydantic import Field
 
 from qwen_precision.qwen3.names import layer_of
-from qwen_precision.record.parts import Number, Part
+from qwen_precision.record.rescue import Rescaling
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 """The two tensors that may be one; the embedding's name without the model's prefix."""
-
-Power = Annotated[int, Field(ge=-120, le=120)]
-"""An exponent of two; fp32 has no more than that."""
-
-
-class LayerPowers(Part):
-    """Powers taken out of one layer: what is named comes out 2^-n as large as it was."""
-
-    layer: Annotated[int, Field(ge=0)]
-    input_norm: Power
-    """Output of input_layernorm; q, k and v_proj make up for it."""
-    value: Power
-    """Output of v_proj and so of attention; o_proj makes up for it."""
-    post_norm: Power
-    """Output of post_attention_layernorm; gate, up_proj and the router make up for it."""
-    product: Annotated[list[Power], Field(min_length=1)]
-    """Output of up_proj and so the SwiGLU product; down_proj makes up for it. One number, or one an expert."""
-
-
-class Rescaling(Part):
-    """All powers of one checkpoint."""
-
-    stream: Power
-    """The residual stream, and outputs of q_proj and k_proj, come out 2^-stream as large."""
-    final_norm: Power
-    """The final norm's weight is multiplied by 2^final_norm, lm_head by its inverse."""
-    untied: bool
-    """Whether lm_head, tied to the embedding before, becomes a tensor of its own."""
-    eps: Number
-    """``rms_norm_eps`` as config.json has it now; it is multiplied by 2^(-2 stream)."""
-    layers: list[LayerPowers]
-    """Those in which a power is not 0."""
-
-    @property
-    def new_eps(self) -> float:
-        """``rms_norm_eps`` of the rescaled checkpoint."""
-        return float(self.eps) * 2.0 ** (-2 * self.stream)
-
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether every power is 0."""
-        return not (self.stream or self.final_norm or self.untied or self.layers)
 
 
 _TENSORS: tuple[tuple[str, dict[str, int]], ...] = (

@@ -1,68 +1,8 @@
 """What the record keeps of why something failed: close-ups, massive activations, control runs, a sweep. Facts only."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from qwen_precision.record.parts import Number, Part
-
-Count = Annotated[int, Field(ge=0, le=2**53)]
-
-
-class Operand(Part):
-    """A tensor that went into an operation, or came out."""
-
-    role: Literal["input", "weight", "output"]
-    shape: list[Count]
-    dtype: str
-    low: Number
-    high: Number
-    """Smallest and largest finite number."""
-    bad: Count
-    """Elements that are not finite."""
-
-
-class Source(Part):
-    """The line of modelling code that an operation came from."""
-
-    file: str
-    """Below site-packages."""
-    line: Count
-    text: str
-
-
-class Contribution(Part):
-    """One input channel's part of an extreme output of a matrix product."""
-
-    channel: Count
-    value: Number
-    weight: Number
-    share: Number
-    """Of the whole sum, in exact arithmetic on the operands as they were."""
-
-
-class Closeup(Part):
-    """An operation that gave something not finite from finite inputs, under the microscope."""
-
-    operands: list[Operand]
-    source: Source | None
-    contributions: list[Contribution]
-    """Largest first; empty where it is no matrix product."""
-
-
-class Massive(Part):
-    """A hidden state of the reference that dwarfs the others after a layer.
-
-    The measure is that of https://arxiv.org/abs/2402.17762: above 100 and above 1,000 times the median magnitude.
-    """
-
-    layer: Count
-    row: Count
-    position: Count
-    channel: Count
-    value: Number
-    median: Number
-
+from qwen_precision.record.parts import Count, Number, Part
 
 ControlKind = Literal[
     "sdpa", "row alone", "full reduction", "token alone", "without the token", "without the template",

@@ -5,13 +5,9 @@ run. A column (``top1``, ``margin``, ``entropy``) has one number a step, null wh
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import Field
-
-from qwen_precision.record.parts import Number, Part
-
-Count = Annotated[int, Field(ge=0, le=2**53)]
+from qwen_precision.record.parts import Count, Number, Part
 
 BadKind = Literal["wholly bad", "partly bad", "flat", "all filtered", "overflowed"]
 """Why a row could not be used as it was; the last two are what the processors made of healthy logits."""

@@ -6,7 +6,7 @@ JSON has no NaN or infinity: they are written as the words "nan", "inf" and "-in
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -22,6 +22,9 @@ Number = Annotated[float, BeforeValidator(_number)]
 def _numbers(values: object) -> object:
     return [_WORDS.get(v, v) if isinstance(v, str) else v for v in values] if isinstance(values, list) else values
 
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""How many; no more than a float holds exactly."""
 
 Column = Annotated[list[float | None], BeforeValidator(_numbers)]
 """Many such numbers, or null: looked through at once, for there can be millions."""

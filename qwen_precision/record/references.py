@@ -3,17 +3,12 @@
 One that does not would crash a renderer later on; records come from strangers, so it is found on loading.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from qwen_precision.dtypes import DTYPES, WIDER_MAX
+from qwen_precision.record.run import Run
 
 _DEEPEST = 12
-
-if TYPE_CHECKING:
-    from qwen_precision.record.run import Run
 
 
 def misfit(run: Run) -> str | None:

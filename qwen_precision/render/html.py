@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_precision.judge.findings import Report
+from qwen_precision.judge.needs import Moved, moved
 from qwen_precision.judge.nextcommand import same_again
 from qwen_precision.judge.precision import Precision, precision
-from qwen_precision.judge.rescued import Moved, moved
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View

@@ -7,8 +7,8 @@ from typing import Any
 
 from qwen_precision.judge.compare import Changes
 from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.judge.needs import moved
 from qwen_precision.judge.precision import precision
-from qwen_precision.judge.rescued import moved
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 from qwen_precision.record.generation import Generation
 from qwen_precision.record.parts import in_words, rounded

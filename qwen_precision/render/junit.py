@@ -7,10 +7,11 @@ both. What is not allowed in XML 1.0 is spelled out before it gets here (``text.
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
-from qwen_precision.judge.findings import FAILING, Finding, Report
+from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.qwen3.names import placed
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
+from qwen_precision.settings.levels import FAILING
 
 _Cases = dict[str, tuple[str, ...]]
 

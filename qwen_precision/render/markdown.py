@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.judge.needs import moved
 from qwen_precision.judge.nextcommand import same_again
 from qwen_precision.judge.precision import precision
-from qwen_precision.judge.rescued import moved
 from qwen_precision.qwen3.names import name_of
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View

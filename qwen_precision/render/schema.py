@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from qwen_precision.judge.findings import FAIL_ON, Finding
+from qwen_precision.judge.findings import Finding
+from qwen_precision.settings.levels import FAIL_ON
 
 _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_precision.errors import QprecError
-from qwen_precision.record.run import MAX_BYTES, Run, parse, to_json
+from qwen_precision.record.file import MAX_BYTES, parse, to_json
+from qwen_precision.record.run import Run
 
 _RUN = re.compile(r"run(-\d{1,3})?\.json")
 _OTHERS = {"report.md", "report.html", "environment.json"}

@@ -1,13 +1,13 @@
 """What `qprec report` does between its arguments and its text: open, judge, compare, choose a format, redact."""
 
 from pathlib import Path
-from typing import Any
 
 from qwen_precision.errors import UsageError
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.compare import changes
-from qwen_precision.judge.findings import Limits, Report
-from qwen_precision.record.run import Run, load
+from qwen_precision.judge.findings import Report
+from qwen_precision.record.file import load
+from qwen_precision.record.run import Run
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
 from qwen_precision.report.redact import redacted, without_paths
@@ -36,16 +36,6 @@ def format_for(asked: str | None, output: Path | None) -> str:
     if output is None and (name == BUNDLE or FORMATS[name].binary):
         raise UsageError(f"--format {name}: is not text for a terminal; give a file with -o.")
     return name
-
-
-def limits(settings: dict[str, Any]) -> Limits:
-    """The limits a run was made with; a record from elsewhere may hold anything, then the defaults hold."""
-    default = Limits()
-    near, share = settings.get("near_overflow"), settings.get("underflow_share")
-    return Limits(
-        near if isinstance(near, (int, float)) and near >= 1 else default.near_overflow,
-        share if isinstance(share, (int, float)) and share > 0 else default.underflow_share,
-    )
 
 
 def open_runs(path: Path, redact: bool = False) -> list[tuple[str, Run]]:
@@ -78,10 +68,10 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -
     if len({name for name, _ in named}) < len(named):  # a/run.json b/run.json
         named = [(str(path) + name.removeprefix(path.name), run) for path, name, run in opened]
     alone = len(named) == 1 and baseline is None
-    reports = [judge(run, limits(run.settings), "" if alone else name) for name, run in named]
+    reports = [judge(run, name="" if alone else name) for name, run in named]
     if baseline is None:
         return View(tuple(reports), fail_on)
-    older = [judge(run, limits(run.settings), name) for name, run in open_runs(baseline, redact)]
+    older = [judge(run, name=name) for name, run in open_runs(baseline, redact)]
     if len(reports) != 1 or len(older) != 1:
         raise UsageError(f"--baseline {baseline}: compares one RUN with one; give one of each.")
     if older[0].run.verb != reports[0].run.verb:
@@ -98,9 +88,7 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -
 def bundle(shown: View) -> bytes:
     """The zip of what is shown; paths are taken out of the runs, and the reports are of what is left."""
     runs = [without_paths(report.run) for report in shown.reports]
-    clean: list[Report] = [
-        judge(run, limits(run.settings), report.name) for run, report in zip(runs, shown.reports, strict=True)
-    ]
+    clean: list[Report] = [judge(run, name=report.name) for run, report in zip(runs, shown.reports, strict=True)]
     again = View(tuple(clean), shown.fail_on, shown.changes)
     reports = {f"report{FORMATS[name].suffixes[0]}": str(FORMATS[name].render(again)) for name in ("markdown", "html")}
     return pack(runs, reports)

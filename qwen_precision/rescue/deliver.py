@@ -2,27 +2,26 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from qwen_precision import __version__
-from qwen_precision.dtypes import REFERENCE
+from qwen_precision.dtypes import REFERENCE, RESCUED
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Headroom, Report
-from qwen_precision.judge.needs import DTYPE
-from qwen_precision.probe.run import Job, encoded, measure, prepare, vocabulary_rows, with_plan
+from qwen_precision.probe.run import Job, encoded, measure, prepare, vocabulary_rows
+from qwen_precision.progress import Progress, said, silent
 from qwen_precision.qwen3.names import name_of, placed
 from qwen_precision.record.parts import in_words, rounded
 from qwen_precision.record.rescue import Exported, Rescue
 from qwen_precision.record.run import Run
 from qwen_precision.rescue.export import NOTE, Exporter, beside
-from qwen_precision.rescue.plan import Finals, can_plan, prove
+from qwen_precision.rescue.plan import can_plan, with_plan
+from qwen_precision.rescue.proof import Finals, prove
 from qwen_precision.settings.prompts import PromptSpec
-
-Progress = Callable[[int, int, str], None]
 
 _MOST_ERROR = 0.02
 """Relative error of the last logits, where bf16's was not measured: some ten times what fp16 has on a healthy model."""
@@ -35,7 +34,7 @@ class Target:
     """Where the rescaled checkpoint shall go, and how."""
 
     folder: Path
-    dtype: str = DTYPE
+    dtype: str = RESCUED
     """Of ``config.RESCUE_DTYPES``."""
     force: bool = False
     """Replace an earlier export."""
@@ -45,7 +44,7 @@ class Target:
 
 def delivered(
     job: Job, run: Run, before: Finals, specs: Sequence[PromptSpec], target: Target,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> Run:  # fmt: skip
     """Export the rescaled checkpoint, if that is possible and needed.
 
@@ -61,7 +60,7 @@ def delivered(
         QprecError: the folder cannot be written.
     """
     if can_plan(run) and run.rescue is None:
-        run = with_plan(job, run, progress)
+        run = with_plan(run, job.checkpoint, job.settings.rescue_margin, progress)
     plan = run.rescue
     if plan is None or plan.rescaling.changes_nothing or not (plan.possible or target.keep):
         return run
@@ -78,14 +77,14 @@ def _carry_out(
 ) -> Exported:
     identical, compared = prove(
         job.checkpoint, plan.rescaling, encoded(job), before, job.settings.attention, job.resident,
-        vocabulary_rows(job), _said("proving", progress),
+        vocabulary_rows(job), said("proving", progress),
     )  # fmt: skip
     exporter = Exporter(job.checkpoint, plan.rescaling, target.dtype, progress)
     with beside(target.folder, target.force) as (folder, finish):
         hashes = exporter.write(folder)
         after = Finals()
-        again = prepare(str(folder), job.settings.model_copy(update={"dtypes": [DTYPE], "reference": True}), specs)
-        checked = measure(again, _said("probing the export", progress), after)
+        again = prepare(str(folder), job.settings.model_copy(update={"dtypes": [RESCUED], "reference": True}), specs)
+        checked = measure(again, said("probing the export", progress), after)
         if checked.stopped == "interrupted":
             raise KeyboardInterrupt
         errors = _errors(run, before, after)
@@ -100,15 +99,11 @@ def _carry_out(
     return exported
 
 
-def _said(doing: str, progress: Progress) -> Progress:
-    return lambda done, total, what: progress(done, total, f"{doing}: {what}")
-
-
 def _judged(
     run: Run, plan: Rescue, report: Report, identical: bool, compared: int, errors: dict[str, float | None]
 ) -> Exported:
     """Whether what was written keeps the promise."""
-    rows = report.headroom.get(DTYPE, [])
+    rows = report.headroom.get(RESCUED, [])
     where = _where(report, rows[0]) if rows else ""
     stuck = {(each.layer, each.name) for each in plan.stuck}
     short = next((row for row in rows if row.headroom < plan.margin * _SLACK and _key(report, row) not in stuck), None)
@@ -117,8 +112,8 @@ def _judged(
         why = "in fp32 the rescaled model does not equal the original bit for bit"
     elif report.run.stopped:
         why = f"the probe of the exported folder stopped: {report.run.stopped}"
-    elif report.verdict[DTYPE] == "fail":
-        first = next(each for each in report.findings if each.dtype == DTYPE and each.severity == "error")
+    elif report.verdict[RESCUED] == "fail":
+        first = next(each for each in report.findings if each.dtype == RESCUED and each.severity == "error")
         why = f"the exported folder still fails in fp16: {placed(first.layer, first.name)} ({first.kind})"
     elif short is not None:
         why = f"{_where(report, short)} has {short.headroom:.3g}x headroom, less than {plan.margin:g}x"
@@ -126,7 +121,7 @@ def _judged(
         why = _too_far(errors)
     least = rows[0].headroom if rows and math.isfinite(rows[0].headroom) else None
     return Exported(
-        folder="", dtype="", bytes=0, identical=identical, compared=compared, verdict=report.verdict[DTYPE],
+        folder="", dtype="", bytes=0, identical=identical, compared=compared, verdict=report.verdict[RESCUED],
         headroom=least, where=where, logit_error=errors, verified=why is None, why=why, kept=False,
     )  # fmt: skip
 
@@ -157,7 +152,7 @@ def _errors(run: Run, before: Finals, after: Finals) -> dict[str, float | None]:
     replaced = {each.dtype for each in run.passes if each.reseeded}
     own = [dtype for dtype in run.dtypes if dtype != REFERENCE]
     errors = {dtype: None if dtype in replaced else _error(before, before, dtype) for dtype in own}
-    return {**errors, "after": _error(before, after, DTYPE)}
+    return {**errors, "after": _error(before, after, RESCUED)}
 
 
 def _error(before: Finals, finals: Finals, dtype: str) -> float | None:

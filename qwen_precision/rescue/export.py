@@ -23,8 +23,10 @@ from torch import Tensor
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.model.folder import FLOAT_TYPES, Checkpoint, TensorInfo
-from qwen_precision.model.weightcheck import torch_dtype
-from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Rescaling, Scale
+from qwen_precision.progress import Progress
+from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Scale
+from qwen_precision.record.rescue import Rescaling
+from qwen_precision.torch_dtypes import torch_dtype
 
 NOTE = "qprec-rescue.json"
 """What was done, in the exported folder."""
@@ -41,8 +43,6 @@ _PARTIAL = ".qprec-partial-"
 _INDEX = "model.safetensors.index.json"
 _SPARE = 64 << 20  # bytes of the disk that are left for the small files
 _MOST_COPIED = 256 << 20  # bytes of a tokenizer's file; nothing else is that large
-
-Tell = Callable[[int, int, str], None]
 
 
 def check_folder(folder: Path, source: Path | None, force: bool) -> None:
@@ -124,7 +124,7 @@ class Exporter:
         tell: called with (bytes written, bytes in all, what is being done).
     """
 
-    def __init__(self, checkpoint: Checkpoint, rescaling: Rescaling, dtype: str, tell: Tell) -> None:
+    def __init__(self, checkpoint: Checkpoint, rescaling: Rescaling, dtype: str, tell: Progress) -> None:
         self._checkpoint, self._rescaling, self._dtype, self._tell = checkpoint, rescaling, dtype, tell
         self._scale = Scale(rescaling)
         self._shards = self._layout()

@@ -4,50 +4,43 @@ The proof is a second fp32 pass over the same prompts with every tensor times it
 logits must equal the first pass's bit for bit. How it is written to disk is ``export.py``'s work.
 """
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
 
-from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.checks import judge
-from qwen_precision.judge.findings import Limits
-from qwen_precision.judge.needs import DTYPE
+from qwen_precision.dtypes import RESCUED
+from qwen_precision.judge.findings import Report
 from qwen_precision.model.folder import Checkpoint
-from qwen_precision.model.skeleton import build, move_buffers
-from qwen_precision.model.weightcheck import WeightCheck
-from qwen_precision.model.weights import WeightStore, read_tensor
-from qwen_precision.probe.collect import Collector
-from qwen_precision.probe.plan import Encoded, Plan
-from qwen_precision.probe.shadow import Shadow
-from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Rescaling, Scale, powers_of
-from qwen_precision.record.rescue import Rescue
+from qwen_precision.model.weights import read_tensor
+from qwen_precision.progress import Progress, silent
+from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, powers_of
+from qwen_precision.record.rescue import Rescaling, Rescue
 from qwen_precision.record.run import Run
 from qwen_precision.rescue.bits import WeightBits
 from qwen_precision.rescue.planner import Planner, Shape
-
-Progress = Callable[[int, int, str], None]
 
 FAMILIES = ("qwen3", "qwen3_moe")
 """``model_type`` of the models whose operations the tables of ``rescaling.py`` describe."""
 
 
-def wanted(run: Run, limits: Limits) -> bool:
+def wanted(report: Report) -> bool:
     """Whether a whole probe says that fp16 fails or is at risk."""
-    return can_plan(run) and judge(run, limits).verdict[DTYPE] in ("fail", "risk")
+    return can_plan(report.run) and report.verdict[RESCUED] in ("fail", "risk")
 
 
 def can_plan(run: Run) -> bool:
     """Whether there is enough to plan from: fp16 and the reference, on all prompts."""
-    return run.stopped is None and run.reference and DTYPE in run.dtypes
+    return run.stopped is None and run.reference and RESCUED in run.dtypes
 
 
-def plan_rescue(
-    run: Run, checkpoint: Checkpoint, margin: float, progress: Progress = lambda done, total, what: None
-) -> Rescue:
+def with_plan(run: Run, checkpoint: Checkpoint, margin: float, progress: Progress) -> Run:
+    """The run with the plan of a rescue; without one if it was interrupted."""
+    try:
+        plan = plan_rescue(run, checkpoint, margin, progress)
+    except KeyboardInterrupt:
+        return run.model_copy(update={"unfinished": "interrupted while the rescue was planned"})
+    return run.model_copy(update={"rescue": plan})
+
+
+def plan_rescue(run: Run, checkpoint: Checkpoint, margin: float, progress: Progress = silent) -> Rescue:
     """The plan that brings every operation inside fp16; reads the weights that it would change once.
 
     Raises:
@@ -81,63 +74,3 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
         if not torch.equal(read_tensor(checkpoint, HEAD), read_tensor(checkpoint, embedding)):
             return "config.json ties lm_head to the embedding, but the files hold another lm_head; which one counts?"
     return None
-
-
-def rescaled_config(config: PretrainedConfig, rescaling: Rescaling) -> PretrainedConfig:
-    """The config of the rescaled model: another eps, and lm_head on its own where it was untied."""
-    changed = copy.deepcopy(config)
-    changed.rms_norm_eps = rescaling.new_eps
-    if rescaling.untied:
-        changed.tie_word_embeddings = False
-    return changed
-
-
-def rescaled_store(
-    checkpoint: Checkpoint, rescaling: Rescaling, attention: str | None, device: torch.device, resident: bool
-) -> tuple[torch.nn.Module, WeightStore]:
-    """The rescaled model on the meta device, and where its weights come from."""
-    changed = replace(checkpoint, config=rescaled_config(checkpoint.config, rescaling))
-    model = build(changed.config, attention)
-    move_buffers(model, device)
-    return model, WeightStore(changed, model, device, resident, WeightCheck([]), Scale(rescaling))
-
-
-@dataclass
-class Finals:
-    """What came out of a probe at the end: a ``plan.FinalHook`` that keeps it."""
-
-    states: dict[int, Tensor] = field(default_factory=dict)
-    """By prompt: the reference's hidden states after the final norm."""
-    logits: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """By dtype and prompt: ``[batch, vocabulary]`` of the last position, float32."""
-
-    def __call__(self, dtype: str, prompt: int, states: Tensor, logits: Tensor | None) -> None:
-        """Keep what is needed of one stream."""
-        if dtype == REFERENCE:
-            self.states[prompt] = states
-        if logits is not None:
-            self.logits[dtype, prompt] = logits[:, -1].float()
-
-
-def prove(
-    checkpoint: Checkpoint, rescaling: Rescaling, prompts: list[Encoded], before: Finals, attention: str | None,
-    resident: bool, vocabulary_rows: int, progress: Progress,
-) -> tuple[bool, int]:  # fmt: skip
-    """Whether the rescaled model computes in fp32, bit for bit, what the original did; and at how many tokens.
-
-    Args:
-        prompts: those of the first pass.
-        before: what came out of it.
-        vocabulary_rows: see ``plan.Plan``; as in the first pass, for a product's bits depend on its shape.
-    """
-    device = prompts[0].ids.device
-    model, store = rescaled_store(checkpoint, rescaling, attention, device, resident)
-    after = Finals()
-    plan = Plan([REFERENCE], 1.0, vocabulary_rows)
-    Shadow(model, store, prompts, plan, Collector(), progress, after).run()
-    undo = 2.0**-rescaling.final_norm
-    same = after.states.keys() == before.states.keys() and all(
-        torch.equal(states * undo, before.states[prompt]) for prompt, states in after.states.items()
-    )
-    pairs = [(after.logits[key], before.logits[key]) for key in after.logits]
-    return same and all(torch.equal(ours, theirs) for ours, theirs in pairs), sum(p.ids.numel() for p in prompts)

@@ -8,12 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge.columns import Facts
 from qwen_precision.judge.findings import Limits
-from qwen_precision.judge.needs import DTYPE, FAR, Needs, needs
+from qwen_precision.judge.needs import FAR, Needs, needs
+from qwen_precision.progress import Progress, silent
 from qwen_precision.qwen3.names import layer_of
-from qwen_precision.qwen3.rescaling import LayerPowers, Rescaling, Scale, expert_of, powers_of
-from qwen_precision.record.rescue import Loss, Rescue, Stuck
+from qwen_precision.qwen3.rescaling import Scale, expert_of, powers_of
+from qwen_precision.record.rescue import LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import Run
 from qwen_precision.rescue.bits import NOTHING_LOST, Lost, WeightBits
 
@@ -52,11 +54,11 @@ class Planner:
 
     def __init__(
         self, run: Run, margin: float, shape: Shape, tensors: Iterable[str], bits: Callable[[str], WeightBits],
-        tell: Callable[[int, int, str], None] = lambda done, total, what: None,
+        tell: Progress = silent,
     ) -> None:  # fmt: skip
         self._margin, self._shape, self._bits, self._tell = margin, shape, bits, tell
         self._needs: Needs = needs(Facts(run, Limits()), margin, shape.gate_channels)
-        self._too_large = {each.name for each in run.weights if each.overflow.get(DTYPE)}
+        self._too_large = {each.name for each in run.weights if each.overflow.get(RESCUED)}
         self._rooms: dict[str, int] = {}
         self._outside: dict[str, str] = {}
         self._blocks: dict[int, _Block] = defaultdict(_Block)

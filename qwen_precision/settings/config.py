@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.errors import UsageError
-from qwen_precision.judge.findings import FAIL_ON
+from qwen_precision.settings.levels import FAIL_ON
 
 ATTENTION = ("sdpa", "eager")
 MEMORY = ("auto", "resident", "streamed")

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.record.run import Prompt, Row, load
+from qwen_precision.record.file import load
+from qwen_precision.record.run import Prompt, Row
 from qwen_precision.settings.config import configs_folder, read_yaml
 
 _EXPECTED = (

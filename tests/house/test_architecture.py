@@ -27,16 +27,6 @@ RANKS = {
 }
 """Files that lie in no folder (errors, dtypes, …) are below all of them."""
 
-STILL_UPWARD = {
-    "diagnose/explain.py",
-    "probe/run.py",
-    "record/rescue.py",
-    "record/references.py",
-    "settings/config.py",
-    "watcher/closeup.py",
-}
-"""Files that the move alone did not bring into order; this empties."""
-
 NO_TORCH = {"record", "qwen3", "settings", "judge", "render", "report", "cli"}
 """Reading and judging a record needs no torch; the command line imports it when a verb runs."""
 
@@ -79,8 +69,6 @@ def test_every_folder_has_a_rank_and_every_rank_a_folder() -> None:
 
 @NAMED
 def test_a_folder_imports_lower_ranks_only(path: Path) -> None:
-    if str(path.relative_to(PACKAGE)) in STILL_UPWARD:
-        return
     mine = RANKS.get(folder(path), 0 if path.name not in {"__init__.py", "__main__.py"} else 9)
     for name, _ in imports(path):
         parts = name.split(".")
@@ -92,9 +80,6 @@ def test_no_two_files_import_each_other_round_any_corner() -> None:
     names = {module(path) for path in FILES}
     arrows: dict[str, set[str]] = {}
     for path in FILES:
-        if str(path.relative_to(PACKAGE)) in STILL_UPWARD:
-            arrows[module(path)] = set()
-            continue
         targets = {f"{name}.{item}" if f"{name}.{item}" in names else name for name, item in imports(path)}
         arrows[module(path)] = targets & names
     done: set[str] = set()

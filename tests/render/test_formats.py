@@ -13,7 +13,8 @@ from builders import HOSTILE, RUNS, healthy_run, hostile_run, hostile_text_run, 
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.compare import changes
-from qwen_precision.record.run import Run, to_json
+from qwen_precision.record.file import to_json
+from qwen_precision.record.run import Run
 from qwen_precision.render import FORMATS, View, one
 from qwen_precision.render.markdown import LONGEST
 from qwen_precision.report.bundle import unpack

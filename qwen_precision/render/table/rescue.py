@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_precision.judge.findings import Report
-from qwen_precision.judge.rescued import moved
+from qwen_precision.judge.needs import moved
 from qwen_precision.render.text import room, safe
 from qwen_precision.render.words import rescue as words
 

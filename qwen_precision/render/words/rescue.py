@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge.findings import Report
-from qwen_precision.judge.needs import DTYPE
 from qwen_precision.qwen3.names import placed
-from qwen_precision.qwen3.rescaling import LayerPowers
-from qwen_precision.record.rescue import Exported, Rescue, Stuck
+from qwen_precision.record.rescue import Exported, LayerPowers, Rescue, Stuck
 from qwen_precision.render.text import count, number, room
 
 _MOST = 6
@@ -117,12 +116,12 @@ def proof(report: Report, exported: Exported) -> Iterator[tuple[str, str]]:
     yield "in fp32", (
         f"before its weights were rounded: final hidden states and last logits {same}, "
         f"at {count(exported.compared, 'token')}")  # fmt: skip
-    first = report.headroom[DTYPE][0] if report.headroom.get(DTYPE) else None
-    verdict = report.verdict.get(DTYPE, "not judged").upper()
+    first = report.headroom[RESCUED][0] if report.headroom.get(RESCUED) else None
+    verdict = report.verdict.get(RESCUED, "not judged").upper()
     before = f"{verdict}, {room(first.headroom)} headroom; " if first is not None else ""
     least = room(float(exported.headroom)) if exported.headroom is not None else "-"
     yield "in fp16", f"before: {before}after: {exported.verdict.upper()}, {least} at {exported.where}"
     errors = [f"{name} {number(value)}" if value is not None else f"{name} not finite"
               for name, value in exported.logit_error.items() if name != "after"]  # fmt: skip
     after = exported.logit_error.get("after")
-    yield "logits", f"relative error against fp32: {', '.join(errors)}; {DTYPE} rescued {number(after)}"
+    yield "logits", f"relative error against fp32: {', '.join(errors)}; {RESCUED} rescued {number(after)}"

@@ -7,7 +7,8 @@ from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.judge.precision import precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
-from qwen_precision.record.explanation import Closeup, Sweep
+from qwen_precision.record.closeup import Closeup
+from qwen_precision.record.explanation import Sweep
 from qwen_precision.render.text import count, number, quoted
 
 _MOST = 5

@@ -1,0 +1,103 @@
+"""The checkpoint loaded by transformers, in the dtypes that are in use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.errors import QprecError, in_one_line
+from qwen_precision.model.folder import Checkpoint
+from qwen_precision.model.machine import free_bytes
+
+
+class NoRoom(QprecError):
+    """The weights in this dtype do not fit into the memory that is free."""
+
+
+class Models:
+    """The checkpoint in the dtypes that are in use; weights always come from its files, never from another dtype.
+
+    Args:
+        checkpoint: a checked checkpoint.
+        device: where they compute.
+        attention: ``sdpa``, ``eager``, or None for what transformers would choose.
+        tell: called with what is being done.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        attention: str | None,
+        tell: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self._checkpoint, self.device, self._attention, self._tell = checkpoint, device, attention, tell
+        self._loaded: dict[str, Any] = {}
+
+    def get(self, weights: str) -> Any:
+        """The model in a dtype (by its name), or with weights that were added (by theirs), for evaluation.
+
+        Raises:
+            NoRoom: it does not fit beside what is there.
+            QprecError: a file is damaged, or a tensor is missing.
+        """
+        if weights not in self._loaded:
+            self._make_room(weights)
+            self._tell(f"loading the weights in {weights}")
+            self._loaded[weights] = self._load(weights)
+        return self._loaded[weights]
+
+    def _make_room(self, dtype: str) -> None:
+        need, free = self._checkpoint.parameters * DTYPES[dtype].bytes, free_bytes(self.device)
+        if need > free:
+            raise NoRoom(f"{dtype} needs {need / 2**30:.1f} GiB on {self.device}, {free / 2**30:.1f} GiB are free")
+
+    def add(self, weights: str, dtype: str, load: Callable[[], nn.Module]) -> None:
+        """Weights of another making, for ``get`` by their name; nothing is done where they are there already.
+
+        Args:
+            weights: their name.
+            dtype: the format they are in.
+            load: gives the model with them, on the device.
+
+        Raises:
+            NoRoom: they do not fit beside what is there.
+        """
+        if weights not in self._loaded:
+            self._make_room(dtype)
+            self._loaded[weights] = load()
+
+    def release(self, weights: str) -> None:
+        """Give the memory back, whoever else still holds the module: its weights go to the meta device."""
+        model = self._loaded.pop(weights, None)
+        if model is not None:
+            model.to("meta")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _load(self, dtype: str) -> nn.Module:
+        folder = self._checkpoint.folder
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, DTYPES[dtype].torch_name), use_safetensors=True, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True,
+                **({"attn_implementation": self._attention} if self._attention else {}),
+            )  # fmt: skip
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # transformers and safetensors raise whatever a broken file leads to
+            raise QprecError(f"{folder}: transformers cannot load the weights: {in_one_line(error)}") from error
+        model, told = loaded
+        missing = sorted(told["missing_keys"])
+        if missing:
+            raise QprecError(
+                f"{folder}: the tensor {missing[0]} is in none of its files; "
+                "the checkpoint is incomplete or its config.json is another model's."
+            )
+        placed: nn.Module = model.to(self.device).eval()
+        return placed

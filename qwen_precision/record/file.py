@@ -1,0 +1,111 @@
+"""Records on disk: written whole, read back from strangers, old ones made new. Nowhere else is one saved or loaded."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qwen_precision.errors import QprecError
+from qwen_precision.files import write_atomically
+from qwen_precision.record.packing import pack_column, pack_list, unpack_all
+from qwen_precision.record.parts import in_words
+from qwen_precision.record.references import misfit
+from qwen_precision.record.run import SCHEMA, Run
+from qwen_precision.record.upgrades import upgraded
+
+MAX_BYTES = 256 * 1024 * 1024
+"""A record larger than this is not a qprec record: it is refused before it is parsed."""
+
+
+_EXPECTED = "give the file that `qprec probe -o` or `qprec generate -o` wrote"
+
+
+def to_json(run: Run) -> str:
+    """The record as JSON text; the same run always gives the same text."""
+    plain = run.model_dump(by_alias=True)
+    plain["sites"] = pack_list(plain["sites"])
+    for each in plain["passes"]:
+        each["abs_max"] = pack_column(each["abs_max"])
+    plain = in_words(plain)
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def save(run: Run, path: Path) -> None:
+    """Write the record, atomically."""
+    write_atomically(path, to_json(run))
+
+
+def load(path: Path) -> Run:
+    """Read a record.
+
+    Raises:
+        QprecError: no such file, not JSON, not a qprec record, or one of a newer schema; the message
+            names the offending key.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # no more: a device has no end
+        if len(raw) > MAX_BYTES:
+            raise QprecError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not a qprec record.")
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise QprecError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}.") from error
+    except ValueError as error:
+        raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, path: str) -> Run:
+    """The record that a JSON text holds; ``path`` is its name in messages. Raises as ``load`` does."""
+    try:
+        data = json.loads(text, parse_int=_bounded)
+    except (ValueError, RecursionError) as error:
+        raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
+    if _SURROGATE.search(text):
+        data = _whole_characters(data)
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        raise QprecError(f"{path}: has no `schema` number, so it is not a qprec record.")
+    if data["schema"] < 1:
+        raise QprecError(f"{path}: has schema {data['schema']}, but the first was 1; it is not a qprec record.")
+    if data["schema"] > SCHEMA:
+        raise QprecError(
+            f"{path}: has schema {data['schema']}, this qprec reads up to {SCHEMA}; upgrade qprec to read it."
+        )
+    return _validated(upgraded(data, SCHEMA), path)
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _whole_characters(value: Any) -> Any:
+    """Without half characters (lone surrogates), which no file could be written with."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    return [_whole_characters(item) for item in value] if isinstance(value, list) else value
+
+
+def _validated(data: dict[str, Any], path: str) -> Run:
+    try:
+        run = Run.model_validate(unpack_all(data))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            raise QprecError(f"{path}: is nested too deeply to be a qprec record.") from error
+        if not isinstance(error, ValidationError):
+            raise QprecError(f"{path}: not a valid qprec record: {error}.") from error
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise QprecError(f"{path}: not a valid qprec record: {key}: {first['msg'].lower()}.") from error
+    wrong = misfit(run)
+    if wrong is not None:
+        raise QprecError(f"{path}: not a valid qprec record: {wrong} does not fit the lists it points into.")
+    return run
