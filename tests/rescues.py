@@ -26,6 +26,12 @@ def rescue(source: Path | str, folder: Path, texts: list[str] | None = None, **o
     return diagnose(str(source), load_settings(None, {"explain": False, **options}), specs, target=target).run
 
 
+def planned(source: Path | str, texts: list[str] | None = None, **settings: Any) -> Run:
+    """Probe, with the plan of a rescue where fp16 fails or is at risk; nothing is written."""
+    specs = read_prompts(TEXTS if texts is None else texts, None)
+    return diagnose(str(source), load_settings(None, {"explain": False, **settings}), specs).run
+
+
 def export(source: Path, folder: Path, rescaling: Rescaling, dtype: str = "source") -> Path:
     """Write a rescaling, whatever it is good for."""
     folder.mkdir()

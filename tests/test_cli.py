@@ -500,7 +500,7 @@ def test_a_crash_is_not_taken_for_a_finding(monkeypatch: pytest.MonkeyPatch, cap
     def crash(*args: object) -> None:
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr("qwen_precision.cli.app.judge", crash)
+    monkeypatch.setattr("qwen_precision.diagnose.run.judge", crash)
     assert main(["probe", "demo", "--dtype", "bf16", "--prompt", "Hello"]) == 3
     err = capsys.readouterr().err
     assert "boom" in err and "bug in qprec" in err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO, make_checkpoint, run_probe
-from rescues import TEXTS, export, load, logits, powers, rescue
+from rescues import TEXTS, export, load, logits, planned, powers, rescue
 from test_planted_faults import (
     down_proj_output,
     expert_product,
@@ -214,7 +214,7 @@ def test_the_modules_that_would_need_fp32_are_the_fewest_that_hold_it(tmp_path: 
         q_norm_weight(model)
 
     source = make_checkpoint(tmp_path / "source", edit=plant)
-    modules = run_probe(source, TEXTS).rescue.fp32_modules
+    modules = planned(source, TEXTS).rescue.fp32_modules
     assert modules[0] == "model.layers.1.mlp" and all("layers.2.self_attn" in each for each in modules[1:])
     assert len(modules) == 2
 
@@ -238,7 +238,7 @@ def test_told_to_keep_what_was_not_verified_it_stays_and_says_so(dtype: str, tmp
 
 
 def test_a_healthy_model_has_no_plan_and_is_not_exported(healthy: Path, tmp_path: Path) -> None:
-    assert run_probe(healthy, TEXTS).rescue is None
+    assert planned(healthy, TEXTS).rescue is None
     run = rescue(healthy, tmp_path / "safe")
     assert run.rescue.rescaling.changes_nothing and run.rescue.possible and run.rescue.exported is None
     assert list(tmp_path.iterdir()) == []
@@ -247,7 +247,7 @@ def test_a_healthy_model_has_no_plan_and_is_not_exported(healthy: Path, tmp_path
 def test_the_powers_are_the_smallest_that_reach_the_margin(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", edit=residual_add)
     for margin in (1.0, 2.0, 4.0, 64.0):
-        run = run_probe(source, TEXTS, rescue_margin=margin)
+        run = planned(source, TEXTS, rescue_margin=margin)
         rows = [row for row in moved(run) if row.before != row.after]
         least = min(row.after for row in rows)
         assert margin <= least < 2 * margin and run.rescue.rescaling.stream >= 1
@@ -268,7 +268,7 @@ def test_a_factor_goes_where_the_fewest_bits_are_lost(tmp_path: Path) -> None:
         return lost
 
     source = make_checkpoint(tmp_path / "source", edit=residual_add, hidden_size=64, intermediate_size=32)
-    plan = run_probe(source, TEXTS).rescue
+    plan = planned(source, TEXTS).rescue
     stream = plan.rescaling.stream
     mlp = load(source, torch.float32).model.layers[2].mlp
     up, down = mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach()
@@ -347,7 +347,7 @@ def test_weights_are_written_in_the_format_asked_for_each_rounded_once(
 def test_the_lost_weights_are_those_that_a_cast_loses(tmp_path: Path) -> None:
     for dtype in ("bfloat16", "float16", "float32"):
         large = make_checkpoint(tmp_path / dtype, dtype=dtype, edit=residual_add)
-        plan = run_probe(large, TEXTS).rescue
+        plan = planned(large, TEXTS).rescue
         wanted = dict(load(large, torch.float32).named_parameters())
         for loss in plan.losses:
             if loss.kind != "q_proj":
@@ -430,7 +430,7 @@ def test_another_family_is_told_that_it_cannot_be_rescaled(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, tmp_path / "llama" / name)
-    plan = run_probe(tmp_path / "llama", TEXTS).rescue
+    plan = planned(tmp_path / "llama", TEXTS).rescue
     assert plan.unsupported is not None and "Qwen3" in plan.unsupported and "llama" in plan.unsupported
 
 
@@ -522,7 +522,7 @@ def test_a_tied_model_whose_files_hold_another_lm_head_is_left_alone(tmp_path: P
 
 
 def test_the_next_command_makes_the_same_plan(tmp_path: Path) -> None:
-    run = run_probe("demo", ["a " * 150], rescue_margin=64.0)
+    run = planned("demo", ["a " * 150], rescue_margin=64.0)
     assert next_rescue(judge(run), "run.json") == (
         "qprec probe demo --rescue-margin 64.0 --prompts run.json --rescue-to demo-fp16safe"
     )
