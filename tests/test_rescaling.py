@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rescues import export, layer_powers, logits, powers
 
 from qwen_precision.model.folder import open_checkpoint
-from qwen_precision.qwen3.rescaling import Scale, moved_by, powers_of
+from qwen_precision.qwen3.op import row_of
+from qwen_precision.qwen3.rescaling import Scale, powers_of
 from qwen_precision.rescue.bits import WeightBits
 
 SMALL = st.integers(0, 12)
@@ -92,7 +93,7 @@ def test_every_output_shrinks_by_what_the_tables_say(moe: bool, attention: str, 
             continue  # inside a norm, in fp32, the factor comes and goes; gate and up are one product
         wanted = value * 2.0 ** scale.output(site.module, site.op, site.call, moe)
         assert theirs[site.module, site.op, site.call] == pytest.approx(wanted, rel=1e-5), site
-        checked += moved_by(site.module, site.op, site.call, moe) is not None
+        checked += row_of(site.module, site.op, site.call, moe).power is not None
     assert checked > 30
 
 

@@ -27,7 +27,7 @@ from qwen_precision.judge.checks import judge
 from qwen_precision.judge.needs import moved
 from qwen_precision.judge.nextcommand import next_rescue
 from qwen_precision.probe.shadow import Shadow
-from qwen_precision.qwen3.names import name_of
+from qwen_precision.qwen3.op import name_of
 from qwen_precision.record.generation import Stretch
 from qwen_precision.rescue.export import NOTE, Exporter
 from qwen_precision.settings.guards import load_guards

@@ -25,7 +25,8 @@ from qwen_precision.model.hub import locate
 from qwen_precision.model.loaded import Models
 from qwen_precision.model.machine import attention_used, choose_device, environment, out_of_memory
 from qwen_precision.progress import Progress, silent
-from qwen_precision.qwen3.names import name_of, placed
+from qwen_precision.qwen3.names import placed
+from qwen_precision.qwen3.op import name_of
 from qwen_precision.record.file import load
 from qwen_precision.record.generation import Generation, ProbeSummary
 from qwen_precision.record.rescue import Rescue

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Facts, token_of
-from qwen_precision.judge.controls import is_scores
-from qwen_precision.qwen3.names import name_of
+from qwen_precision.qwen3.op import name_of, row_of
 from qwen_precision.record.explanation import Control
 from qwen_precision.record.run import Event, Pass, Run, Site, Weight
 
@@ -167,7 +166,7 @@ def _masked(case: _Case) -> _Found:
 
 def _scores(case: _Case) -> _Found:
     other = case.controls.get("sdpa")
-    if other is None or not other.clean or not is_scores(case.site.module, case.site.op, case.site.call):
+    if other is None or not other.clean or _role(case.site) != "scores":
         return None
     advice = 'Use sdpa (attn_implementation="sdpa"), which keeps the scores in fp32; or bf16 or fp32 with eager.'
     return "attention-scores", "the same tokens are clean with sdpa", advice
@@ -213,10 +212,12 @@ _WRONG = 0.01
 def _reaches_the_stream(case: _Case, event: Event) -> bool:
     """Whether something bad came after this event in the residual stream itself, or in the logits."""
     site = case.facts.run.sites[event.site]
-    residual = site.op == "add" and site.module.rpartition(".")[2].isdigit()
-    return (
-        bool(event.nan or event.inf) and event.step >= case.event.step and (residual or site.module.endswith("lm_head"))
-    )
+    later = bool(event.nan or event.inf) and event.step >= case.event.step
+    return later and _role(site) in ("residual", "logits")
+
+
+def _role(site: Site) -> str | None:
+    return row_of(site.module, site.op, site.call).role
 
 
 def _length(case: _Case) -> _Found:

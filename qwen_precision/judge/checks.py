@@ -16,7 +16,8 @@ from qwen_precision.judge.causes import advice_for, cause_of, weight_cause
 from qwen_precision.judge.columns import Facts, token_of
 from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, limits_of
 from qwen_precision.judge.precision import precision
-from qwen_precision.qwen3.names import layer_of, name_of
+from qwen_precision.qwen3.names import layer_of
+from qwen_precision.qwen3.op import name_of, row_of
 from qwen_precision.record.run import Event, Pass, Run, Site, Weight
 from qwen_precision.settings.levels import SEVERITIES
 
@@ -44,7 +45,7 @@ def _order(finding: Finding) -> tuple[int, bool, float]:
         return severity, False, finding.step
     if finding.severity != "error":
         return severity, False, finding.headroom if finding.headroom is not None else 0.0
-    before_layers = finding.layer is None and "embed" in finding.module
+    before_layers = row_of(finding.module, finding.op, 0).role == "embedding"
     return severity, finding.predicted, -1 if before_layers else math.inf if finding.layer is None else finding.layer
 
 
@@ -139,8 +140,9 @@ def _only_carries(facts: Facts, row: Headroom) -> bool:
         return sites[row.site].op == "cast"
     limit = facts.limit(row.dtype, row.site)
     before = range(row.site - 1, -1, -1)
-    stream = next((s for s in before if sites[s].op == "add" and sites[s].module.rpartition(".")[2].isdigit()), None)
-    product = next((s for s in before if sites[s].op in {"linear", "matmul", "grouped_mm", "sum"}), None)
+    roles = {s: row_of(sites[s].module, sites[s].op, sites[s].call).role for s in before}
+    stream = next((s for s in before if roles[s] == "residual"), None)
+    product = next((s for s in before if roles[s] in ("product", "scores", "logits")), None)
     return any(part is not None and (reference.abs_max[part] or 0) > limit for part in (stream, product))
 
 

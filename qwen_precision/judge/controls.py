@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.qwen3.op import row_of
 from qwen_precision.record.explanation import ControlKind
 from qwen_precision.record.run import Row, Run
 
@@ -52,11 +53,6 @@ class Asked(NamedTuple):
     def place(self) -> int | None:
         """The token's index in the row's ids."""
         return None if self.position is None else self.position - self.row.padding
-
-
-def is_scores(module: str, op: str, call: int) -> bool:
-    """Whether an operation is the scores of eager attention: q times k, then scaled, then masked (``NAMES``)."""
-    return module.endswith("self_attn") and (op, call) in {("matmul", 0), ("mul", 4), ("add", 2)}
 
 
 def asked(report: Report) -> list[Asked]:
@@ -115,7 +111,7 @@ def _ordered(run: Run, each: Asked, templates: list[Planned]) -> Iterator[Planne
 
     if each.batched:
         yield control("row alone", ids, "the same row without the batch and its padding")
-    if site is not None and is_scores(site.module, site.op, site.call):
+    if site is not None and row_of(site.module, site.op, site.call).role == "scores":
         yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
     if _on_cuda(run) and finding.headroom is not None and finding.headroom >= 1:
         yield control("full reduction", ids, "the same tokens without reduced-precision reductions")

@@ -7,25 +7,14 @@ from typing import NamedTuple
 from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge.columns import Facts
 from qwen_precision.judge.findings import Headroom, Limits
-from qwen_precision.qwen3.names import layer_of, name_of
-from qwen_precision.qwen3.rescaling import GATE_AND_UP, Scale, expert_of, moved_by, powers_of
+from qwen_precision.qwen3.names import expert_of, layer_of
+from qwen_precision.qwen3.op import GATE_AND_UP, name_of, row_of
+from qwen_precision.qwen3.rescaling import Scale, powers_of
 from qwen_precision.record.rescue import Stuck
 from qwen_precision.record.run import Run, Site
 
 FAR = 120
 """More bits than any format has: stands for no need at all, and for room without end."""
-
-_WHY = (
-    # (end of the module, why its operations are stuck)
-    ("lm_head", "a logit is the model's answer; a factor would change it"),
-    ("mlp.gate", "the router's softmax depends on how large its input is"),
-    ("gate_proj", "SiLU is not linear: a smaller gate would be another function"),
-    ("act_fn", "SiLU is not linear: a smaller gate would be another function"),
-    ("experts", "SiLU is not linear: a smaller gate would be another function"),
-    ("q_norm", "the attention softmax depends on how large q and k are"),
-    ("k_norm", "the attention softmax depends on how large q and k are"),
-    ("self_attn", "the attention softmax depends on how large the scores are"),
-)
 
 
 @dataclass
@@ -84,7 +73,7 @@ def mover(facts: Facts, row: Headroom, gate_channels: int) -> tuple[Site, str | 
     """The operation (for a cast, the one whose output it casts), and the power that moves it, or None."""
     source = facts.run.casts.get(row.site)
     site = facts.run.sites[row.site if source is None else source]
-    power = moved_by(site.module, site.op, site.call, site.layer in facts.sparse)
+    power: str | None = row_of(site.module, site.op, site.call, site.layer in facts.sparse).power
     if power is not None and (site.op, site.call) == GATE_AND_UP and not _in_up(facts, row, gate_channels):
         power = None
     return site, power
@@ -99,7 +88,7 @@ def _in_up(facts: Facts, row: Headroom, gate_channels: int) -> bool:
 
 def _stick(found: Needs, site: Site, row: Headroom, fails: bool) -> None:
     name = name_of(site.module, site.op, site.call)
-    why = next((why for end, why in _WHY if site.module.endswith(end)), "nothing exact can move it")
+    why = row_of(site.module, site.op, site.call).stuck
     if row.headroom == 0:
         why = "it is not finite in fp32 either"
     found.stuck.append(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.findings import Finding
-from qwen_precision.qwen3.names import name_of
+from qwen_precision.qwen3.op import name_of
 from qwen_precision.record.closeup import Closeup
 from qwen_precision.record.run import Pass, Run
 

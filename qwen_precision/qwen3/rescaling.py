@@ -9,7 +9,8 @@ nothing, so in fp32 the logits keep every bit.
 
 import re
 
-from qwen_precision.qwen3.names import layer_of
+from qwen_precision.qwen3.names import expert_of, layer_of
+from qwen_precision.qwen3.op import row_of
 from qwen_precision.record.rescue import Rescaling
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -33,56 +34,6 @@ _TENSORS: tuple[tuple[str, dict[str, int]], ...] = (
     (r"\.down_proj\.weight$", {"product": 1, "stream": -1}),
     (r"^(.*\.)?norm\.weight$", {"final_norm": 1}),
 )
-
-_OUTPUTS: tuple[tuple[str, str, int | None, str], ...] = (
-    # (module, operation, call or None for any, the power that moves it); what is in no row cannot be moved
-    (r"embed_tokens$", "embedding", None, "stream"),
-    (r"layers\.\d+$", "add", None, "stream"),
-    (r"([qko]|down)_proj$", "linear", None, "stream"),
-    (r"v_proj$", "linear", None, "value"),
-    (r"self_attn$", "scaled_dot_product_attention", None, "value"),
-    (r"self_attn$", "matmul", 1, "value"),
-    (r"input_layernorm$", "mul", 1, "input_norm"),
-    (r"post_attention_layernorm$", "mul", 1, "post_norm"),
-    (r"up_proj$", "linear", None, "product"),
-    (r"experts\.\d+$", "mul", 0, "product"),
-    (r"experts$", "mul", 0, "product"),
-    (r"experts$", "grouped_mm", 0, "product"),
-    (r"experts$", "grouped_mm", 1, "stream"),
-    (r"experts$", "mul", 1, "stream"),
-    (r"experts$", "sum", None, "stream"),
-    (r"^(.*\.)?norm$", "mul", 1, "final_norm"),
-)
-_DENSE = ((r"mlp$", "mul", 0, "product"),)
-_SPARSE = (
-    # where experts are modules of their own, the block around them weighs and adds what they give
-    (r"mlp$", "mul", None, "stream"),
-    (r"mlp$", "index_add_", None, "stream"),
-)
-GATE_AND_UP = ("grouped_mm", 0)
-"""Operation and call of the product whose first half of the channels is the gate, which no power moves."""
-
-_EXPERT = re.compile(r"\.experts\.(\d+)(?:\.|$)")
-
-
-def expert_of(name: str) -> int | None:
-    """The expert that a tensor or module belongs to, or None."""
-    found = _EXPERT.search(name)
-    return int(found.group(1)) if found else None
-
-
-def moved_by(module: str, op: str, call: int, sparse: bool) -> str | None:
-    """The power that an operation's output goes with, or None: nothing exact moves it.
-
-    Args:
-        module, op, call: of the operation, as in a ``Site``.
-        sparse: whether its layer has experts.
-    """
-    rules: tuple[tuple[str, str, int | None, str], ...] = (*_OUTPUTS, *(_SPARSE if sparse else _DENSE))
-    for pattern, wanted, number, power in rules:
-        if wanted == op and number in (None, call) and re.search(pattern, module):
-            return power
-    return None
 
 
 def powers_of(tensor: str) -> dict[str, int] | None:
@@ -115,7 +66,7 @@ class Scale:
 
     def output(self, module: str, op: str, call: int, sparse: bool) -> int:
         """An operation's output is multiplied by two to this; 0 where nothing moves it."""
-        power = moved_by(module, op, call, sparse)
+        power = row_of(module, op, call, sparse).power
         if power is None:
             return 0
         found = self.power(power, layer_of(module), expert_of(module))

@@ -14,7 +14,7 @@ from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.judge.needs import moved
 from qwen_precision.judge.nextcommand import same_again
 from qwen_precision.judge.precision import precision
-from qwen_precision.qwen3.names import name_of
+from qwen_precision.qwen3.op import name_of
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words import rescue as words

@@ -14,7 +14,8 @@ from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Headroom, Report
 from qwen_precision.probe.run import Job, encoded, measure, prepare, vocabulary_rows
 from qwen_precision.progress import Progress, said, silent
-from qwen_precision.qwen3.names import name_of, placed
+from qwen_precision.qwen3.names import placed
+from qwen_precision.qwen3.op import name_of
 from qwen_precision.record.parts import in_words, rounded
 from qwen_precision.record.rescue import Exported, Rescue
 from qwen_precision.record.run import Run

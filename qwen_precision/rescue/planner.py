@@ -13,8 +13,8 @@ from qwen_precision.judge.columns import Facts
 from qwen_precision.judge.findings import Limits
 from qwen_precision.judge.needs import FAR, Needs, needs
 from qwen_precision.progress import Progress, silent
-from qwen_precision.qwen3.names import layer_of
-from qwen_precision.qwen3.rescaling import Scale, expert_of, powers_of
+from qwen_precision.qwen3.names import expert_of, layer_of
+from qwen_precision.qwen3.rescaling import Scale, powers_of
 from qwen_precision.record.rescue import LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import Run
 from qwen_precision.rescue.bits import NOTHING_LOST, Lost, WeightBits

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.qwen3.names import name_of, placed
+from qwen_precision.qwen3.names import placed
+from qwen_precision.qwen3.op import name_of
 from qwen_precision.record.generation import Generation
 from qwen_precision.record.run import Run
 from qwen_precision.render.table.generation import summary, texts, trips
