@@ -92,6 +92,12 @@ def healthy_run(**changes: Any) -> Run:
     return a_run([a_pass("fp32", HEALTHY), fp16, bf16], **changes)
 
 
+def divergent_run(**changes: Any) -> Run:
+    """Finite everywhere, and another next token than fp32's."""
+    fp16 = a_pass("fp16", HEALTHY, layer_error=[1e-4, 5e-4, 6e-4], kl=[0.5], logprob_error=[0.5], top1=[6])
+    return a_run([a_pass("fp32", HEALTHY), fp16], **changes)
+
+
 def overflowing_run(**changes: Any) -> Run:
     reference = [1.5, 20.0, 300.0, 40000.0, 74945.8, 31.0]
     fp16 = a_pass("fp16", [1.5, 20.0, 300.0, 40000.0, float("inf"), float("nan")], [

@@ -147,10 +147,10 @@ def test_the_cause_the_layer_and_the_operation_are_named_exactly(cause: str, mem
     case = CASES[cause]
     folder = make_checkpoint(tmp_path / "model", edit=case.plant, dtype=case.dtype)
     finding = first_of(explained(folder, case.prompts, memory=memory, **case.settings))
-    assert (finding.cause_kind, finding.layer, finding.name) == (cause, case.layer, case.name)
-    said = " / ".join(finding.evidence)
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == (cause, case.layer, case.name)
+    said = " / ".join(finding.cause.evidence)
     assert all(line in said for line in case.evidence), said
-    assert finding.advice
+    assert finding.cause.advice
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -189,8 +189,8 @@ def test_a_trigger_token_is_one_wherever_and_however_often_it_stands(layer: int,
     folder = make_checkpoint(tmp_path / "model", edit=mid_unit("Z", layer))
     run = explained(folder, [PromptSpec(name="bad", text=text), PromptSpec(name="good", text="abc")])
     finding = first_of(run)
-    assert (finding.cause_kind, finding.layer, finding.name) == ("trigger-token", layer, "down_proj output")
-    said = " ".join(finding.evidence)
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("trigger-token", layer, "down_proj output")
+    said = " ".join(finding.cause.evidence)
     assert ("without it the row is clean" in said) == any(
         each.what == "without the token" and each.clean
         for each in (run.explanation.controls if run.explanation else [])
@@ -205,7 +205,7 @@ def test_a_trigger_beside_bad_padding_at_the_same_operation_is_the_finding(tmp_p
 
     specs = [PromptSpec(name="batch", batch=["aaaaaa", "a"]), PromptSpec(name="z", text="abZc"), TOKEN[2]]
     finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant), specs))
-    assert (finding.cause_kind, finding.prompt) == ("trigger-token", "z")
+    assert (finding.cause.kind, finding.place.prompt) == ("trigger-token", "z")
 
 
 def test_two_triggers_in_two_layers_have_evidence_of_their_own(tmp_path: Path) -> None:
@@ -216,10 +216,10 @@ def test_two_triggers_in_two_layers_have_evidence_of_their_own(tmp_path: Path) -
     specs = [PromptSpec(name="z", text="abZc"), PromptSpec(name="y", text="aYbcd"), TOKEN[2]]
     run = explained(make_checkpoint(tmp_path / "model", edit=plant), specs, budget=20)
     found = [each for each in judge(run).findings if each.kind == "overflow"]
-    assert [(each.layer, each.cause_kind, each.prompt) for each in found] == [
+    assert [(each.place.layer, each.cause.kind, each.place.prompt) for each in found] == [
         (0, "trigger-token", "z"), (1, "trigger-token", "y")
     ]  # fmt: skip
-    assert "token 2 alone" in " ".join(found[0].evidence) and "token 1 alone" in " ".join(found[1].evidence)
+    assert "token 2 alone" in " ".join(found[0].cause.evidence) and "token 1 alone" in " ".join(found[1].cause.evidence)
 
 
 def test_two_tokens_that_only_overflow_together_are_no_length(tmp_path: Path) -> None:
@@ -231,14 +231,14 @@ def test_two_tokens_that_only_overflow_together_are_no_length(tmp_path: Path) ->
 
     specs = [PromptSpec(name="pair", text="abZ"), PromptSpec(name="long", text="aaaaaaaaaaZ")]
     finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"), specs))
-    assert (finding.cause_kind, finding.layer, finding.name) == ("trigger-prompt", 1, "SwiGLU product")
-    assert "it takes what stands before it" in " ".join(finding.evidence)
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("trigger-prompt", 1, "SwiGLU product")
+    assert "it takes what stands before it" in " ".join(finding.cause.evidence)
 
 
 def test_what_nothing_shows_is_not_told(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", edit=down_proj_output)
     finding = first_of(explained(folder, dtypes=["fp16"], reference=False, explain=False))
-    assert finding.cause_kind == "not-told"
+    assert finding.cause.kind == "not-told"
 
 
 def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +277,12 @@ def test_a_norm_that_squares_in_fp16_is_absorbed_silently(tmp_path: Path, monkey
 
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", narrow)
     finding = first_of(explained(make_checkpoint(tmp_path / "bad", edit=loud(1000.0))))
-    assert (finding.cause_kind, finding.layer, finding.name) == ("silent-absorption", 0, "input_layernorm square")
-    assert "the logits are finite and wrong" in " ".join(finding.evidence)
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == (
+        "silent-absorption",
+        0,
+        "input_layernorm square",
+    )
+    assert "the logits are finite and wrong" in " ".join(finding.cause.evidence)
     assert not any(each.severity == "error" for each in judge(explained(
         make_checkpoint(tmp_path / "ok", edit=loud(50.0)))).findings)  # fmt: skip
 
@@ -304,9 +308,9 @@ def test_a_sum_that_is_kept_in_fp16_is_an_accumulation(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", through)
     finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant)))
-    assert (finding.cause_kind, finding.layer) == ("accumulation", 1) and "split_linear" in finding.name
-    assert "all operands are finite and the reference reaches only" in " ".join(finding.evidence)
-    assert "add up in fp32" in finding.advice
+    assert (finding.cause.kind, finding.place.layer) == ("accumulation", 1) and "split_linear" in finding.place.name
+    assert "all operands are finite and the reference reaches only" in " ".join(finding.cause.evidence)
+    assert "add up in fp32" in finding.cause.advice
 
 
 def broken(folder: Path, name: str, value: float) -> Path:
@@ -321,10 +325,10 @@ def test_damage_is_told_with_tensor_count_file_and_hash(tmp_path: Path) -> None:
     folder = broken(make_checkpoint(tmp_path / "model"), "model.layers.2.mlp.up_proj.weight", float("nan"))
     finding = first_of(explained(folder))
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert (finding.cause_kind, finding.kind, finding.layer) == ("damaged-weight", "weight-nonfinite", 2)
-    said = " ".join(finding.evidence)
+    assert (finding.cause.kind, finding.kind, finding.place.layer) == ("damaged-weight", "weight-nonfinite", 2)
+    said = " ".join(finding.cause.evidence)
     assert "up_proj.weight in model.safetensors" in said and "1 NaN" in said and digest in said
-    assert "download" in finding.advice
+    assert "download" in finding.cause.advice
 
 
 def test_a_weight_that_fp16_cannot_hold_is_told_with_tensor_and_size(tmp_path: Path) -> None:
@@ -332,8 +336,8 @@ def test_a_weight_that_fp16_cannot_hold_is_told_with_tensor_and_size(tmp_path: P
         tmp_path / "model", edit=lambda m: m.model.layers[2].self_attn.q_norm.weight.fill_(70_000.0)
     )
     finding = first_of(explained(folder))
-    assert (finding.cause_kind, finding.layer, finding.name) == ("weight-range", 2, "q_norm weight")
-    assert "largest 70144" in " ".join(finding.evidence)
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("weight-range", 2, "q_norm weight")
+    assert "largest 70144" in " ".join(finding.cause.evidence)
 
 
 def test_what_is_not_finite_in_fp32_is_dead_there_too(tmp_path: Path) -> None:
@@ -343,7 +347,7 @@ def test_what_is_not_finite_in_fp32_is_dead_there_too(tmp_path: Path) -> None:
 
     run = explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"))
     finding = first_of(run, "fp32")
-    assert (finding.cause_kind, finding.layer, finding.name) == ("dead-in-fp32", 1, "SwiGLU product")
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("dead-in-fp32", 1, "SwiGLU product")
     assert judge(run).verdict == {"fp16": "fail", "bf16": "fail", "fp32": "fail"}
 
 
@@ -367,8 +371,8 @@ def test_precision_is_told_from_range(tmp_path: Path) -> None:
 
     run = explained(make_checkpoint(tmp_path / "bad", edit=plant(1000.0), dtype="float32"), dtypes=["bf16"])
     finding = first_of(run, "bf16")
-    assert (finding.kind, finding.cause_kind, finding.severity) == ("divergence", "precision", "warning")
-    assert judge(run).verdict == {"bf16": "risk"} and "KL divergence" in finding.evidence[0]
+    assert (finding.kind, finding.cause.kind, finding.severity) == ("divergence", "precision", "warning")
+    assert judge(run).verdict == {"bf16": "risk"} and "KL divergence" in finding.cause.evidence[0]
     assert judge(explained(make_checkpoint(tmp_path / "ok", edit=plant(1.0), dtype="float32"))).findings == []
 
 
@@ -413,7 +417,7 @@ def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])
     run = a_run([a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0]), fp16], explanation=made)
     finding = first_of(run)
-    assert finding.cause_kind == "masked-rows" and "the row is clean" in " ".join(finding.evidence)
+    assert finding.cause.kind == "masked-rows" and "the row is clean" in " ".join(finding.cause.evidence)
 
 
 def test_a_row_on_clamped_hidden_states_is_not_judged_by_the_reference() -> None:
@@ -423,22 +427,22 @@ def test_a_row_on_clamped_hidden_states_is_not_judged_by_the_reference() -> None
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None],
                   reseeded=[Reseed(layer=0, rows=[0], clamped=True)])  # fmt: skip
     finding = first_of(a_run([fp32, fp16]))
-    assert finding.cause_kind == "not-told" and "does not tell how far" in finding.cause
+    assert finding.cause.kind == "not-told" and "does not tell how far" in finding.cause.sentence
 
 
 def test_an_overflow_that_changes_nothing_is_no_silent_absorption() -> None:
     fp32 = a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0], top1=[5])
     for kl, top1, cause in ((1e-5, 5, "out-of-range"), (0.5, 5, "silent-absorption"), (1e-5, 6, "silent-absorption")):
         fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[top1], kl=[kl])
-        assert first_of(a_run([fp32, fp16])).cause_kind == cause
+        assert first_of(a_run([fp32, fp16])).cause.kind == cause
 
 
 def test_a_row_that_was_replaced_before_is_not_asked_about_again(demo_run: Run) -> None:
     from qwen_precision.judge.controls import asked
 
     report = judge(demo_run)
-    assert {each.layer for each in report.findings if each.kind == "overflow"} == {3, 4, 5}
-    assert [each.finding.layer for each in asked(report)] == [3]
+    assert {each.place.layer for each in report.findings if each.kind == "overflow"} == {3, 4, 5}
+    assert [each.finding.place.layer for each in asked(report)] == [3]
 
 
 def test_the_harmless_twins_of_damage_size_and_death_give_no_finding(tmp_path: Path) -> None:

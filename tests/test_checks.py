@@ -6,12 +6,12 @@ import pytest
 from builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overflowing_run, stopped_run
 
 from qwen_precision.judge.checks import CHECKS, judge
-from qwen_precision.judge.findings import Limits
+from qwen_precision.judge.findings import Limits, Token
 from qwen_precision.record.run import Reseed, Site, Weight
 
 
 def test_there_are_checks_and_each_says_what_it_does() -> None:
-    assert all(check.__doc__ for check in CHECKS.values())
+    assert all(check.about for check in CHECKS.values())
 
 
 @pytest.mark.parametrize(("value", "kinds"), [(32751.9, []), (32752.0, []), (32752.1, ["near-overflow"])])
@@ -24,7 +24,7 @@ def test_near_overflow_begins_just_below_twice_the_magnitude(value: float, kinds
 
 def test_the_limit_of_near_overflow_is_a_setting() -> None:
     report = judge(healthy_run(), Limits(near_overflow=157.0))
-    assert [(f.kind, f.layer) for f in report.findings] == [("near-overflow", 31)]
+    assert [(f.kind, f.place.layer) for f in report.findings] == [("near-overflow", 31)]
 
 
 @pytest.mark.parametrize(("value", "kinds"), [(6.2e-5, []), (2.0**-14, []), (6.1e-5, ["underflow"]), (0.0, [])])
@@ -36,10 +36,10 @@ def test_a_tensor_below_the_normal_range_underflows(value: float, kinds: list[st
 
 def test_the_first_overflow_is_named_and_what_follows_is_counted() -> None:
     (finding,) = judge(overflowing_run()).findings[:1]
-    assert (finding.kind, finding.layer, finding.name) == ("overflow", 31, "residual add after mlp")
-    assert finding.propagated == 1 and finding.inf == 12 and finding.origin
-    assert finding.reference_abs_max == 74945.8 and finding.headroom == pytest.approx(65504 / 74945.8)
-    assert finding.token == {"position": 0, "id": 9707, "text": "Hello", "row": 0, "padding": False}
+    assert (finding.kind, finding.place.layer, finding.place.name) == ("overflow", 31, "residual add after mlp")
+    assert finding.spread.propagated == 1 and finding.magnitude.inf == 12 and finding.origin
+    assert finding.magnitude.reference == 74945.8 and finding.magnitude.headroom == pytest.approx(65504 / 74945.8)
+    assert finding.place.token == Token(0, 9707, "Hello", 0, False)
 
 
 def test_origins_are_listed_in_the_order_they_ran_not_in_the_order_of_their_sites() -> None:
@@ -47,11 +47,11 @@ def test_origins_are_listed_in_the_order_they_ran_not_in_the_order_of_their_site
     fp16 = a_pass("fp16", [*HEALTHY[:3], math.inf, math.inf, 1.0], [an_event(3, step=9), an_event(4, step=2)])
     reference = [*HEALTHY[:3], 80000.0, 90000.0, 1.0]
     report = judge(a_run([a_pass("fp32", reference), fp16], dtypes=["fp16"]))
-    assert [f.name for f in report.findings] == ["residual add after mlp", "down_proj output"]
+    assert [f.place.name for f in report.findings] == ["residual add after mlp", "down_proj output"]
 
 
 def test_an_operation_with_bad_inputs_is_no_origin() -> None:
-    kinds = [(f.kind, f.name) for f in judge(overflowing_run()).findings]
+    kinds = [(f.kind, f.place.name) for f in judge(overflowing_run()).findings]
     assert ("nan", "logits") not in kinds and ("overflow", "logits") not in kinds
 
 
@@ -59,14 +59,14 @@ def test_nan_from_finite_inputs_is_a_finding_of_its_own() -> None:
     fp16 = a_pass("fp16", [*HEALTHY[:5], math.nan], [an_event(5, nan=3, inf=0, value=math.nan)])
     report = judge(a_run([a_pass("fp32", HEALTHY), fp16], dtypes=["fp16"]))
     (finding,) = report.findings
-    assert finding.kind == "nan" and "accumulation" in finding.cause
+    assert finding.kind == "nan" and "accumulation" in finding.cause.sentence
 
 
 def test_a_dead_reference_is_told_even_if_nobody_asked_for_fp32() -> None:
     dead = a_pass("fp32", [*HEALTHY[:5], math.inf], [an_event(5)])
     report = judge(a_run([dead, a_pass("fp16", HEALTHY)], dtypes=["fp16"]))
     assert [(f.dtype, f.kind) for f in report.findings] == [("fp32", "overflow")]
-    assert "even in fp32" in report.findings[0].cause
+    assert "even in fp32" in report.findings[0].cause.sentence
 
 
 def test_a_wider_format_inside_an_operation_has_its_own_limit() -> None:
@@ -83,7 +83,7 @@ def test_a_cast_is_judged_by_what_went_into_it() -> None:
         [a_pass("fp32", [50000.0, None]), fp16], sites=sites, dtypes=["fp16"], wider={"fp16": {0: "fp32"}}, casts={1: 0}
     )
     (finding,) = judge(run).findings
-    assert finding.op == "cast" and finding.headroom == pytest.approx(65504 / 50000)
+    assert finding.place.op == "cast" and finding.magnitude.headroom == pytest.approx(65504 / 50000)
 
 
 def test_a_place_beyond_the_range_after_a_clamped_reseeding_is_an_overflow_by_itself() -> None:
@@ -91,7 +91,7 @@ def test_a_place_beyond_the_range_after_a_clamped_reseeding_is_an_overflow_by_it
     seeds = [Reseed(layer=31, rows=[0], clamped=True)]
     fp16 = a_pass("fp16", [*HEALTHY[:4], 65504.0, HEALTHY[5]], reseeded=seeds)
     (finding,) = judge(a_run([a_pass("fp32", values), fp16], dtypes=["fp16"])).findings
-    assert finding.kind == "overflow" and finding.predicted and "did not get here" in finding.cause
+    assert finding.kind == "overflow" and finding.predicted and "did not get here" in finding.cause.sentence
 
 
 def test_a_dtype_that_survives_just_beyond_its_range_is_only_near_it() -> None:
@@ -112,8 +112,13 @@ def weight(**changes: object) -> Weight:
 def test_a_weight_beyond_the_range_is_named_with_its_file() -> None:
     report = judge(healthy_run(weights=[weight(overflow={"fp16": 2})]))
     (finding,) = report.findings
-    assert (finding.kind, finding.dtype, finding.layer, finding.inf) == ("weight-overflow", "fp16", 31, 2)
-    assert "model-00007.safetensors" in finding.cause and finding.name == "q_norm weight"
+    assert (finding.kind, finding.dtype, finding.place.layer, finding.magnitude.inf) == (
+        "weight-overflow",
+        "fp16",
+        31,
+        2,
+    )
+    assert "model-00007.safetensors" in finding.cause.sentence and finding.place.name == "q_norm weight"
     assert report.verdict == {"fp32": "ok", "fp16": "fail", "bf16": "ok"}
 
 
@@ -144,7 +149,11 @@ def test_one_site_is_one_finding_that_names_all_prompts_it_fails_on() -> None:
         passes.append(a_pass("fp16", [*HEALTHY[:4], math.inf, 1.0], [an_event(4)], prompt=number))
     run = a_run(passes, dtypes=["fp16"], prompts=[a_prompt("one"), a_prompt("two")])
     (finding,) = judge(run).findings
-    assert finding.prompt == "two" and finding.prompts == ("one", "two") and finding.reference_abs_max == 90000.0
+    assert (
+        finding.place.prompt == "two"
+        and finding.spread.prompts == ("one", "two")
+        and finding.magnitude.reference == 90000.0
+    )
 
 
 def test_headroom_is_listed_smallest_first() -> None:

@@ -70,7 +70,7 @@ def causes_block() -> str:
 
 
 def checks_block() -> str:
-    rows = [f"| {name} | {(check.__doc__ or '').strip().splitlines()[0]} |" for name, check in CHECKS.items()]
+    rows = [f"| {name} | {check.about} |" for name, check in CHECKS.items()]
     return "| check | finds |\n|---|---|\n" + "\n".join(rows)
 
 

@@ -49,7 +49,7 @@ def test_an_expert_s_operation_has_its_close_look_too(tmp_path: Path) -> None:
     run = run_probe(make_checkpoint(tmp_path / "model", edit=expert_product, moe=True), TEXTS)
     finding = first_of(run)
     look = closeup_of(run, finding)
-    assert finding.expert == 5 and look is not None and look.source is not None
+    assert finding.place.expert == 5 and look is not None and look.source is not None
     assert "moe" in look.source.file and look.operands[-1].bad > 0
 
 

@@ -120,8 +120,11 @@ def test_without_guards_the_demo_prints_exclamation_marks_and_that_is_recognised
     report = judge(made)
     assert report.verdict == {"fp16": "fail"} and report.exit_code("fail") == 1
     assert [finding.kind for finding in report.findings] == ["nonfinite-logits", "degenerate-text"]
-    assert report.findings[0].step == 0 and "layer 4" in report.findings[0].cause
-    assert "not usable" in report.findings[1].cause and "qprec probe demo --dtype fp16" in report.findings[1].advice
+    assert report.findings[0].place.step == 0 and "layer 4" in report.findings[0].cause.sentence
+    assert (
+        "not usable" in report.findings[1].cause.sentence
+        and "qprec probe demo --dtype fp16" in report.findings[1].cause.advice
+    )
 
 
 def test_without_guards_the_sampling_error_is_a_finding_with_its_step() -> None:
@@ -130,7 +133,9 @@ def test_without_guards_the_sampling_error_is_a_finding_with_its_step() -> None:
     assert "probability tensor contains either" in made.generation.error.message
     report = judge(made)
     finding = next(each for each in report.findings if each.kind == "sampling-error")
-    assert (finding.step, finding.row, finding.severity) == (0, 0, "error") and report.exit_code("fail") == 1
+    assert (finding.place.step, finding.place.row, finding.severity) == (0, 0, "error") and report.exit_code(
+        "fail"
+    ) == 1
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -252,7 +257,7 @@ def test_a_transient_nan_is_told_from_a_poisoned_cache(healthy: Path, monkeypatc
     plant(monkeypatch, nan_at(2))
     made = run(healthy, [PROMPT], max_new_tokens=5)
     assert made.generation is not None and made.generation.trips[0].poisoned is None
-    assert "KV cache was finite" in judge(made).findings[0].cause
+    assert "KV cache was finite" in judge(made).findings[0].cause.sentence
 
 
 def test_returning_goes_back_to_fp16_after_the_set_number_of_tokens(
@@ -289,8 +294,8 @@ def test_padding_that_gives_nan_is_told_apart_and_the_row_recovers_without_it(
     plant(monkeypatch, masked, ["fp16"])
     made = run(healthy, texts, max_new_tokens=6)
     kinds = {finding.kind: finding for finding in judge(made).findings}
-    assert kinds["masked-row"].row == 0 and kinds["masked-row"].layer == 1
-    assert "left padding" in kinds["masked-row"].cause
+    assert kinds["masked-row"].place.row == 0 and kinds["masked-row"].place.layer == 1
+    assert "left padding" in kinds["masked-row"].cause.sentence
     assert len(ids_of(made)[0]) == 6 and len(ids_of(made)[1]) == 6
 
 
@@ -389,7 +394,7 @@ def test_filters_that_leave_nothing_are_never_called_ok(all_suppressed: Path, gu
     made = run(all_suppressed, [PROMPT], guards)
     report = judge(made)
     assert made.dtypes == ["fp16"] and report.verdict == {"fp16": "fail"} and report.exit_code("fail") == 1
-    assert next(f for f in report.findings if f.kind == "sampling-error").step == 0
+    assert next(f for f in report.findings if f.kind == "sampling-error").place.step == 0
 
 
 def test_a_temperature_that_overflows_is_not_blamed_on_filters(healthy: Path) -> None:
@@ -397,7 +402,7 @@ def test_a_temperature_that_overflows_is_not_blamed_on_filters(healthy: Path) ->
     greedy = run(healthy, [PROMPT], max_new_tokens=3)
     assert ids_of(made) == ids_of(greedy)  # the likeliest token is what the temperature goes to
     finding = next(f for f in judge(made).findings if f.kind == "sampling-error")
-    assert "temperature or penalty" in finding.cause and finding.severity == "warning"
+    assert "temperature or penalty" in finding.cause.sentence and finding.severity == "warning"
 
 
 # -- text ---------------------------------------------------------------------------------------------------
@@ -414,7 +419,7 @@ def test_a_loop_with_healthy_logits_is_told_but_not_blamed_on_numbers(
     assert ids_of(made) == [[9] * 20] and trips_of(made) == [(7, 0, "degenerate", "run")]
     report = judge(made)
     assert [(f.kind, f.severity) for f in report.findings] == [("degenerate-text", "info")]
-    assert "healthy" in report.findings[0].cause and report.verdict == {"fp16": "ok"}
+    assert "healthy" in report.findings[0].cause.sentence and report.verdict == {"fp16": "ok"}
     stopped = run(healthy, [PROMPT], settings(degenerate={"stop_loops": True}), max_new_tokens=20)
     assert len(ids_of(stopped)[0]) == 8
 
@@ -615,4 +620,4 @@ def test_a_probe_with_little_headroom_is_advice(demo_run: Run, tmp_path: Path) -
     save(demo_run, tmp_path / "probe.json")
     made = run(probe_run=tmp_path / "probe.json")
     advice = [finding for finding in judge(made).findings if finding.kind == "advice"]
-    assert len(advice) == 1 and "fail" in advice[0].cause and "0.483x at layer 3" in advice[0].cause
+    assert len(advice) == 1 and "fail" in advice[0].cause.sentence and "0.483x at layer 3" in advice[0].cause.sentence

@@ -135,14 +135,14 @@ def test_a_planted_overflow_is_named_exactly_and_only_in_fp16(
     report = judge(run_probe(folders(name), TEXTS, attention=attention, memory=memory))
     first = errors(report, "fp16")[0]
     # transformers 4 keeps each expert in a module of its own, so the path and the name say which it is.
-    module = first.module.replace("experts.5", "experts")
-    what = first.name.replace("of an expert", "of the experts")
-    assert (first.layer, module, first.op, what) == (fault.layer, fault.module, fault.op, fault.name)
-    assert first.kind == "overflow" and first.origin and first.inf > 0 and first.nan == 0
-    assert (first.channel, first.expert) == (fault.channel, fault.expert)
-    assert first.token is not None and isinstance(first.token["id"], int)
-    assert first.reference_abs_max is not None and first.reference_abs_max > 65504
-    assert first.headroom is not None and first.headroom < 1
+    module = first.place.module.replace("experts.5", "experts")
+    what = first.place.name.replace("of an expert", "of the experts")
+    assert (first.place.layer, module, first.place.op, what) == (fault.layer, fault.module, fault.op, fault.name)
+    assert first.kind == "overflow" and first.origin and first.magnitude.inf > 0 and first.magnitude.nan == 0
+    assert (first.place.channel, first.place.expert) == (fault.channel, fault.expert)
+    assert first.place.token is not None and isinstance(first.place.token.id, int)
+    assert first.magnitude.reference is not None and first.magnitude.reference > 65504
+    assert first.magnitude.headroom is not None and first.magnitude.headroom < 1
     assert report.verdict["fp16"] == "fail"
     for dtype in ("bf16", "fp32"):
         assert not errors(report, dtype) and report.verdict[dtype] == "ok"
@@ -175,7 +175,7 @@ def test_every_place_that_overflows_by_itself_is_found_not_only_the_first(tmp_pa
             one_unit(model, index, 3, 400.0, 400.0)
 
     report = judge(run_probe(make_checkpoint(tmp_path, edit=plant), TEXTS))
-    found = [(finding.layer, finding.name) for finding in errors(report, "fp16")]
+    found = [(finding.place.layer, finding.place.name) for finding in errors(report, "fp16")]
     assert found == [(0, "SwiGLU product"), (2, "SwiGLU product")]
 
 
@@ -186,8 +186,8 @@ def test_a_place_in_a_slice_of_the_logits_is_told_as_a_place_in_the_whole(
     monkeypatch.setattr("qwen_precision.probe.head.LOGITS_BYTES", 50 * 2 * 2)  # two tokens of fp16 logits at a time
     report = judge(run_probe(folders("lm_head output"), TEXTS, memory="streamed"))
     (first,) = errors(report, "fp16")
-    assert (first.name, first.channel) == ("logits", 77)
-    assert first.token is not None and first.token["position"] == 0
+    assert (first.place.name, first.place.channel) == ("logits", 77)
+    assert first.place.token is not None and first.place.token.position == 0
 
 
 def test_a_second_overflow_behind_the_first_in_the_same_layer_is_found(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_second_overflow_behind_the_first_in_the_same_layer_is_found(tmp_path:
         attention.o_proj.weight[3, 0] = 2000.0
 
     report = judge(run_probe(make_checkpoint(tmp_path, edit=plant), TEXTS))
-    found = [(finding.layer, finding.name, finding.predicted) for finding in errors(report, "fp16")]
+    found = [(finding.place.layer, finding.place.name, finding.predicted) for finding in errors(report, "fp16")]
     assert found == [(1, "o_proj output", False), (1, "SwiGLU product", True)]
 
 
@@ -223,7 +223,7 @@ def test_one_row_of_a_batch_does_not_hide_what_overflows_in_another(attention: s
     folder = make_checkpoint(tmp_path, edit=plant)
     (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["7", "9"]}\n')
     report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention=attention))
-    found = [(f.name, f.token["id"]) for f in errors(report, "fp16") if f.token is not None]
+    found = [(f.place.name, f.place.token.id) for f in errors(report, "fp16") if f.place.token is not None]
     assert found == [("o_proj output", early), ("SwiGLU product", late)]
 
 
@@ -240,8 +240,8 @@ def test_an_expert_is_named_also_when_only_a_later_prompt_uses_it(experts: str, 
     folder = make_checkpoint(tmp_path, moe=True, edit=plant)
     edit_json(folder / "config.json", experts_implementation=experts)
     first, *others = errors(judge(run_probe(folder, ["Hello there", "7"])), "fp16")
-    assert not [finding for finding in others if finding.op == "index_add_"]  # it only adds to what was bad
-    assert first.op == "mul" and "experts" in first.module and first.prompts == ("prompt 2",)
+    assert not [finding for finding in others if finding.place.op == "index_add_"]  # it only adds to what was bad
+    assert first.place.op == "mul" and "experts" in first.place.module and first.spread.prompts == ("prompt 2",)
 
 
 def test_a_bad_weight_of_an_expert_that_nobody_uses_hides_nothing(tmp_path: Path) -> None:
@@ -254,14 +254,14 @@ def test_a_bad_weight_of_an_expert_that_nobody_uses_hides_nothing(tmp_path: Path
         gate[2, 3] = -10.0
 
     report = judge(run_probe(make_checkpoint(tmp_path, moe=True, dtype="float32", edit=plant), ["a", "b"]))
-    kinds = [(finding.kind, finding.op) for finding in errors(report, "fp16")]
+    kinds = [(finding.kind, finding.place.op) for finding in errors(report, "fp16")]
     assert ("weight-overflow", "weight") in kinds and ("overflow", "mul") in kinds
 
 
 def test_what_only_passes_an_overflow_on_is_counted_not_listed(folders: Callable[[str], Path]) -> None:
     report = judge(run_probe(folders("SwiGLU product"), TEXTS))
     (only,) = errors(report, "fp16")
-    assert only.propagated >= 2  # down_proj and the residual add of the same layer
+    assert only.spread.propagated >= 2  # down_proj and the residual add of the same layer
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -281,9 +281,9 @@ def test_an_overflow_at_one_token_is_placed_at_that_token(attention: str, tmp_pa
     (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["The capital of France is", "a7b"]}\n')
     report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention=attention))
     (first,) = errors(report, "fp16")
-    assert first.name == "SwiGLU product" and first.token is not None
-    assert (first.token["id"], first.token["text"], first.token["row"]) == (token, "7", 1)
-    assert not first.token["padding"]
+    assert first.place.name == "SwiGLU product" and first.place.token is not None
+    assert (first.place.token.id, first.place.token.text, first.place.token.row) == (token, "7", 1)
+    assert not first.place.token.padding
 
 
 def _save_then(plant: Callable[[Any], None], tmp_path: Path, dtype: str = "float32") -> Report:
@@ -297,10 +297,16 @@ def test_a_weight_that_fp16_cannot_hold_is_found_without_blaming_an_operation(tm
 
     report = _save_then(plant, tmp_path)
     (first,) = [finding for finding in errors(report, "fp16") if finding.kind.startswith("weight")]
-    assert (first.kind, first.module, first.layer) == ("weight-overflow", "model.layers.0.self_attn.v_proj", 0)
-    assert first.name == "v_proj weight" and first.inf == 1 and first.propagated > 0
+    assert (first.kind, first.place.module, first.place.layer) == (
+        "weight-overflow",
+        "model.layers.0.self_attn.v_proj",
+        0,
+    )
+    assert first.place.name == "v_proj weight" and first.magnitude.inf == 1 and first.spread.propagated > 0
     assert errors(report, "fp16")[0] == first
-    assert not [finding for finding in errors(report, "fp16") if finding.module == first.module and finding != first]
+    assert not [
+        finding for finding in errors(report, "fp16") if finding.place.module == first.place.module and finding != first
+    ]
     assert report.verdict["bf16"] == report.verdict["fp32"] == "ok"
 
 
@@ -311,8 +317,12 @@ def test_a_nan_weight_is_damage_in_every_dtype_and_names_the_tensor_and_file(tmp
     report = _save_then(plant, tmp_path, "bfloat16")
     for dtype in ("fp16", "bf16", "fp32"):
         first = errors(report, dtype)[0]
-        assert (first.kind, first.module, first.nan) == ("weight-nonfinite", "model.layers.2.mlp.up_proj", 1)
-        assert "model.safetensors" in first.cause and report.verdict[dtype] == "fail"
+        assert (first.kind, first.place.module, first.magnitude.nan) == (
+            "weight-nonfinite",
+            "model.layers.2.mlp.up_proj",
+            1,
+        )
+        assert "model.safetensors" in first.cause.sentence and report.verdict[dtype] == "fail"
         assert len(errors(report, dtype)) == 1
 
 
@@ -324,10 +334,10 @@ def test_near_overflow_is_a_risk_and_its_limit_is_a_setting(tmp_path: Path) -> N
     folder = make_checkpoint(tmp_path / "model", edit=plant)
     report = judge(run_probe(folder, TEXTS))
     (first,) = [finding for finding in report.findings if finding.dtype == "fp16"]
-    assert (first.kind, first.layer, first.name) == ("near-overflow", 1, "SwiGLU product")
+    assert (first.kind, first.place.layer, first.place.name) == ("near-overflow", 1, "SwiGLU product")
     assert report.verdict == {"fp16": "risk", "bf16": "ok", "fp32": "ok"}
     assert report.exit_code("fail") == 0 and report.exit_code("risk") == 1
-    assert first.token is not None and first.channel == 0
+    assert first.place.token is not None and first.place.channel == 0
 
     assert judge(report.run, Limits(near_overflow=1.0)).verdict["fp16"] == "ok"
 

@@ -122,9 +122,9 @@ def test_an_old_record_is_still_read_and_judged(path: Path) -> None:
     assert run.schema_ == SCHEMA and run.rescue is None
     first = judge(run).findings[0]
     if run.generation is None:
-        assert (first.kind, first.layer, first.name) == ("overflow", 3, "down_proj output")
+        assert (first.kind, first.place.layer, first.place.name) == ("overflow", 3, "down_proj output")
     else:
-        assert (first.kind, first.step) == ("nonfinite-logits", 0)
+        assert (first.kind, first.place.step) == ("nonfinite-logits", 0)
         assert [each.way for each in run.generation.rows[0].stretches] == ["bf16"]
 
 

@@ -86,7 +86,7 @@ def _templates(job: Job, report: Report) -> list[Planned]:
         for spec, what in kinds:
             ids = _ids_of(job, spec)
             if ids and ids[: len(row.ids)] != row.ids and row.ids[: len(ids)] != ids:
-                found.append(Planned(what, each.finding.dtype, str(each.finding.prompt), each.number, tuple(ids),
+                found.append(Planned(what, each.finding.dtype, str(each.finding.place.prompt), each.number, tuple(ids),
                                      f"the same text {what.replace('the', 'the chat')}"))  # fmt: skip
     return found
 

@@ -41,7 +41,7 @@ def swept(
                 nothing = Choice(what="sweep", value="not run", reason=reason)
                 return run.model_copy(update={"choices": [*run.choices, nothing]})
             finding = each.finding
-            found = lengths(job, finding.dtype, str(finding.prompt), each.row.ids, progress)
+            found = lengths(job, finding.dtype, str(finding.place.prompt), each.row.ids, progress)
     except KeyboardInterrupt:
         more = "; the same command takes it up again" if state_file is not None and state_file.exists() else ""
         return run.model_copy(update={"unfinished": f"interrupted during the sweep{more}"})

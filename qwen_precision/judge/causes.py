@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Facts, token_of
+from qwen_precision.judge.findings import Cause
 from qwen_precision.qwen3.op import name_of, row_of
 from qwen_precision.record.explanation import Control
 from qwen_precision.record.run import Event, Pass, Run, Site, Weight
@@ -26,15 +27,6 @@ CAUSES: dict[str, str] = {
     "not-told": "nothing that was measured or run tells which",
 }
 """What a failure can come from, in the order in which it is asked, and what shows it."""
-
-
-class Cause(NamedTuple):
-    """A cause with what shows it."""
-
-    kind: str
-    sentence: str
-    evidence: tuple[str, ...]
-    advice: str
 
 
 class _Case(NamedTuple):
@@ -237,7 +229,7 @@ def _token(case: _Case) -> _Found:
         token_of(case.facts.run, case.each, case.event), case.controls.get("token alone"),
         case.controls.get("without the token"),
     )  # fmt: skip
-    if token is None or token["padding"]:
+    if token is None or token.padding:
         return None
     single = len(_row_ids(case)) == 1
     others = _by_outcome(case.facts, case.each.dtype)[1]
@@ -251,7 +243,7 @@ def _token(case: _Case) -> _Found:
         why = f"prompts without it are clean ({_listed(others)})"
     else:
         return None
-    shown = f"token {token['id']}" + (f" ({token['text']!r})" if token["text"] else "")
+    shown = f"token {token.id}" + (f" ({token.text!r})" if token.text else "")
     return "trigger-token", f"{shown} overflows by itself, and {why}", (
         f"Find others like it with --sweep first-token. {_usual(case)}")  # fmt: skip
 
@@ -292,11 +284,11 @@ _RULES: tuple[Callable[[_Case], _Found], ...] = (
 )  # fmt: skip
 
 
-def weight_cause(run: Run, weight: Weight, damaged: bool) -> tuple[str, tuple[str, ...]]:
-    """Cause and evidence of a bad weight."""
+def weight_evidence(run: Run, weight: Weight, damaged: bool) -> tuple[str, ...]:
+    """What shows that a weight is bad."""
     digest = run.explanation.hashes.get(weight.file) if run.explanation is not None else None
     where = f"{weight.name} in {weight.file}, {weight.elements:,} elements"
     if not damaged:
-        return "weight-range", (f"static check: {where}, largest {float(weight.abs_max):.6g}",)
+        return (f"static check: {where}, largest {float(weight.abs_max):.6g}",)
     found = [f"static check: {where}, {weight.nan:,} NaN, {weight.inf:,} infinite"]
-    return "damaged-weight", tuple([*found, f"SHA-256 of {weight.file}: {digest}"] if digest else found)
+    return (*found, f"SHA-256 of {weight.file}: {digest}") if digest else tuple(found)

@@ -9,17 +9,21 @@ in, divided by the largest magnitude in the reference pass (the dtype's own pass
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
-from qwen_precision.judge import text as textchecks
-from qwen_precision.judge.causes import advice_for, cause_of, weight_cause
+from qwen_precision.judge import text
+from qwen_precision.judge.causes import advice_for, cause_of, weight_evidence
 from qwen_precision.judge.columns import Facts, token_of
-from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, limits_of
+from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
 from qwen_precision.judge.precision import precision
 from qwen_precision.qwen3.names import layer_of
 from qwen_precision.qwen3.op import name_of, row_of
-from qwen_precision.record.run import Event, Pass, Run, Site, Weight
+from qwen_precision.record.run import Event, Pass, Run, Weight
 from qwen_precision.settings.levels import SEVERITIES
+
+Subject = Literal["prompt", "weights", "precision", "generation"]
+"""What a check is about: a pass over one prompt, the weights alone, a whole dtype against fp32, a generated text."""
 
 
 def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
@@ -31,7 +35,7 @@ def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
         name: of its file, where it is shown beside others.
     """
     facts = Facts(run, limits or limits_of(run.settings))
-    findings = [finding for check in CHECKS.values() for finding in check(facts)]
+    findings = [finding for check in CHECKS.values() for finding in check.find(facts)]
     findings.sort(key=_order)
     headroom = {dtype: facts.headroom(dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
@@ -41,12 +45,16 @@ def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
 def _order(finding: Finding) -> tuple[int, bool, float]:
     """Errors in the order of the forward, or of the steps, so that the first is the first; then by headroom."""
     severity = -SEVERITIES.index(finding.severity)
-    if finding.step is not None:
-        return severity, False, finding.step
+    if finding.place.step is not None:
+        return severity, False, finding.place.step
     if finding.severity != "error":
-        return severity, False, finding.headroom if finding.headroom is not None else 0.0
-    before_layers = row_of(finding.module, finding.op, 0).role == "embedding"
-    return severity, finding.predicted, -1 if before_layers else math.inf if finding.layer is None else finding.layer
+        return severity, False, finding.magnitude.headroom if finding.magnitude.headroom is not None else 0.0
+    before_layers = row_of(finding.place.module, finding.place.op, 0).role == "embedding"
+    return (
+        severity,
+        finding.predicted,
+        -1 if before_layers else math.inf if finding.place.layer is None else finding.place.layer,
+    )
 
 
 def _verdict(run: Run, dtype: str, findings: list[Finding]) -> str:
@@ -80,29 +88,47 @@ def _origins(facts: Facts, dtype: str) -> Iterator[Finding]:
             event = events[number]
             finding = _origin_finding(facts, each, event, following - number - 1)
             prompts.setdefault(event.site, []).append(facts.run.prompts[each.prompt].name)
-            size = (not event.in_padding, finding.reference_abs_max or 0.0)  # a real token's says more than padding's
+            # A real token's says more than padding's.
+            size = (not event.in_padding, finding.magnitude.reference or 0.0)
             before = worst.get(event.site)
             if before is None or size > before[2]:
                 worst[event.site] = (event.step, finding, size)
     for site, (_, finding, _) in sorted(worst.items(), key=lambda item: item[1][0]):
-        yield replace(finding, prompts=tuple(dict.fromkeys(prompts[site])))
+        names = tuple(dict.fromkeys(prompts[site]))
+        yield replace(finding, spread=replace(finding.spread, prompts=names))
 
 
 def _origin_finding(facts: Facts, each: Pass, event: Event, carried: int) -> Finding:
-    site = facts.run.sites[event.site]
     magnitude = facts.magnitude(each, event.site) if facts.run.reference and each.dtype != REFERENCE else None
     if magnitude is not None and not math.isfinite(magnitude):
         magnitude = None
     limit = facts.limit(each.dtype, event.site)
-    why = cause_of(facts, each, event)
     return Finding(
-        kind="overflow" if event.inf else "nan", severity="error", dtype=each.dtype,
-        prompt=facts.run.prompts[each.prompt].name, layer=site.layer, module=site.module, op=site.op,
-        name=name_of(site.module, site.op, site.call), origin=True, reference_abs_max=magnitude,
-        headroom=limit / magnitude if magnitude else None, cause=why.sentence, advice=why.advice,
-        cause_kind=why.kind, evidence=why.evidence, site=event.site, nan=event.nan, inf=event.inf, propagated=carried,
-        token=token_of(facts.run, each, event), channel=event.channel, head=event.head, expert=event.expert,
-    )  # fmt: skip
+        kind="overflow" if event.inf else "nan",
+        severity="error",
+        dtype=each.dtype,
+        place=_place(facts, each, event.site, event),
+        magnitude=Magnitude(magnitude, limit / magnitude if magnitude else None, event.nan, event.inf),
+        cause=cause_of(facts, each, event),
+        spread=Spread(propagated=carried),
+    )
+
+
+def _place(facts: Facts, each: Pass, number: int, event: Event | None) -> Place:
+    """A site, and where in it, if an event tells."""
+    site = facts.run.sites[number]
+    place = Place(
+        layer=site.layer,
+        module=site.module,
+        op=site.op,
+        name=name_of(site.module, site.op, site.call),
+        site=number,
+        prompt=facts.run.prompts[each.prompt].name,
+    )
+    if event is None:
+        return place
+    token = token_of(facts.run, each, event)
+    return replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
 
 
 def _near_overflow(facts: Facts) -> Iterator[Finding]:
@@ -148,35 +174,34 @@ def _only_carries(facts: Facts, row: Headroom) -> bool:
 
 def _beyond(finding: Finding, run: Run) -> Finding:
     """Out of range by itself, had the stream got here."""
-    return replace(
-        finding, kind="overflow", severity="error", predicted=True,
-        cause=f"The {finding.name} reaches {finding.reference_abs_max:.6g} in fp32, beyond {finding.dtype}; "
-        f"the {finding.dtype} stream itself had failed before and did not get here.",
-        advice=advice_for(run, finding.dtype, math.inf, 0.0), cause_kind="out-of-range",
-        evidence=(f"the reference reaches {finding.reference_abs_max:.6g} here",),
-    )  # fmt: skip
+    reached, dtype = f"{finding.magnitude.reference:.6g}", finding.dtype
+    cause = Cause(
+        kind="out-of-range",
+        sentence=f"The {finding.place.name} reaches {reached} in fp32, beyond {dtype}; "
+        f"the {dtype} stream itself had failed before and did not get here.",
+        evidence=(f"the reference reaches {reached} here",),
+        advice=advice_for(run, dtype, math.inf, 0.0),
+    )
+    return replace(finding, kind="overflow", severity="error", predicted=True, cause=cause)
 
 
 def _near_finding(facts: Facts, row: Headroom) -> Finding:
-    site = facts.run.sites[row.site]
     each = facts.by_key[row.dtype, row.prompt]
     # The place of a NaN that was only passed on says nothing about where this operation is largest.
     event = next((e for e in each.events if e.site == row.site and not (e.nan or e.inf)), None)
-    what = name_of(site.module, site.op, site.call)
+    place = _place(facts, each, row.site, event)
     limit = facts.limit(row.dtype, row.site)
-    prompt = facts.run.prompts[row.prompt].name
-    finding = Finding(
-        kind="near-overflow", severity="warning", dtype=row.dtype, prompt=prompt, layer=site.layer,
-        module=site.module, op=site.op, name=what, origin=True, reference_abs_max=row.abs_max,
-        headroom=row.headroom,
-        cause=f"The {what} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}: {row.headroom:.3g}x headroom.",
-        advice=f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}.",
-        prompts=(prompt,), site=row.site,
-    )  # fmt: skip
-    if event is None:
-        return finding
-    token = token_of(facts.run, each, event)
-    return replace(finding, token=token, channel=event.channel, head=event.head, expert=event.expert)
+    reaches = f"The {place.name} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}"
+    advice = f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}."
+    return Finding(
+        kind="near-overflow",
+        severity="warning",
+        dtype=row.dtype,
+        place=place,
+        magnitude=Magnitude(row.abs_max, row.headroom),
+        cause=Cause(None, f"{reaches}: {row.headroom:.3g}x headroom.", (), advice),
+        spread=Spread(prompts=(str(place.prompt),)),
+    )
 
 
 def _underflow(facts: Facts) -> Iterator[Finding]:
@@ -190,76 +215,84 @@ def _underflow(facts: Facts) -> Iterator[Finding]:
         for row, index in zip(*(ran & (values > 0) & (values < tiny)).nonzero(), strict=True):
             if index not in seen:
                 seen.add(index)
-                yield _underflow_finding(facts, passes[row], facts.run.sites[index], float(values[row, index]), tiny)
+                yield _underflow_finding(facts, passes[row], int(index), float(values[row, index]), tiny)
     for weight in facts.run.weights:
         for dtype, count in weight.underflow.items():
             share = count / max(weight.elements, 1)
             if share > facts.limits.underflow_share and dtype in facts.run.dtypes:
-                text = f"{count} of {weight.elements} elements of {weight.name} ({share:.1%}) become zero in {dtype}."
-                yield _weight_finding("underflow", "warning", dtype, weight.parameter, text, "Use a wider dtype.")
+                said = f"{count} of {weight.elements} elements of {weight.name} ({share:.1%}) become zero in {dtype}."
+                cause = Cause(None, said, (), "Use a wider dtype.")
+                yield _weight_finding("underflow", "warning", dtype, weight.parameter, cause, Magnitude())
 
 
-def _underflow_finding(facts: Facts, each: Pass, site: Site, value: float, tiny: float) -> Finding:
-    what = name_of(site.module, site.op, site.call)
-    prompt = facts.run.prompts[each.prompt].name
+def _underflow_finding(facts: Facts, each: Pass, site: int, value: float, tiny: float) -> Finding:
+    place = replace(_place(facts, each, site, None), site=None)
+    said = f"All of the {place.name} lies below {each.dtype}'s normal range: at most {value:.3g}, of {tiny:.3g}."
     return Finding(
-        kind="underflow", severity="warning", dtype=each.dtype, prompt=prompt, layer=site.layer,
-        module=site.module, op=site.op, name=what, origin=True, reference_abs_max=value, headroom=None,
-        cause=f"All of the {what} lies below {each.dtype}'s normal range: at most {value:.3g}, of {tiny:.3g}.",
-        advice="Use a wider dtype here.", prompts=(prompt,),
-    )  # fmt: skip
+        kind="underflow",
+        severity="warning",
+        dtype=each.dtype,
+        place=place,
+        magnitude=Magnitude(value),
+        cause=Cause(None, said, (), "Use a wider dtype here."),
+        spread=Spread(prompts=(str(place.prompt),)),
+    )
 
 
 def _weights(facts: Facts) -> Iterator[Finding]:
     """A weight is damaged, or larger than a dtype's largest finite number."""
     for weight in facts.run.weights:
-        where = f"{weight.name} in {weight.file}"
-        if weight.nan or weight.inf:
-            text = f"{where} holds {weight.nan} NaN and {weight.inf} infinite elements."
-            advice = "The checkpoint is damaged: compare the file's hash with the hub's and download it again."
-            for dtype in facts.run.dtypes:
-                found = _weight_finding("weight-nonfinite", "error", dtype, weight.parameter, text, advice)
-                yield _counted(_because(found, facts.run, weight, True), facts, dtype, weight.nan, weight.inf)
+        for dtype in facts.run.dtypes:
+            if weight.nan or weight.inf:
+                yield _damaged(facts, weight, dtype)
         for dtype, count in weight.overflow.items():
-            if dtype not in facts.run.dtypes:
-                continue
-            limit = DTYPES[dtype].max
-            text = f"{where} has {count} elements up to {weight.abs_max:.6g}; {dtype} ends at {limit:.6g}."
-            advice = f"Keep this tensor in fp32, or run the checkpoint in a dtype other than {dtype}."
-            found = _weight_finding(
-                "weight-overflow", "error", dtype, weight.parameter, text, advice, weight.abs_max, limit
-            )
-            yield _counted(_because(found, facts.run, weight, False), facts, dtype, 0, count)
+            if dtype in facts.run.dtypes:
+                yield _too_large(facts, weight, dtype, count)
 
 
-def _because(finding: Finding, run: Run, weight: Weight, damaged: bool) -> Finding:
-    kind, evidence = weight_cause(run, weight, damaged)
-    return replace(finding, cause_kind=kind, evidence=evidence)
+def _damaged(facts: Facts, weight: Weight, dtype: str) -> Finding:
+    cause = Cause(
+        kind="damaged-weight",
+        sentence=f"{weight.name} in {weight.file} holds {weight.nan} NaN and {weight.inf} infinite elements.",
+        evidence=weight_evidence(facts.run, weight, True),
+        advice="The checkpoint is damaged: compare the file's hash with the hub's and download it again.",
+    )
+    size = Magnitude(nan=weight.nan, inf=weight.inf)
+    return _counted(_weight_finding("weight-nonfinite", "error", dtype, weight.parameter, cause, size), facts)
+
+
+def _too_large(facts: Facts, weight: Weight, dtype: str, count: int) -> Finding:
+    limit, largest = DTYPES[dtype].max, float(weight.abs_max)
+    cause = Cause(
+        kind="weight-range",
+        sentence=f"{weight.name} in {weight.file} has {count} elements up to {largest:.6g}; {dtype} ends at "
+        f"{limit:.6g}.",
+        evidence=weight_evidence(facts.run, weight, False),
+        advice=f"Keep this tensor in fp32, or run the checkpoint in a dtype other than {dtype}.",
+    )
+    size = Magnitude(largest, limit / largest if largest else None, 0, count)
+    return _counted(_weight_finding("weight-overflow", "error", dtype, weight.parameter, cause, size), facts)
 
 
 def _weight_finding(
-    kind: str, severity: str, dtype: str, name: str, cause: str, advice: str,
-    largest_value: float | None = None, limit: float | None = None,
-) -> Finding:  # fmt: skip
-    module, _, leaf = name.rpartition(".")
-    short = module.rpartition(".")[2] or name
-    return Finding(
-        kind=kind, severity=severity, dtype=dtype, prompt=None, layer=layer_of(module), module=module,
-        op="weight", name=f"{short} {leaf}", origin=True, reference_abs_max=largest_value,
-        headroom=limit / largest_value if limit and largest_value else None, cause=cause, advice=advice,
-    )  # fmt: skip
+    kind: str, severity: str, dtype: str, parameter: str, cause: Cause, magnitude: Magnitude
+) -> Finding:
+    module, _, leaf = parameter.rpartition(".")
+    short = module.rpartition(".")[2] or parameter
+    place = Place(layer=layer_of(module), module=module, op="weight", name=f"{short} {leaf}")
+    return Finding(kind, severity, dtype, place, magnitude, cause)
 
 
-def _counted(finding: Finding, facts: Facts, dtype: str, nan: int, inf: int) -> Finding:
+def _counted(finding: Finding, facts: Facts) -> Finding:
     """With how many operations the bad weight spoiled."""
     carried = 0
-    for each in facts.passes(dtype):
+    for each in facts.passes(finding.dtype):
         bad = [event for event in each.events if event.nan or event.inf]
         dirty = [event for event in bad if not event.clean_weights]
-        if any(facts.run.sites[event.site].module == finding.module for event in dirty):
+        if any(facts.run.sites[event.site].module == finding.place.module for event in dirty):
             first = min(event.step for event in dirty)
             carried = max(carried, sum(1 for event in bad if event.step >= first))
-    return replace(finding, nan=nan, inf=inf, propagated=carried)
+    return replace(finding, spread=Spread(propagated=carried))
 
 
 def _divergence(facts: Facts) -> Iterator[Finding]:
@@ -270,28 +303,44 @@ def _divergence(facts: Facts) -> Iterator[Finding]:
             continue
         kl, logprob = found.kl or 0.0, found.logprob or 0.0
         if found.agree < found.rows and kl > limits.kl and logprob > limits.logprob:
-            yield Finding(
-                kind="divergence", severity="warning", dtype=dtype, prompt=None, layer=None, module="lm_head",
-                op="linear", name="logits", origin=False, reference_abs_max=None, headroom=None,
-                cause=f"{dtype} is finite everywhere; its next token is fp32's on {found.agree} of {found.rows} rows.",
-                advice="Use a dtype with more precision; see the error by layer for where it grows.",
-                cause_kind="precision", evidence=(
+            cause = Cause(
+                kind="precision",
+                sentence=f"{dtype} is finite everywhere; its next token is fp32's on {found.agree} of {found.rows} "
+                "rows.",
+                evidence=(
                     f"KL divergence up to {kl:.3g} nats (limit {limits.kl:g})",
                     f"log-probability error {logprob:.3g} nats (limit {limits.logprob:g})",
                 ),
-            )  # fmt: skip
+                advice="Use a dtype with more precision; see the error by layer for where it grows.",
+            )
+            place = Place(layer=None, module="lm_head", op="linear", name="logits")
+            yield Finding("divergence", "warning", dtype, place, Magnitude(), cause, origin=False)
 
 
-CHECKS: dict[str, Callable[[Facts], Iterator[Finding]]] = {
-    "weights": _weights,
-    "overflow": _overflow,
-    "near-overflow": _near_overflow,
-    "underflow": _underflow,
-    "divergence": _divergence,
-    "nonfinite-logits": textchecks.nonfinite_logits,
-    "sampling-error": textchecks.sampling_error,
-    "degenerate-text": textchecks.degenerate_text,
-    "masked-row": textchecks.masked_rows,
-    "advice": textchecks.advice,
+class Check(NamedTuple):
+    """One check, and what its findings are called."""
+
+    find: Callable[[Facts], Iterator[Finding]]
+    kinds: tuple[str, ...]
+    subjects: tuple[Subject, ...]
+    """What it is about."""
+
+    @property
+    def about(self) -> str:
+        """What it finds, in a sentence."""
+        return (self.find.__doc__ or "").strip().splitlines()[0]
+
+
+CHECKS: dict[str, Check] = {
+    "weights": Check(_weights, ("weight-overflow", "weight-nonfinite"), ("weights",)),
+    "overflow": Check(_overflow, ("overflow", "nan"), ("prompt",)),
+    "near-overflow": Check(_near_overflow, ("near-overflow",), ("prompt",)),
+    "underflow": Check(_underflow, ("underflow",), ("prompt", "weights")),
+    "divergence": Check(_divergence, ("divergence",), ("precision",)),
+    "nonfinite-logits": Check(text.nonfinite_logits, ("nonfinite-logits",), ("generation",)),
+    "sampling-error": Check(text.sampling_error, ("sampling-error",), ("generation",)),
+    "degenerate-text": Check(text.degenerate_text, ("degenerate-text",), ("generation",)),
+    "masked-row": Check(text.masked_rows, ("masked-row",), ("generation",)),
+    "advice": Check(text.advice, ("advice",), ("generation",)),
 }
-"""A check is a row here: a function from the facts to findings."""
+"""A check is a row here: judging, the README and the cases of JUnit read it."""

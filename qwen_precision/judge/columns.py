@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest
-from qwen_precision.judge.findings import Headroom, Limits
+from qwen_precision.judge.findings import Headroom, Limits, Token
 from qwen_precision.record.run import Event, Pass, Run
 
 Array = NDArray[Any]
@@ -103,17 +103,17 @@ class Facts:
         ]
 
 
-def token_of(run: Run, each: Pass, event: Event) -> dict[str, int | str | bool | None] | None:
-    """Position, id and text of the token an event was placed at, or None where it has no place."""
+def token_of(run: Run, each: Pass, event: Event) -> Token | None:
+    """The token an event was placed at, or None where it has no place."""
     if event.position is None or event.row is None:
         return None
     row = run.prompts[each.prompt].rows[event.row]
     index = event.position - row.padding
     padding = index < 0 or index >= len(row.ids)
-    return {
-        "position": event.position,
-        "id": None if padding else row.ids[index],
-        "text": None if padding or index >= len(row.tokens) else row.tokens[index],
-        "row": event.row,
-        "padding": padding,
-    }
+    return Token(
+        position=event.position,
+        id=None if padding else row.ids[index],
+        text=None if padding or index >= len(row.tokens) else row.tokens[index],
+        row=event.row,
+        padding=padding,
+    )

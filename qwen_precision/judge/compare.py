@@ -26,7 +26,7 @@ class Moved:
         """Whether it is a failure now and was none, or has less headroom."""
         if self.now.severity != self.before.severity:
             return SEVERITIES.index(self.now.severity) > SEVERITIES.index(self.before.severity)
-        return (self.now.headroom or 0) < (self.before.headroom or 0)
+        return (self.now.magnitude.headroom or 0) < (self.before.magnitude.headroom or 0)
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,12 @@ def changes(baseline: Report, report: Report) -> Changes:
 def _key(finding: Finding) -> Key:
     # An operation that was near the limit and is beyond it now is the same one, worse.
     kind = "range" if finding.kind in ("overflow", "nan", "near-overflow") else finding.kind
-    return (
-        kind, finding.dtype, finding.layer, finding.module, finding.op, finding.name, finding.row,
-    )  # fmt: skip
+    place = finding.place
+    return kind, finding.dtype, place.layer, place.module, place.op, place.name, place.row
 
 
 def _differ(before: Finding, now: Finding) -> bool:
     if before.severity != now.severity:
         return True
-    if before.headroom is None or now.headroom is None:
-        return False
-    return abs(now.headroom - before.headroom) > _MOVED * max(before.headroom, now.headroom)
+    older, newer = before.magnitude.headroom, now.magnitude.headroom
+    return older is not None and newer is not None and abs(newer - older) > _MOVED * max(older, newer)

@@ -61,23 +61,22 @@ def asked(report: Report) -> list[Asked]:
     for finding in report.findings:
         each = _asked(report.run, finding)
         if each is not None:
-            found.setdefault((finding.dtype, finding.prompt, each.number), each)
+            found.setdefault((finding.dtype, finding.place.prompt, each.number), each)
     return list(found.values())
 
 
 def _asked(run: Run, finding: Finding) -> Asked | None:
     measured = finding.kind in KINDS and finding.severity == "error" and not finding.predicted
-    prompt = next((each for each in run.prompts if each.name == finding.prompt), None)
-    if not measured or prompt is None or finding.dtype == REFERENCE or finding.cause_kind == "dead-in-fp32":
+    prompt = next((each for each in run.prompts if each.name == finding.place.prompt), None)
+    if not measured or prompt is None or finding.dtype == REFERENCE or finding.cause.kind == "dead-in-fp32":
         return None
-    token = finding.token or {}
-    number = int(token.get("row") or 0)
+    token = finding.place.token
+    number = token.row if token is not None else 0
     mine = [p for p in run.passes if p.dtype == finding.dtype and run.prompts[p.prompt].name == prompt.name]
-    layer = finding.layer if finding.layer is not None else len(run.sites)
+    layer = finding.place.layer if finding.place.layer is not None else len(run.sites)
     if number >= len(prompt.rows) or any(number in s.rows and s.layer <= layer for p in mine for s in p.reseeded):
         return None
-    known = token.get("position") is not None and not token.get("padding")
-    position = int(token["position"] or 0) if known else None
+    position = token.position if token is not None and not token.padding else None
     return Asked(finding, number, prompt.rows[number], len(prompt.rows) > 1, position)
 
 
@@ -90,7 +89,7 @@ def planned(report: Report, templates: Sequence[Planned] = ()) -> list[Planned]:
     """
     lots: list[list[Planned]] = []
     for each in asked(report):
-        about = (each.finding.dtype, each.finding.prompt, each.number)
+        about = (each.finding.dtype, each.finding.place.prompt, each.number)
         mine = [template for template in templates if (template.dtype, template.prompt, template.row) == about]
         lot: dict[tuple[object, ...], Planned] = {}
         for control in _ordered(report.run, each, mine):
@@ -103,17 +102,23 @@ def planned(report: Report, templates: Sequence[Planned] = ()) -> list[Planned]:
 
 def _ordered(run: Run, each: Asked, templates: list[Planned]) -> Iterator[Planned]:
     finding, ids, place = each.finding, each.row.ids, each.place
-    site = run.sites[finding.site] if finding.site is not None and finding.site < len(run.sites) else None
+    site = (
+        run.sites[finding.place.site]
+        if finding.place.site is not None and finding.place.site < len(run.sites)
+        else None
+    )
 
     def control(what: ControlKind, changed: list[int], detail: str, attention: str | None = None) -> Planned:
         about = None if attention or what in ("row alone", "full reduction") else each.position
-        return Planned(what, finding.dtype, str(finding.prompt), each.number, tuple(changed), detail, about, attention)
+        return Planned(
+            what, finding.dtype, str(finding.place.prompt), each.number, tuple(changed), detail, about, attention
+        )
 
     if each.batched:
         yield control("row alone", ids, "the same row without the batch and its padding")
     if site is not None and row_of(site.module, site.op, site.call).role == "scores":
         yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
-    if _on_cuda(run) and finding.headroom is not None and finding.headroom >= 1:
+    if _on_cuda(run) and finding.magnitude.headroom is not None and finding.magnitude.headroom >= 1:
         yield control("full reduction", ids, "the same tokens without reduced-precision reductions")
     if place is None:
         return

@@ -31,46 +31,88 @@ def limits_of(settings: dict[str, Any]) -> Limits:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token of a prompt."""
+
+    position: int
+    """In the padded row."""
+    id: int | None
+    """None at padding."""
+    text: str | None
+    row: int
+    padding: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was found; what does not apply is None."""
+
+    layer: int | None
+    module: str
+    op: str
+    name: str
+    """The operation in Qwen3's words."""
+    site: int | None = None
+    """Index of the operation in the run's ``sites``, where it is one."""
+    prompt: str | None = None
+    """Name of the worst prompt, or None where no prompt is involved."""
+    token: Token | None = None
+    channel: int | None = None
+    head: int | None = None
+    expert: int | None = None
+    row: int | None = None
+    """Of the batch, in a generation."""
+    step: int | None = None
+    """Generated token, in a generation."""
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """How large it is, and how much of it is not finite."""
+
+    reference: float | None = None
+    """Largest magnitude in the fp32 reference."""
+    headroom: float | None = None
+    """Largest number of the format over that magnitude."""
+    nan: int = 0
+    inf: int = 0
+
+
+class Cause(NamedTuple):
+    """Why, with what shows it and what to do."""
+
+    kind: str | None
+    """Of ``causes.CAUSES``, where it could be told."""
+    sentence: str
+    evidence: tuple[str, ...]
+    """What shows the cause: measurements, and control runs with their outcome."""
+    advice: str
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where else the same thing happened."""
+
+    prompts: tuple[str, ...] = ()
+    """All prompts that show it."""
+    propagated: int = 0
+    """Later operations (or steps) that only passed it on."""
+
+
+@dataclass(frozen=True)
 class Finding:
     """One judged fact."""
 
     kind: str
     severity: str
     dtype: str
-    prompt: str | None
-    """Name of the worst prompt, or None where no prompt is involved."""
-    layer: int | None
-    module: str
-    op: str
-    name: str
-    """The operation in Qwen3's words."""
-    origin: bool
-    reference_abs_max: float | None
-    headroom: float | None
-    cause: str
-    advice: str
-    nan: int = 0
-    inf: int = 0
-    propagated: int = 0
-    """Later operations that only passed it on."""
-    token: dict[str, int | str | bool | None] | None = None
-    channel: int | None = None
-    head: int | None = None
-    expert: int | None = None
-    prompts: tuple[str, ...] = ()
-    """All prompts that show it."""
+    place: Place
+    magnitude: Magnitude
+    cause: Cause
+    spread: Spread = Spread()
+    origin: bool = True
     predicted: bool = False
     """Known from the reference alone: the dtype's own stream did not get here."""
-    row: int | None = None
-    """Of the batch, in a generation."""
-    step: int | None = None
-    """Generated token, in a generation."""
-    cause_kind: str | None = None
-    """Of ``causes.CAUSES``, where it could be told."""
-    site: int | None = None
-    """Index of the operation in the run's ``sites``, where it is one."""
-    evidence: tuple[str, ...] = ()
-    """What shows the cause: measurements, and control runs with their outcome."""
 
 
 class Headroom(NamedTuple):

@@ -114,4 +114,4 @@ def next_command(report: Report, record: str) -> str | None:
     kinds = {"nonfinite-logits", "sampling-error", "degenerate-text", "masked-row"}
     bad = [each for each in report.findings if each.kind in kinds and each.severity != "info"]
     rows = {row.row: row for row in made.rows} if made is not None else {}
-    return next((next_probe(report.run, rows[each.row], record) for each in bad if each.row in rows), None)
+    return next((next_probe(report.run, rows[each.place.row], record) for each in bad if each.place.row in rows), None)

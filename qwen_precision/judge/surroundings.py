@@ -38,19 +38,19 @@ def _pass(run: Run, dtype: str, prompt: str | None) -> Pass | None:
 
 def closeup_of(run: Run, finding: Finding) -> Closeup | None:
     """The microscope's view of an origin, where there is one."""
-    mine = _pass(run, finding.dtype, finding.prompt)
-    if mine is None or finding.site is None:
+    mine = _pass(run, finding.dtype, finding.place.prompt)
+    if mine is None or finding.place.site is None:
         return None
-    return next((event.closeup for event in mine.events if event.site == finding.site), None)
+    return next((event.closeup for event in mine.events if event.site == finding.place.site), None)
 
 
 def run_up(run: Run, finding: Finding) -> list[Step]:
     """The operations before a finding, in the order they ran, with their largest magnitudes."""
-    mine, reference = _pass(run, finding.dtype, finding.prompt), _pass(run, REFERENCE, finding.prompt)
-    if mine is None or finding.site is None or not finding.origin or finding.predicted:
+    mine, reference = _pass(run, finding.dtype, finding.place.prompt), _pass(run, REFERENCE, finding.place.prompt)
+    if mine is None or finding.place.site is None or not finding.origin or finding.predicted:
         return []
     # Casts have sites of their own, numbered when a dtype first met them: what ran before has a lower number.
-    before = [n for n in range(finding.site) if mine.abs_max[n] is not None and n not in run.casts][-_BEFORE:]
+    before = [n for n in range(finding.place.site) if mine.abs_max[n] is not None and n not in run.casts][-_BEFORE:]
     return [
         Step(
             name_of(run.sites[n].module, run.sites[n].op, run.sites[n].call), mine.abs_max[n],

@@ -6,22 +6,23 @@ did fail. Left as they were, they are an error. A mere loop, with logits that we
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from qwen_precision.judge.columns import Facts
 from qwen_precision.judge.degenerate import Symptom, symptoms
-from qwen_precision.judge.findings import Finding
+from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
 from qwen_precision.judge.nextcommand import next_probe
 from qwen_precision.record.generation import FILTERED, MENDED, Continuation, Generation, Trip, bad_trips, mended_steps
 from qwen_precision.record.run import Run
 from qwen_precision.settings.guards import Advice, GuardSettings
 
 
-def _finding(run: Run, kind: str, severity: str, dtype: str, cause: str, advice: str, **more: object) -> Finding:
-    base: dict[str, object] = {
-        "layer": None, "module": "lm_head", "op": "logits", "name": "logits", "origin": False,
-        "reference_abs_max": None, "headroom": None, "prompt": run.prompts[0].name if run.prompts else None,
-    }  # fmt: skip
-    return Finding(kind=kind, severity=severity, dtype=dtype, cause=cause, advice=advice, **{**base, **more})  # type: ignore[arg-type]
+def _finding(run: Run, kind: str, severity: str, dtype: str, text: str, advice: str, **place: Any) -> Finding:
+    """A finding about a generation; ``place`` is what is not the logits of the first prompt."""
+    prompt = run.prompts[0].name if run.prompts else None
+    where = {"layer": None, "module": "lm_head", "op": "logits", "name": "logits", "prompt": prompt, **place}
+    return Finding(kind, severity, dtype, Place(**where), Magnitude(), Cause(None, text, (), advice), origin=False)
 
 
 def nonfinite_logits(facts: Facts) -> Iterator[Finding]:
@@ -55,11 +56,18 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
         cause += " Its KV cache was finite."
     what = "; ".join(dict.fromkeys(f"{trip.guard}: {trip.why}" for trip in done))
     advice = f"{what[0].upper()}{what[1:]}. " if what else ""
-    return _finding(
-        run, "nonfinite-logits", "warning" if mended else "error", first.dtype, cause,
-        f"{advice}Find the origin: {next_probe(run, row)}", row=row.row, step=first.step,
-        nan=_whole(first.before.get("nan")), inf=_whole(first.before.get("inf")), propagated=len(steps) - 1,
-    )  # fmt: skip
+    found = _finding(
+        run,
+        "nonfinite-logits",
+        "warning" if mended else "error",
+        first.dtype,
+        cause,
+        f"{advice}Find the origin: {next_probe(run, row)}",
+        row=row.row,
+        step=first.step,
+    )
+    size = Magnitude(nan=_whole(first.before.get("nan")), inf=_whole(first.before.get("inf")))
+    return replace(found, magnitude=size, spread=Spread(propagated=len(steps) - 1))
 
 
 def _whole(value: float | None) -> int:

@@ -37,11 +37,11 @@ def _lines(view: View) -> Iterator[str]:
 
 
 def _title(finding: Finding) -> str:
-    return f"qprec {finding.dtype}: {finding.kind}, {placed(finding.layer, safe(finding.name))}"
+    return f"qprec {finding.dtype}: {finding.kind}, {placed(finding.place.layer, safe(finding.place.name))}"
 
 
 def _data(finding: Finding) -> str:
-    return _escaped(f"{safe(finding.cause, 500)} {safe(finding.advice, 500)}")
+    return _escaped(f"{safe(finding.cause.sentence, 500)} {safe(finding.cause.advice, 500)}")
 
 
 def _escaped(text: str) -> str:

@@ -12,6 +12,7 @@ from qwen_precision.judge.precision import precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 from qwen_precision.record.generation import Generation
 from qwen_precision.record.parts import in_words, rounded
+from qwen_precision.render.schema import flat
 from qwen_precision.render.view import View
 
 SCHEMA = 1
@@ -56,7 +57,7 @@ def _finding(report: Report, finding: Finding) -> dict[str, Any]:
     """A finding, with what stands around it in the run."""
     look = closeup_of(report.run, finding)
     return {
-        **asdict(finding),
+        **flat(finding),
         "closeup": look.model_dump() if look is not None else None,
         "run_up": [step._asdict() for step in run_up(report.run, finding)],
     }
@@ -87,10 +88,10 @@ def _rescue(report: Report) -> dict[str, Any]:
 def _changes(changes: Changes) -> dict[str, Any]:
     return {
         "baseline": changes.baseline.name,
-        "new": [asdict(finding) for finding in changes.new],
-        "fixed": [asdict(finding) for finding in changes.fixed],
+        "new": [flat(finding) for finding in changes.new],
+        "fixed": [flat(finding) for finding in changes.fixed],
         "changed": [
-            {"before": asdict(each.before), "now": asdict(each.now), "worse": each.worse} for each in changes.moved
+            {"before": flat(each.before), "now": flat(each.now), "worse": each.worse} for each in changes.moved
         ],
         "headroom": {dtype: {"before": pair[0], "now": pair[1]} for dtype, pair in changes.headroom.items()},
     }

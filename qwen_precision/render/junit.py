@@ -1,4 +1,4 @@
-"""JUnit XML, for CI servers: a suite a dtype and prompt, a case a check, the passing ones too.
+"""JUnit XML, for CI servers: a suite a dtype and prompt, a case a check of ``CHECKS``, the passing ones too.
 
 The shape is what Jenkins, GitLab and GitHub's test reporters read: ``testsuites/testsuite/testcase`` with counts on
 both. What is not allowed in XML 1.0 is spelled out before it gets here (``text.safe``).
@@ -7,28 +7,21 @@ both. What is not allowed in XML 1.0 is spelled out before it gets here (``text.
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
+from qwen_precision.dtypes import REFERENCE
+from qwen_precision.judge.checks import CHECKS, Subject
 from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.qwen3.names import placed
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 from qwen_precision.settings.levels import FAILING
 
-_Cases = dict[str, tuple[str, ...]]
-
-_CHECKS: dict[str, _Cases] = {
-    "probe": {"overflow": ("overflow", "nan"), "near-overflow": ("near-overflow",), "underflow": ("underflow",)},
-    "weights": {"weights": ("weight-overflow", "weight-nonfinite"), "underflow": ("underflow",)},
-    "generate": {kind: (kind,) for kind in ("nonfinite-logits", "sampling-error", "degenerate-text", "masked-row")},
-}
-"""Cases of a suite, and the kinds of finding each is about."""
-
 
 def render_junit(view: View) -> str:
     """All reports as one document; what fails a case is what would give exit code 1."""
     root = ElementTree.Element("testsuites", name="qprec")
     for report in view.reports:
-        for name, cases, findings in _suites(report):
-            _suite(root, name, cases, findings, view)
+        for name, subject, findings in _suites(report):
+            _suite(root, name, subject, findings, view)
         _finished(root, report)
     for key in ("tests", "failures", "errors"):
         root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
@@ -36,22 +29,28 @@ def render_junit(view: View) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _suites(report: Report) -> Iterator[tuple[str, _Cases, list[Finding]]]:
+def _suites(report: Report) -> Iterator[tuple[str, Subject, list[Finding]]]:
+    """Name of each suite, what it is about, and the findings that belong there."""
     run = report.run
     head = f"{safe(report.name)} " if report.name else ""
     for dtype in report.verdict:
         mine = [finding for finding in report.findings if finding.dtype == dtype]
         if run.generation is not None:
-            yield f"{head}{dtype} generation", _CHECKS["generate"], mine
+            yield f"{head}{dtype} generation", "generation", mine
             continue
         for prompt in run.prompts:
             if any(each.dtype == dtype and run.prompts[each.prompt].name == prompt.name for each in run.passes):
-                here = [f for f in mine if prompt.name in (f.prompts or (f.prompt,))]
-                yield f"{head}{dtype} {safe(prompt.name)}", _CHECKS["probe"], here
-        yield f"{head}{dtype} weights", _CHECKS["weights"], [f for f in mine if f.prompt is None]
+                here = [f for f in mine if prompt.name in (f.spread.prompts or (f.place.prompt,))]
+                yield f"{head}{dtype} {safe(prompt.name)}", "prompt", here
+        whole = [finding for finding in mine if finding.place.prompt is None]
+        yield f"{head}{dtype} weights", "weights", whole
+        if run.reference and dtype != REFERENCE:
+            yield f"{head}{dtype} precision", "precision", whole
 
 
-def _suite(root: ElementTree.Element, name: str, cases: _Cases, findings: list[Finding], view: View) -> None:
+def _suite(root: ElementTree.Element, name: str, subject: Subject, findings: list[Finding], view: View) -> None:
+    """A case a check, whether it found something or not."""
+    cases = {check: row.kinds for check, row in CHECKS.items() if subject in row.subjects}
     suite = ElementTree.SubElement(root, "testsuite", name=name, tests=str(len(cases)), errors="0")
     new = None if view.changes is None else [*view.changes.new, *view.changes.risen]
     failures = 0
@@ -62,7 +61,7 @@ def _suite(root: ElementTree.Element, name: str, cases: _Cases, findings: list[F
         if bad:
             failures += 1
             failure = ElementTree.SubElement(case, "failure", type=bad[0].kind, message=_line(bad[0]))
-            failure.text = "\n".join(f"{_line(finding)} {safe(finding.advice, 500)}" for finding in bad)
+            failure.text = "\n".join(f"{_line(finding)} {safe(finding.cause.advice, 500)}" for finding in bad)
         rest = [finding for finding in mine if finding not in bad]
         if rest:
             ElementTree.SubElement(case, "system-out").text = "\n".join(_line(finding) for finding in rest)
@@ -81,4 +80,4 @@ def _finished(root: ElementTree.Element, report: Report) -> None:
 
 
 def _line(finding: Finding) -> str:
-    return f"{placed(finding.layer, safe(finding.name))}: {safe(finding.cause, 500)}"
+    return f"{placed(finding.place.layer, safe(finding.place.name))}: {safe(finding.cause.sentence, 500)}"

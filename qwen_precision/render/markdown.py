@@ -113,9 +113,9 @@ def _head(report: Report) -> str:
 
 
 def _place(finding: Finding) -> str:
-    layer = f"layer {finding.layer}: " if finding.layer is not None else ""
-    step = f"step {finding.step}, row {finding.row}: " if finding.step is not None else ""
-    return f"{step}{layer}{escaped(finding.name)} ({escaped(finding.kind)})"
+    layer = f"layer {finding.place.layer}: " if finding.place.layer is not None else ""
+    step = f"step {finding.place.step}, row {finding.place.row}: " if finding.place.step is not None else ""
+    return f"{step}{layer}{escaped(finding.place.name)} ({escaped(finding.kind)})"
 
 
 def _findings(report: Report) -> str:
@@ -131,24 +131,26 @@ def _findings(report: Report) -> str:
 
 
 def _facts(report: Report, finding: Finding) -> Iterator[str]:
-    if finding.step is None and finding.kind != "advice":
-        yield f"where: {escaped(finding.module)}, {escaped(finding.op)}"
-    if finding.reference_abs_max is not None:
-        yield f"magnitude in fp32: {number(finding.reference_abs_max)}, headroom {room(finding.headroom)}"
-    if finding.token is not None:
-        token = finding.token
-        what = "padding" if token["padding"] else f"id {token['id']} “{escaped(str(token['text']), 60)}”"
-        channel = f", channel {finding.channel}" if finding.channel is not None else ""
-        yield f"token {token['position']} of row {token.get('row')} ({what}){channel}"
-    if finding.nan or finding.inf:
-        later = "later operation" if finding.step is None else "later step"
-        yield f"{finding.inf:,} inf, {finding.nan:,} NaN, passed on by {count(finding.propagated, later)}"
-    yield f"cause: {escaped(finding.cause, 600)}"
-    if finding.cause_kind is not None:
+    if finding.place.step is None and finding.kind != "advice":
+        yield f"where: {escaped(finding.place.module)}, {escaped(finding.place.op)}"
+    if finding.magnitude.reference is not None:
+        size = finding.magnitude
+        yield f"magnitude in fp32: {number(size.reference)}, headroom {room(size.headroom)}"
+    if finding.place.token is not None:
+        token = finding.place.token
+        what = "padding" if token.padding else f"id {token.id} “{escaped(str(token.text), 60)}”"
+        channel = f", channel {finding.place.channel}" if finding.place.channel is not None else ""
+        yield f"token {token.position} of row {token.row} ({what}){channel}"
+    if finding.magnitude.nan or finding.magnitude.inf:
+        later = "later operation" if finding.place.step is None else "later step"
+        size = finding.magnitude
+        yield f"{size.inf:,} inf, {size.nan:,} NaN, passed on by {count(finding.spread.propagated, later)}"
+    yield f"cause: {escaped(finding.cause.sentence, 600)}"
+    if finding.cause.kind is not None:
         yield f"because: {escaped(why.because(finding))}"
-    yield from (f"evidence: {escaped(line)}" for line in finding.evidence)
+    yield from (f"evidence: {escaped(line)}" for line in finding.cause.evidence)
     yield from (f"{key}: {escaped(line)}" for key, line in why.microscope(report, finding))
-    yield f"advice: {escaped(finding.advice, 600)}"
+    yield f"advice: {escaped(finding.cause.advice, 600)}"
 
 
 def _controls(report: Report) -> str:

@@ -6,6 +6,7 @@ More keys may stand beside these in a later version; those that are here keep th
 from typing import Any
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from qwen_precision.judge.findings import Finding
 from qwen_precision.settings.levels import FAIL_ON
@@ -14,9 +15,75 @@ _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}
 
 
+class FlatFinding(TypedDict):
+    """A finding as the JSON has it: one level, so that a script needs one look."""
+
+    kind: str
+    severity: str
+    dtype: str
+    prompt: str | None
+    layer: int | None
+    module: str
+    op: str
+    name: str
+    origin: bool
+    reference_abs_max: float | None
+    headroom: float | None
+    cause: str
+    advice: str
+    nan: int
+    inf: int
+    propagated: int
+    token: dict[str, int | str | bool | None] | None
+    channel: int | None
+    head: int | None
+    expert: int | None
+    prompts: tuple[str, ...]
+    predicted: bool
+    row: int | None
+    step: int | None
+    cause_kind: str | None
+    site: int | None
+    evidence: tuple[str, ...]
+
+
+def flat(finding: Finding) -> FlatFinding:
+    """The same on one level."""
+    place, size, cause, token = finding.place, finding.magnitude, finding.cause, finding.place.token
+    return {
+        "kind": finding.kind,
+        "severity": finding.severity,
+        "dtype": finding.dtype,
+        "prompt": place.prompt,
+        "layer": place.layer,
+        "module": place.module,
+        "op": place.op,
+        "name": place.name,
+        "origin": finding.origin,
+        "reference_abs_max": size.reference,
+        "headroom": size.headroom,
+        "cause": cause.sentence,
+        "advice": cause.advice,
+        "nan": size.nan,
+        "inf": size.inf,
+        "propagated": finding.spread.propagated,
+        "token": None if token is None else dict(vars(token)),
+        "channel": place.channel,
+        "head": place.head,
+        "expert": place.expert,
+        "prompts": finding.spread.prompts,
+        "predicted": finding.predicted,
+        "row": place.row,
+        "step": place.step,
+        "cause_kind": cause.kind,
+        "site": place.site,
+        "evidence": cause.evidence,
+    }
+
+
 def report_schema() -> dict[str, Any]:
     """For draft 2020-12."""
-    finding = _numbers_or_words(TypeAdapter(Finding).json_schema())
+    finding = _numbers_or_words(TypeAdapter(FlatFinding).json_schema())
     finding.pop("title", None)
     finding["properties"] |= {"closeup": {"type": ["object", "null"]}, "run_up": {"type": "array"}}
     report = {

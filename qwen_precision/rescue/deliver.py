@@ -115,7 +115,7 @@ def _judged(
         why = f"the probe of the exported folder stopped: {report.run.stopped}"
     elif report.verdict[RESCUED] == "fail":
         first = next(each for each in report.findings if each.dtype == RESCUED and each.severity == "error")
-        why = f"the exported folder still fails in fp16: {placed(first.layer, first.name)} ({first.kind})"
+        why = f"the exported folder still fails in fp16: {placed(first.place.layer, first.place.name)} ({first.kind})"
     elif short is not None:
         why = f"{_where(report, short)} has {short.headroom:.3g}x headroom, less than {plan.margin:g}x"
     else:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import HOSTILE, RUNS, healthy_run, hostile_run, hostile_text_run, overflowing_run
+from builders import HOSTILE, RUNS, divergent_run, healthy_run, hostile_run, hostile_text_run, overflowing_run
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.compare import changes
@@ -20,6 +20,7 @@ from qwen_precision.render.markdown import LONGEST
 from qwen_precision.report.bundle import unpack
 from qwen_precision.report.redact import redacted, without_paths
 from qwen_precision.report.view import bundle
+from qwen_precision.settings.levels import FAIL_ON
 
 TEXTS = [name for name, row in FORMATS.items() if not row.binary]
 SUFFIX = {"markdown": "md", "junit": "junit.xml", "github": "github.txt", "html": "html"}
@@ -104,6 +105,14 @@ def test_junit_loads_in_a_junit_parser_with_right_counts_and_passing_cases() -> 
     assert xml.tests == sum(suite.tests for suite in xml) and xml.failures == 1 and xml.errors == 0
     cases = {case.name: case for case in suites["fp16 plain"]}
     assert cases["overflow"].result[0].type == "overflow" and cases["underflow"].is_passed
+
+
+@pytest.mark.parametrize("level", FAIL_ON)
+@pytest.mark.parametrize("name", [*RUNS, "divergent"])
+def test_junit_fails_exactly_where_the_exit_code_says_so(name: str, level: str) -> None:
+    run = divergent_run() if name == "divergent" else RUNS[name]()
+    failures = int(ElementTree.fromstring(shown(run, "junit", level)).get("failures", "0"))
+    assert (failures > 0) == (judge(run).exit_code(level) == 1)
 
 
 def test_junit_fails_a_risk_only_when_risks_fail() -> None:

@@ -138,9 +138,9 @@ def _why(report: Report, dtype: str) -> str:
     mine = [finding for finding in report.findings if finding.dtype == dtype and finding.severity != "info"]
     if mine:
         first = mine[0]
-        step = f"step {first.step}, row {first.row}, " if first.step is not None else ""
+        step = f"step {first.place.step}, row {first.place.row}, " if first.place.step is not None else ""
         first_word = "first: " if first.severity == "error" else ""
-        return f"{first_word}{step}{placed(first.layer, safe(first.name))} ({first.kind})"
+        return f"{first_word}{step}{placed(first.place.layer, safe(first.place.name))} ({first.kind})"
     if report.verdict[dtype] == "incomplete":
         return "nothing found before it stopped"
     if report.run.generation is not None:
@@ -160,11 +160,11 @@ def _was_watched(made: Generation) -> bool:
 def _findings(report: Report, findings: list[Finding]) -> Iterator[RenderableType]:
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.severity, finding.kind, finding.name), []).append(finding)
+        groups.setdefault((finding.severity, finding.kind, finding.place.name), []).append(finding)
     shown = list(groups.values())[:_GROUPS]
     for number_, group in enumerate(shown, 1):
         yield _group(report, number_, group)
-    for advice in dict.fromkeys(group[0].advice for group in shown):
+    for advice in dict.fromkeys(group[0].cause.advice for group in shown):
         yield Text(f"Do: {safe(advice, 500)}")
     if len(groups) > len(shown):
         rest = sum(len(group) for group in list(groups.values())[_GROUPS:])
@@ -176,7 +176,7 @@ def _group(report: Report, position: int, group: list[Finding]) -> RenderableTyp
     style = {"error": "bold red", "warning": "yellow"}.get(first.severity, "dim")
     title = Text(f"{position}. ")
     title.append(first.kind, style)
-    title.append(f"  {_layers(group)}{safe(first.name)}", "bold")
+    title.append(f"  {_layers(group)}{safe(first.place.name)}", "bold")
     facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column("key", no_wrap=True, style="dim")
     facts.add_column("value", overflow="fold")
@@ -186,35 +186,35 @@ def _group(report: Report, position: int, group: list[Finding]) -> RenderableTyp
 
 
 def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
-    if first.step is not None:
-        yield "where", f"step {first.step}, row {first.row}"
+    if first.place.step is not None:
+        yield "where", f"step {first.place.step}, row {first.place.row}"
     elif first.kind != "advice":
-        yield "where", f"{safe(first.module)}  {safe(first.op)}"
-    if first.reference_abs_max is not None:
-        left = f", headroom {room(first.headroom)}" if first.headroom is not None else ""
-        yield "magnitude", f"{number(first.reference_abs_max)}{left}"
+        yield "where", f"{safe(first.place.module)}  {safe(first.place.op)}"
+    if first.magnitude.reference is not None:
+        left = f", headroom {room(first.magnitude.headroom)}" if first.magnitude.headroom is not None else ""
+        yield "magnitude", f"{number(first.magnitude.reference)}{left}"
     place = _place(first)
     if place:
         yield "at", place
-    if first.nan or first.inf:
-        carried = f"; passed on by {count(first.propagated, 'later operation')}"
-        if first.step is not None:
-            carried = f"; and at {count(first.propagated, 'later step')}" if first.propagated else ""
-        yield "bad", f"{first.inf:,} inf, {first.nan:,} NaN{carried}"
-    if first.prompts:
-        yield "prompts", ", ".join(quoted(name) for name in first.prompts)
+    if first.magnitude.nan or first.magnitude.inf:
+        carried = f"; passed on by {count(first.spread.propagated, 'later operation')}"
+        if first.place.step is not None:
+            carried = f"; and at {count(first.spread.propagated, 'later step')}" if first.spread.propagated else ""
+        yield "bad", f"{first.magnitude.inf:,} inf, {first.magnitude.nan:,} NaN{carried}"
+    if first.spread.prompts:
+        yield "prompts", ", ".join(quoted(name) for name in first.spread.prompts)
     if len(group) > 1:
         tail = ", ".join(_also(finding) for finding in group[1:4])
         yield "also", tail + (f" and {len(group) - 4} more" if len(group) > 4 else "")
-    if first.severity == "error" or first.step is not None or first.kind == "advice":
-        yield "cause", safe(first.cause, 500)
+    if first.severity == "error" or first.place.step is not None or first.kind == "advice":
+        yield "cause", safe(first.cause.sentence, 500)
 
 
 def _why_facts(report: Report, first: Finding) -> Iterator[tuple[str, str]]:
     """The cause by name, what shows it, and the close look."""
-    if first.cause_kind is not None:
+    if first.cause.kind is not None:
         yield "because", safe(because(first))
-        for line in first.evidence:
+        for line in first.cause.evidence:
             yield "", safe(line, 300)
     for key, line in microscope(report, first):
         yield key, safe(line, 300)
@@ -222,29 +222,29 @@ def _why_facts(report: Report, first: Finding) -> Iterator[tuple[str, str]]:
 
 def _place(finding: Finding) -> str:
     parts = []
-    if finding.token is not None:
-        token = finding.token
-        text = "padding" if token["padding"] else f"id {token['id']} {quoted(str(token['text']))}"
-        row = f" of row {token['row']}" if token.get("row") else ""
-        parts.append(f"token {token['position']}{row} ({text})")
-    if finding.head is not None:
-        parts.append(f"head {finding.head}")
-    if finding.channel is not None:
-        parts.append(f"channel {finding.channel}")
-    if finding.expert is not None:
-        parts.append(f"expert {finding.expert}")
+    if finding.place.token is not None:
+        token = finding.place.token
+        text = "padding" if token.padding else f"id {token.id} {quoted(str(token.text))}"
+        row = f" of row {token.row}" if token.row else ""
+        parts.append(f"token {token.position}{row} ({text})")
+    if finding.place.head is not None:
+        parts.append(f"head {finding.place.head}")
+    if finding.place.channel is not None:
+        parts.append(f"channel {finding.place.channel}")
+    if finding.place.expert is not None:
+        parts.append(f"expert {finding.place.expert}")
     return ", ".join(parts)
 
 
 def _also(finding: Finding) -> str:
-    if finding.step is not None:
-        return f"step {finding.step} of row {finding.row}"
-    layer = f"layer {finding.layer}" if finding.layer is not None else safe(finding.module)
-    return f"{layer} ({number(finding.reference_abs_max)})" if finding.reference_abs_max is not None else layer
+    if finding.place.step is not None:
+        return f"step {finding.place.step} of row {finding.place.row}"
+    layer = f"layer {finding.place.layer}" if finding.place.layer is not None else safe(finding.place.module)
+    return f"{layer} ({number(finding.magnitude.reference)})" if finding.magnitude.reference is not None else layer
 
 
 def _layers(group: list[Finding]) -> str:
-    layers = sorted({finding.layer for finding in group if finding.layer is not None})
+    layers = sorted({finding.place.layer for finding in group if finding.place.layer is not None})
     if not layers:
         return ""
     if len(layers) == 1:

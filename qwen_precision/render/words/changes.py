@@ -35,8 +35,12 @@ def _some(word: str, lines: list[str]) -> Iterator[str]:
 
 
 def _place(finding: Finding) -> str:
-    return f"{finding.dtype} {finding.kind}, {placed(finding.layer, safe(finding.name))}"
+    return f"{finding.dtype} {finding.kind}, {placed(finding.place.layer, safe(finding.place.name))}"
 
 
 def _was(finding: Finding) -> str:
-    return f"{finding.severity}, headroom {room(finding.headroom)}" if finding.headroom else finding.severity
+    return (
+        f"{finding.severity}, headroom {room(finding.magnitude.headroom)}"
+        if finding.magnitude.headroom
+        else finding.severity
+    )

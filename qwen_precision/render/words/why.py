@@ -18,7 +18,7 @@ _HALF = 0.5
 
 def because(finding: Finding) -> str:
     """The cause by name, and what that means."""
-    return f"{finding.cause_kind}: {CAUSES.get(finding.cause_kind, '')}" if finding.cause_kind else ""
+    return f"{finding.cause.kind}: {CAUSES.get(finding.cause.kind, '')}" if finding.cause.kind else ""
 
 
 def microscope(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
