@@ -88,8 +88,10 @@ def watch_overhead() -> None:
                 model(ids, use_cache=False)
 
         with torch.inference_mode():
-            show(f"watching every operation, 0.6B, {TOKENS} tokens, {dtype}",
-                 interleaved({"bare forward": bare, "qwen_precision.watch": watched}))  # fmt: skip
+            show(
+                f"watching every operation, 0.6B, {TOKENS} tokens, {dtype}",
+                interleaved({"bare forward": bare, "qwen_precision.watch": watched}),
+            )
         with torch.no_grad(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             rows = {name: interleaved({"bare": bare, name: run}) for name, run in peers(model, ids)}
         for name, seconds in rows.items():
@@ -122,8 +124,18 @@ def peers(model: torch.nn.Module, ids: torch.Tensor) -> list[tuple[str, Callable
 
         folder = tempfile.mkdtemp()
         config = Path(folder) / "config.json"
-        config.write_text(json.dumps({"task": "statistics", "dump_path": folder, "rank": [], "step": [], "level": "L0",
-                                      "statistics": {"scope": [], "list": [], "data_mode": ["all"]}}))  # fmt: skip
+        config.write_text(
+            json.dumps(
+                {
+                    "task": "statistics",
+                    "dump_path": folder,
+                    "rank": [],
+                    "step": [],
+                    "level": "L0",
+                    "statistics": {"scope": [], "list": [], "data_mode": ["all"]},
+                }
+            )
+        )
         debugger = PrecisionDebugger(config_path=str(config))
 
         def msprobe() -> None:
@@ -167,10 +179,27 @@ def probe(folder: Path, tokens: int, memory: str) -> dict:
     """One `qprec probe` in its own process: the saved run's seconds, and the peak memory in GB."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run.json"
-        command = [sys.executable, "-m", "qwen_precision", "probe", str(folder), "--prompt", TEXT, "--max-tokens",
-                   str(tokens), "--memory", memory, "-o", str(out), "--fail-on", "never"]  # fmt: skip
-        code = f"import subprocess,sys,resource;r=subprocess.run({command!r},stdout=subprocess.DEVNULL);" \
-               "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss);sys.exit(r.returncode)"  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "qwen_precision",
+            "probe",
+            str(folder),
+            "--prompt",
+            TEXT,
+            "--max-tokens",
+            str(tokens),
+            "--memory",
+            memory,
+            "-o",
+            str(out),
+            "--fail-on",
+            "never",
+        ]
+        code = (
+            f"import subprocess,sys,resource;r=subprocess.run({command!r},stdout=subprocess.DEVNULL);"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss);sys.exit(r.returncode)"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         seconds = json.loads(out.read_text())["seconds"]
     return {**seconds, "peak": int(done.stdout) * 1024 / 1e9}
@@ -182,9 +211,11 @@ def large() -> None:
     rows = [probe(folder, 64, "streamed") for _ in range(3)]
     for row in rows:
         arithmetic = sum(row[name] for name in DTYPES)
-        print(f"\n8B streamed, 3 dtypes, 64 tokens: {row['total']:.1f} s, arithmetic {arithmetic:.1f} s "
-              f"({row['total'] / arithmetic:.2f}x), reading and casting {row['read and cast']:.1f} s, "
-              f"peak {row['peak']:.2f} GB")  # fmt: skip
+        print(
+            f"\n8B streamed, 3 dtypes, 64 tokens: {row['total']:.1f} s, arithmetic {arithmetic:.1f} s "
+            f"({row['total'] / arithmetic:.2f}x), reading and casting {row['read and cast']:.1f} s, "
+            f"peak {row['peak']:.2f} GB"
+        )
 
 
 def linear() -> None:
@@ -211,15 +242,19 @@ def generating() -> None:
         def plain(model: Any = model, length: dict[str, Any] = length) -> torch.Tensor:
             return model.generate(ids, attention_mask=torch.ones_like(ids), **length)
 
-        def guarded(profile: str, model: Any = model, models: Any = models, dtype: str = dtype,
-                    length: dict[str, Any] = length) -> torch.Tensor:  # fmt: skip
+        def guarded(
+            profile: str, model: Any = model, models: Any = models, dtype: str = dtype, length: dict[str, Any] = length
+        ) -> torch.Tensor:
             quiet = (lambda done, total, what: None), (lambda row, token: None)
             decoder = Decoder(models, dtype, load_guards(profile), *quiet)
             return model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decoder, **length)
 
         assert torch.equal(plain(), guarded("default")), "the guards changed a token"
-        ways = {"transformers generate": plain, "guards default": lambda: guarded("default"),
-                "guards off": lambda: guarded("off")}  # fmt: skip
+        ways = {
+            "transformers generate": plain,
+            "guards default": lambda: guarded("default"),
+            "guards off": lambda: guarded("off"),
+        }
         show(f"{NEW_TOKENS} tokens after a prompt of {TOKENS}, 0.6B, {dtype}, greedy", interleaved(ways))
     for name in ("transformers", "default"):
         command = [sys.executable, __file__, "--generate", str(folder), name]
@@ -256,8 +291,10 @@ def exporting() -> None:
         target.mkdir()
         export_once(str(folder), str(target))
 
-    show("a 0.6B-shaped checkpoint, every tensor of the stream rescaled, to fp16", interleaved(
-        {"copying its files": copy, "export, with hashes": export}))  # fmt: skip
+    show(
+        "a 0.6B-shaped checkpoint, every tensor of the stream rescaled, to fp16",
+        interleaved({"copying its files": copy, "export, with hashes": export}),
+    )
     shutil.rmtree(target)
     target.mkdir()
     command = [sys.executable, __file__, "--export", str(folder), str(target)]
@@ -276,16 +313,34 @@ def sweeping() -> None:
     for _ in range(3):
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "run.json"
-            command = [sys.executable, "-m", "qwen_precision", "probe", str(folder), "--prompt", "a", "--dtype", "fp16",
-                       "--sweep", "first-token", "--sweep-limit", "4096", "-o", str(out),
-                       "--fail-on", "never"]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "qwen_precision",
+                "probe",
+                str(folder),
+                "--prompt",
+                "a",
+                "--dtype",
+                "fp16",
+                "--sweep",
+                "first-token",
+                "--sweep-limit",
+                "4096",
+                "-o",
+                str(out),
+                "--fail-on",
+                "never",
+            ]
             started = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             sweep = json.loads(out.read_text())["sweep"]
             seconds.append((time.perf_counter() - started, float(sweep["seconds"]), sweep["layers"]))
     whole, alone, layers = min(seconds)
-    print(f"\nsweep of 4,096 first tokens, 0.6B, {layers} layers: {whole:.1f} s whole command, "
-          f"{alone:.1f} s the sweep, {alone / 4.096:.2f} s a thousand tokens")  # fmt: skip
+    print(
+        f"\nsweep of 4,096 first tokens, 0.6B, {layers} layers: {whole:.1f} s whole command, "
+        f"{alone:.1f} s the sweep, {alone / 4.096:.2f} s a thousand tokens"
+    )
 
 
 def export_once(folder: str, target: str) -> None:
@@ -296,9 +351,14 @@ def export_once(folder: str, target: str) -> None:
 
 
 PARTS = {
-    "watch": watch_overhead, "generate": generating, "export": exporting, "sweep": sweeping, "small": small,
-    "large": large, "linear": linear,
-}  # fmt: skip
+    "watch": watch_overhead,
+    "generate": generating,
+    "export": exporting,
+    "sweep": sweeping,
+    "small": small,
+    "large": large,
+    "linear": linear,
+}
 
 
 def main() -> None:

@@ -58,12 +58,23 @@ def config_of(name: str, layers: int | None = None) -> dict:
     config = {
         "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
         "model_type": "qwen3_moe" if moe else "qwen3",
-        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers or count,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": HEAD, "vocab_size": VOCABULARY,
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
-        "tie_word_embeddings": tied, "attention_bias": False, "torch_dtype": "bfloat16",
-        "eos_token_id": 503, "pad_token_id": 504,
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers or count,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": HEAD,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "attention_bias": False,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 503,
+        "pad_token_id": 504,
+    }
     if moe:
         config |= {**EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": []}
     return config
@@ -76,11 +87,19 @@ def tensors(config: dict, pool: Pool) -> Iterator[tuple[str, torch.Tensor]]:
     yield "model.embed_tokens.weight", pool.tensor(VOCABULARY, hidden)
     for layer in range(config["num_hidden_layers"]):
         path = f"model.layers.{layer}"
-        for norm, size in (("input_layernorm", hidden), ("post_attention_layernorm", hidden),
-                           ("self_attn.q_norm", HEAD), ("self_attn.k_norm", HEAD)):  # fmt: skip
+        for norm, size in (
+            ("input_layernorm", hidden),
+            ("post_attention_layernorm", hidden),
+            ("self_attn.q_norm", HEAD),
+            ("self_attn.k_norm", HEAD),
+        ):
             yield f"{path}.{norm}.weight", torch.ones(size, dtype=torch.bfloat16)
-        for part, shape in (("q_proj", (heads, hidden)), ("k_proj", (kv, hidden)), ("v_proj", (kv, hidden)),
-                            ("o_proj", (hidden, heads))):  # fmt: skip
+        for part, shape in (
+            ("q_proj", (heads, hidden)),
+            ("k_proj", (kv, hidden)),
+            ("v_proj", (kv, hidden)),
+            ("o_proj", (hidden, heads)),
+        ):
             yield f"{path}.self_attn.{part}.weight", pool.tensor(*shape)
         if "num_experts" in config:
             yield f"{path}.mlp.gate.weight", pool.tensor(config["num_experts"], hidden)

@@ -47,9 +47,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=509, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-        additional_special_tokens=["<|im_start|>"], chat_template=TEMPLATE, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
     assert fast.convert_ids_to_tokens(0) == "!"
     return fast
 
@@ -58,11 +63,20 @@ def train(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A model that continues every sentence, whatever prefix it is given."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=512, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=False,
-        rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=512,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-6,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     model = Qwen3ForCausalLM(config).float()
     encoded = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in SENTENCES]
     longest = max(map(len, encoded))

@@ -23,11 +23,19 @@ SITES = [
 def a_model(**changes: Any) -> Model:
     return Model(
         **{
-            "source": "Qwen/Qwen3-8B", "revision": "0123456789abcdef", "architecture": "Qwen3ForCausalLM", "layers": 32,
-            "hidden_size": 4096, "vocabulary": 151936, "parameters": 8_190_735_360, "weight_bytes": 16_381_470_720,
-            "source_dtype": "BF16", "tied_embeddings": False, **changes,
+            "source": "Qwen/Qwen3-8B",
+            "revision": "0123456789abcdef",
+            "architecture": "Qwen3ForCausalLM",
+            "layers": 32,
+            "hidden_size": 4096,
+            "vocabulary": 151936,
+            "parameters": 8_190_735_360,
+            "weight_bytes": 16_381_470_720,
+            "source_dtype": "BF16",
+            "tied_embeddings": False,
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def a_prompt(name: str = "plain", text: str = "Hello there", **changes: Any) -> Prompt:
@@ -38,12 +46,24 @@ def a_prompt(name: str = "plain", text: str = "Hello there", **changes: Any) -> 
 def an_event(site: int, **changes: Any) -> Event:
     return Event(
         **{
-            "site": site, "step": site, "nan": 0, "inf": 12, "elements": 8192, "value": float("inf"),
+            "site": site,
+            "step": site,
+            "nan": 0,
+            "inf": 12,
+            "elements": 8192,
+            "value": float("inf"),
             "clean_inputs": True,
-            "clean_weights": True, "row": 0, "position": 0, "channel": 35, "head": None, "expert": None,
-            "in_padding": False, "closeup": None, **changes,
+            "clean_weights": True,
+            "row": 0,
+            "position": 0,
+            "channel": 35,
+            "head": None,
+            "expert": None,
+            "in_padding": False,
+            "closeup": None,
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def a_pass(dtype: str, abs_max: list[float | None], events: list[Event] | None = None, **changes: Any) -> Pass:
@@ -69,18 +89,34 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
     dtypes = list(dict.fromkeys(each.dtype for each in passes))
     return Run(
         **{
-            "schema_": 3, "tool": "qprec 0.1.0", "verb": "probe", "created": "2026-01-01T00:00:00+00:00",
-            "stopped": None, "unfinished": None, "model": a_model(),
+            "schema_": 3,
+            "tool": "qprec 0.1.0",
+            "verb": "probe",
+            "created": "2026-01-01T00:00:00+00:00",
+            "stopped": None,
+            "unfinished": None,
+            "model": a_model(),
             "environment": {"python": "3.11.7", "torch": "2.13.0"},
-            "settings": {}, "choices": [Choice(what="device", value="cpu", reason="auto: no GPU is here")],
-            "prompts": [a_prompt()], "dtypes": dtypes, "reference": True, "sites": SITES, "wider": {},
-            "not_run": [], "casts": {},
-            "passes": passes, "weights": [],
+            "settings": {},
+            "choices": [Choice(what="device", value="cpu", reason="auto: no GPU is here")],
+            "prompts": [a_prompt()],
+            "dtypes": dtypes,
+            "reference": True,
+            "sites": SITES,
+            "wider": {},
+            "not_run": [],
+            "casts": {},
+            "passes": passes,
+            "weights": [],
             "weight_totals": [WeightTotals(dtype="fp16", elements=8_190_735_360, overflow=0, underflow=7, inexact=900)],
-            "seconds": {"total": 12.5}, "generation": None, "rescue": None,
-            "explanation": None, "sweep": None, **changes,
+            "seconds": {"total": 12.5},
+            "generation": None,
+            "rescue": None,
+            "explanation": None,
+            "sweep": None,
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 HEALTHY = [1.5, 20.0, 300.0, 410.0, 420.0, 31.0]
@@ -100,9 +136,15 @@ def divergent_run(**changes: Any) -> Run:
 
 def overflowing_run(**changes: Any) -> Run:
     reference = [1.5, 20.0, 300.0, 40000.0, 74945.8, 31.0]
-    fp16 = a_pass("fp16", [1.5, 20.0, 300.0, 40000.0, float("inf"), float("nan")], [
-        an_event(3, inf=0, value=40000.0), an_event(4), an_event(5, nan=300, inf=0, clean_inputs=False),
-    ])  # fmt: skip
+    fp16 = a_pass(
+        "fp16",
+        [1.5, 20.0, 300.0, 40000.0, float("inf"), float("nan")],
+        [
+            an_event(3, inf=0, value=40000.0),
+            an_event(4),
+            an_event(5, nan=300, inf=0, clean_inputs=False),
+        ],
+    )
     return a_run([a_pass("fp32", reference), fp16, a_pass("bf16", reference)], **changes)
 
 
@@ -110,57 +152,125 @@ def a_plan(**changes: Any) -> Rescue:
     layers = [LayerPowers(layer=31, input_norm=0, value=0, post_norm=0, product=[2])]
     rescaling = Rescaling(stream=3, final_norm=3, untied=False, eps=1e-6, layers=layers)
     loss = {
-        "kind": "q_proj", "tensors": 32, "elements": 536870912, "inexact_before": 7, "inexact": 1200, "to_zero": 3,
+        "kind": "q_proj",
+        "tensors": 32,
+        "elements": 536870912,
+        "inexact_before": 7,
+        "inexact": 1200,
+        "to_zero": 3,
         "badly": 40,
-    }  # fmt: skip
+    }
     return Rescue(
         **{
-            "margin": 4.0, "unsupported": None, "rescaling": rescaling, "losses": [Loss(**loss, error=2.5e-7)],
-            "stuck": [], "fp32_modules": [], "gate_channels": 0, "exported": None, **changes,
+            "margin": 4.0,
+            "unsupported": None,
+            "rescaling": rescaling,
+            "losses": [Loss(**loss, error=2.5e-7)],
+            "stuck": [],
+            "fp32_modules": [],
+            "gate_channels": 0,
+            "exported": None,
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def rescued_run() -> Run:
     exported = Exported(
-        folder="Qwen3-8B-fp16safe", dtype="fp16", bytes=16_381_470_720, identical=True, compared=2, verdict="ok",
-        headroom=6.99, where="layer 31, residual add after mlp", verified=True, why=None, kept=True,
+        folder="Qwen3-8B-fp16safe",
+        dtype="fp16",
+        bytes=16_381_470_720,
+        identical=True,
+        compared=2,
+        verdict="ok",
+        headroom=6.99,
+        where="layer 31, residual add after mlp",
+        verified=True,
+        why=None,
+        kept=True,
         logit_error={"fp16": None, "bf16": 0.0042, "after": 0.00051},
-    )  # fmt: skip
+    )
     return overflowing_run(rescue=a_plan(exported=exported))
 
 
 def not_rescuable_run() -> Run:
     stuck = [
         Stuck(layer=None, module="lm_head", name="logits", headroom=0.5, fails=True, why="a logit is the answer"),
-        Stuck(layer=31, module="model.layers.31.mlp.gate_proj", name="gate_proj output", headroom=3.1, fails=False,
-              why="SiLU is not linear"),
-    ]  # fmt: skip
+        Stuck(
+            layer=31,
+            module="model.layers.31.mlp.gate_proj",
+            name="gate_proj output",
+            headroom=3.1,
+            fails=False,
+            why="SiLU is not linear",
+        ),
+    ]
     return overflowing_run(rescue=a_plan(stuck=stuck, fp32_modules=["lm_head"]))
 
 
 def explained_run() -> Run:
     look = Closeup(
-        operands=[Operand(role="input", shape=[1, 2, 4096], dtype="fp16", low=-300.0, high=210.0, bad=0),
-                  Operand(role="output", shape=[1, 2, 4096], dtype="fp16", low=-4000.0, high=60000.0, bad=12)],
+        operands=[
+            Operand(role="input", shape=[1, 2, 4096], dtype="fp16", low=-300.0, high=210.0, bad=0),
+            Operand(role="output", shape=[1, 2, 4096], dtype="fp16", low=-4000.0, high=60000.0, bad=12),
+        ],
         source=Source(file="transformers/models/qwen3/modeling_qwen3.py", line=81, text="down = self.down_proj(x)"),
         contributions=[Contribution(channel=7, value=12.5, weight=1800.0, share=0.93)],
-    )  # fmt: skip
-    controls = [Control(what="token alone", dtype="fp16", prompt="plain", row=0, tokens=1, position=None,
-                        clean=False, detail="token 0 alone"),
-                Control(what="without the token", dtype="fp16", prompt="plain", row=0, tokens=1,
-                        position=None, clean=True, detail="the row without token 0, wherever it stands")]  # fmt: skip
-    made = Explanation(budget=2, controls=controls, left_out=["fp16: with the template: beyond --budget 2"], hashes={},
-                       continuations=[Continued(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
-                       )  # fmt: skip
+    )
+    controls = [
+        Control(
+            what="token alone",
+            dtype="fp16",
+            prompt="plain",
+            row=0,
+            tokens=1,
+            position=None,
+            clean=False,
+            detail="token 0 alone",
+        ),
+        Control(
+            what="without the token",
+            dtype="fp16",
+            prompt="plain",
+            row=0,
+            tokens=1,
+            position=None,
+            clean=True,
+            detail="the row without token 0, wherever it stands",
+        ),
+    ]
+    made = Explanation(
+        budget=2,
+        controls=controls,
+        left_out=["fp16: with the template: beyond --budget 2"],
+        hashes={},
+        continuations=[Continued(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
+    )
     worst = [Swept(ids=[9707], text="Hello", magnitude=74945.8, layer=31, name="hidden states", channel=35, fails=True)]
-    sweep = Sweep(kind="first-token", dtype="fp16", tried=4096, total=4096, layers=32, over=1, worst=worst, prompt=None,
-                  shortest_failing=None, longest_clean=None, seconds=12.5)  # fmt: skip
+    sweep = Sweep(
+        kind="first-token",
+        dtype="fp16",
+        tried=4096,
+        total=4096,
+        layers=32,
+        over=1,
+        worst=worst,
+        prompt=None,
+        shortest_failing=None,
+        longest_clean=None,
+        seconds=12.5,
+    )
     reference = [1.5, 20.0, 300.0, 40000.0, 74945.8, 31.0]
     massive = [Massive(layer=31, row=0, position=0, channel=35, value=74945.8, median=0.4)]
-    fp16 = a_pass("fp16", [1.5, 20.0, 300.0, 40000.0, float("inf"), float("nan")], [
-        an_event(4, closeup=look), an_event(5, nan=300, inf=0, clean_inputs=False),
-    ], top1=[None])  # fmt: skip
+    fp16 = a_pass(
+        "fp16",
+        [1.5, 20.0, 300.0, 40000.0, float("inf"), float("nan")],
+        [
+            an_event(4, closeup=look),
+            an_event(5, nan=300, inf=0, clean_inputs=False),
+        ],
+        top1=[None],
+    )
     return a_run([a_pass("fp32", reference, massive=massive), fp16], explanation=made, sweep=sweep)
 
 
@@ -190,41 +300,75 @@ def a_continuation(ids: list[int], tokens: list[str], **changes: Any) -> Continu
     count = len(ids)
     return Continuation(
         **{
-            "row": 0, "input": "Hello there", "ids": ids, "tokens": tokens, "text": "".join(tokens),
-            "clean_text": None, "stretches": [Stretch(start=0, dtype="fp16", rescaled=False)], "top1": [0.9] * count,
-            "margin": [2.5] * count, "entropy": [0.4] * count, "finish": "eos", **changes,
+            "row": 0,
+            "input": "Hello there",
+            "ids": ids,
+            "tokens": tokens,
+            "text": "".join(tokens),
+            "clean_text": None,
+            "stretches": [Stretch(start=0, dtype="fp16", rescaled=False)],
+            "top1": [0.9] * count,
+            "margin": [2.5] * count,
+            "entropy": [0.4] * count,
+            "finish": "eos",
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def a_trip(step: int, guard: str = "watch", kind: str = "wholly bad", **changes: Any) -> Trip:
     return Trip(
         **{
-            "step": step, "row": 0, "guard": guard, "kind": kind, "dtype": "fp16", "why": "no logit is finite",
-            "acted": guard != "watch", "before": {"nan": 151936, "inf": 0}, "after": {}, "poisoned": None, **changes,
+            "step": step,
+            "row": 0,
+            "guard": guard,
+            "kind": kind,
+            "dtype": "fp16",
+            "why": "no logit is finite",
+            "acted": guard != "watch",
+            "before": {"nan": 151936, "inf": 0},
+            "after": {},
+            "poisoned": None,
+            **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def a_generation(rows: list[Continuation], trips: list[Trip] | None = None, **changes: Any) -> Generation:
     return Generation(
         **{
-            "options": {"do_sample": False, "max_new_tokens": 64, "seed": 0}, "guards": GUARDS, "chat": False,
-            "base_model": None, "rows": rows, "trips": trips or [], "error": None, "probe": None,
+            "options": {"do_sample": False, "max_new_tokens": 64, "seed": 0},
+            "guards": GUARDS,
+            "chat": False,
+            "base_model": None,
+            "rows": rows,
+            "trips": trips or [],
+            "error": None,
+            "probe": None,
             "logits": LogitsCost(
                 upcast=True, upcast_seconds=0.0123, bytes=607744, whole_prompt_bytes=1215488, chunks=1
             ),
             **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def generated(made: Generation, dtypes: list[str], **changes: Any) -> Run:
     rows = [a_prompt().rows[0] for _ in made.rows]
-    return a_run([], **{
-        "verb": "generate", "generation": made, "dtypes": dtypes, "sites": [], "reference": False,
-        "weight_totals": [], "settings": {"dtype": dtypes[0]}, "prompts": [Prompt(name="prompt", rows=rows)], **changes,
-    })  # fmt: skip
+    return a_run(
+        [],
+        **{
+            "verb": "generate",
+            "generation": made,
+            "dtypes": dtypes,
+            "sites": [],
+            "reference": False,
+            "weight_totals": [],
+            "settings": {"dtype": dtypes[0]},
+            "prompts": [Prompt(name="prompt", rows=rows)],
+            **changes,
+        },
+    )
 
 
 def healthy_text_run() -> Run:
@@ -233,9 +377,14 @@ def healthy_text_run() -> Run:
 
 def exclamation_run() -> Run:
     row = a_continuation(
-        [9707, *[0] * 12], [" general", *["!"] * 12], clean_text=" general", finish="length",
-        top1=[0.9, *[NAN] * 12], margin=[2.5, *[NAN] * 12], entropy=[0.4, *[NAN] * 12],
-    )  # fmt: skip
+        [9707, *[0] * 12],
+        [" general", *["!"] * 12],
+        clean_text=" general",
+        finish="length",
+        top1=[0.9, *[NAN] * 12],
+        margin=[2.5, *[NAN] * 12],
+        entropy=[0.4, *[NAN] * 12],
+    )
     poison = Poison(layer=4, part="keys", position=0, in_padding=False)
     trips = [a_trip(step, poisoned=poison if step == 1 else None) for step in range(1, 13)]
     return generated(a_generation([row], trips), ["fp16"])
@@ -243,12 +392,18 @@ def exclamation_run() -> Run:
 
 def recovered_run() -> Run:
     row = a_continuation(
-        [9707, 1052, 0], [" general", " Kenobi", "!"], clean_text=" general",
+        [9707, 1052, 0],
+        [" general", " Kenobi", "!"],
+        clean_text=" general",
         stretches=[Stretch(start=0, dtype="fp16", rescaled=False), Stretch(start=1, dtype="bf16", rescaled=False)],
-    )  # fmt: skip
+    )
     other = a_continuation([9707], ["."], row=1)
-    trips = [a_trip(1), a_trip(1, "recover", "recovered", why="computed again in bf16 from the clean prefix",
-                               after={"nan": 0, "inf": 0})]  # fmt: skip
+    trips = [
+        a_trip(1),
+        a_trip(
+            1, "recover", "recovered", why="computed again in bf16 from the clean prefix", after={"nan": 0, "inf": 0}
+        ),
+    ]
     options = {"do_sample": True, "temperature": 0.1, "top_k": 20, "repetition_penalty": 1.6, "seed": 0}
     return generated(a_generation([row, other], trips, options=options), ["fp16", "bf16"])
 
@@ -265,23 +420,42 @@ def interrupted_text_run() -> Run:
 
 
 RUNS = {
-    "healthy": healthy_run, "one-overflow": overflowing_run, "rescued": rescued_run, "explained": explained_run,
-    "not-rescuable": not_rescuable_run, "many": many_overflows_run, "stopped": stopped_run,
-    "empty": empty_run, "text-healthy": healthy_text_run, "text-exclamation": exclamation_run,
-    "text-recovered": recovered_run, "text-refused": refused_run, "text-interrupted": interrupted_text_run,
-}  # fmt: skip
+    "healthy": healthy_run,
+    "one-overflow": overflowing_run,
+    "rescued": rescued_run,
+    "explained": explained_run,
+    "not-rescuable": not_rescuable_run,
+    "many": many_overflows_run,
+    "stopped": stopped_run,
+    "empty": empty_run,
+    "text-healthy": healthy_text_run,
+    "text-exclamation": exclamation_run,
+    "text-recovered": recovered_run,
+    "text-refused": refused_run,
+    "text-interrupted": interrupted_text_run,
+}
 
 HOSTILE = [
-    "[red]bold[/red]", "[/]", "</script><script>alert(1)</script>", "| a | b |", "`rm -rf`", "\x1b[31mred\x1b[0m",
-    "\u202egnp.exe", "\x00\x07\x7f", "line\nbreak\ttab", "x" * 100_000, ":x: :smile:",
-]  # fmt: skip
+    "[red]bold[/red]",
+    "[/]",
+    "</script><script>alert(1)</script>",
+    "| a | b |",
+    "`rm -rf`",
+    "\x1b[31mred\x1b[0m",
+    "\u202egnp.exe",
+    "\x00\x07\x7f",
+    "line\nbreak\ttab",
+    "x" * 100_000,
+    ":x: :smile:",
+]
 
 
 def hostile_text_run(text: str) -> Run:
     row = a_continuation([0] * 9, [text] * 9, input=text, text=text, clean_text=text)
     made = a_generation([row], [a_trip(0, text[:40], why=text)], options={"do_sample": True, "temperature": text[:40]})
-    return generated(made, ["fp16"], model=a_model(source=text, revision=text), settings={"dtype": text[:40]},
-                     stopped=text)  # fmt: skip
+    return generated(
+        made, ["fp16"], model=a_model(source=text, revision=text), settings={"dtype": text[:40]}, stopped=text
+    )
 
 
 def hostile_run(text: str) -> Run:
@@ -290,27 +464,62 @@ def hostile_run(text: str) -> Run:
         Site(layer=None, module=text[:500], op=name, call=0),
         Site(layer=1, module=f"layers.1.{name}", op=name, call=3),
     ]
-    run = a_run([
-        a_pass("fp32", [1.0, 80000.0]),
-        a_pass("fp16", [float("inf"), float("inf")], [an_event(0), an_event(1)]),
-    ], sites=sites, prompts=[a_prompt(text, text, tokens=[text, text])], stopped=text,
+    run = a_run(
+        [
+            a_pass("fp32", [1.0, 80000.0]),
+            a_pass("fp16", [float("inf"), float("inf")], [an_event(0), an_event(1)]),
+        ],
+        sites=sites,
+        prompts=[a_prompt(text, text, tokens=[text, text])],
+        stopped=text,
         model=a_model(source=text, revision=text, architecture=text, source_dtype=text),
-        choices=[Choice(what=text, value=text, reason=text)], environment={text: text},
-        rescue=a_plan(unsupported=None, fp32_modules=[text], stuck=[
-            Stuck(layer=0, module=text, name=text, headroom=0.5, fails=True, why=text)],
-            exported=Exported(folder=text, dtype=text, bytes=1, identical=False, compared=1, verdict=text,
-                              headroom=1.0, where=text, logit_error={text: None}, verified=False, why=text, kept=True)),
-    )  # fmt: skip
+        choices=[Choice(what=text, value=text, reason=text)],
+        environment={text: text},
+        rescue=a_plan(
+            unsupported=None,
+            fp32_modules=[text],
+            stuck=[Stuck(layer=0, module=text, name=text, headroom=0.5, fails=True, why=text)],
+            exported=Exported(
+                folder=text,
+                dtype=text,
+                bytes=1,
+                identical=False,
+                compared=1,
+                verdict=text,
+                headroom=1.0,
+                where=text,
+                logit_error={text: None},
+                verified=False,
+                why=text,
+                kept=True,
+            ),
+        ),
+    )
     look = Closeup(
         operands=[Operand(role="input", shape=[1], dtype=text, low=0.0, high=1.0, bad=0)],
-        source=Source(file=text, line=1, text=text), contributions=[],
-    )  # fmt: skip
+        source=Source(file=text, line=1, text=text),
+        contributions=[],
+    )
     passes = [run.passes[0], run.passes[1].model_copy(update={"events": [an_event(0, closeup=look), an_event(1)]})]
     control = Control(what="sdpa", dtype=text, prompt=text, row=0, tokens=1, position=None, clean=True, detail=text)
-    made = Explanation(budget=1, controls=[control], left_out=[text], hashes={text: text}, continuations=[
-        Continued(dtype=text, prompt=text, tokens=1, first_difference=None)])  # fmt: skip
-    sweep = Sweep(kind="length", dtype=text, tried=1, total=1, layers=1, over=0, prompt=text, shortest_failing=1,
-                  longest_clean=0, seconds=1,
-                  worst=[Swept(ids=[1], text=text, magnitude=1, layer=1, name=text, channel=1, fails=None)],
-                  )  # fmt: skip
+    made = Explanation(
+        budget=1,
+        controls=[control],
+        left_out=[text],
+        hashes={text: text},
+        continuations=[Continued(dtype=text, prompt=text, tokens=1, first_difference=None)],
+    )
+    sweep = Sweep(
+        kind="length",
+        dtype=text,
+        tried=1,
+        total=1,
+        layers=1,
+        over=0,
+        prompt=text,
+        shortest_failing=1,
+        longest_clean=0,
+        seconds=1,
+        worst=[Swept(ids=[1], text=text, magnitude=1, layer=1, name=text, channel=1, fails=None)],
+    )
     return run.model_copy(update={"passes": passes, "explanation": made, "sweep": sweep})

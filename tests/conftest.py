@@ -58,10 +58,17 @@ def make_checkpoint(
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     common = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
-        "tie_word_embeddings": tied, **config,
-    }  # fmt: skip
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        **config,
+    }
     if moe:
         experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts, **common))

@@ -119,26 +119,47 @@ CHAT = [PromptSpec(name="turn", chat="Hello"), PromptSpec(name="no", text="abc")
 CASES = {
     "out-of-range": Case(down_proj_output, lambda model: None, 1, "down_proj output", ["times fp16's largest number"]),
     "attention-scores": Case(
-        loud_scores(120.0), loud_scores(20.0), 1, "attention scores", ["clean with sdpa"],
+        loud_scores(120.0),
+        loud_scores(20.0),
+        1,
+        "attention scores",
+        ["clean with sdpa"],
         settings={"attention": "eager"},
     ),
     "masked-rows": Case(
-        loud_token("<|endoftext|>", 40_000.0), loud_token("<|endoftext|>", 10_000.0), 1, "residual add after mlp",
-        ["pad position"], BATCH,
+        loud_token("<|endoftext|>", 40_000.0),
+        loud_token("<|endoftext|>", 10_000.0),
+        1,
+        "residual add after mlp",
+        ["pad position"],
+        BATCH,
     ),
     "trigger-token": Case(
-        loud_token("Z", 40_000.0), loud_token("Z", 10_000.0), 1, "residual add after mlp",
-        ["overflows by itself", "clean: 'no'"], TOKEN,
+        loud_token("Z", 40_000.0),
+        loud_token("Z", 10_000.0),
+        1,
+        "residual add after mlp",
+        ["overflows by itself", "clean: 'no'"],
+        TOKEN,
     ),
     "trigger-prompt": Case(
-        loud_token("<|im_start|>", 40_000.0), loud_token("<|im_start|>", 10_000.0), 1, "residual add after mlp",
-        ["without the chat template"], CHAT,
+        loud_token("<|im_start|>", 40_000.0),
+        loud_token("<|im_start|>", 10_000.0),
+        1,
+        "residual add after mlp",
+        ["without the chat template"],
+        CHAT,
     ),
     "length": Case(
-        enough_of_them(1500.0), enough_of_them(100.0), 1, "SwiGLU product", ["after 12 times the first token"], MANY,
+        enough_of_them(1500.0),
+        enough_of_them(100.0),
+        1,
+        "SwiGLU product",
+        ["after 12 times the first token"],
+        MANY,
         dtype="float32",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
@@ -217,8 +238,9 @@ def test_two_triggers_in_two_layers_have_evidence_of_their_own(tmp_path: Path) -
     run = explained(make_checkpoint(tmp_path / "model", edit=plant), specs, budget=20)
     found = [each for each in judge(run).findings if each.kind == "overflow"]
     assert [(each.place.layer, each.cause.kind, each.place.prompt) for each in found] == [
-        (0, "trigger-token", "z"), (1, "trigger-token", "y")
-    ]  # fmt: skip
+        (0, "trigger-token", "z"),
+        (1, "trigger-token", "y"),
+    ]
     assert "token 2 alone" in " ".join(found[0].cause.evidence) and "token 1 alone" in " ".join(found[1].cause.evidence)
 
 
@@ -283,8 +305,10 @@ def test_a_norm_that_squares_in_fp16_is_absorbed_silently(tmp_path: Path, monkey
         "input_layernorm square",
     )
     assert "the logits are finite and wrong" in " ".join(finding.cause.evidence)
-    assert not any(each.severity == "error" for each in judge(explained(
-        make_checkpoint(tmp_path / "ok", edit=loud(50.0)))).findings)  # fmt: skip
+    assert not any(
+        each.severity == "error"
+        for each in judge(explained(make_checkpoint(tmp_path / "ok", edit=loud(50.0)))).findings
+    )
 
 
 def test_a_sum_that_is_kept_in_fp16_is_an_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,8 +435,16 @@ def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, mon
 def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
     from qwen_precision.record.explanation import Control, Explanation
 
-    control = Control(what="row alone", dtype="fp16", prompt="plain", row=0, tokens=2, position=None, clean=True,
-                      detail="the same row without the batch and its padding")  # fmt: skip
+    control = Control(
+        what="row alone",
+        dtype="fp16",
+        prompt="plain",
+        row=0,
+        tokens=2,
+        position=None,
+        clean=True,
+        detail="the same row without the batch and its padding",
+    )
     made = Explanation(budget=8, controls=[control], left_out=[], hashes={}, continuations=[])
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])
     run = a_run([a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0]), fp16], explanation=made)
@@ -424,8 +456,13 @@ def test_a_row_on_clamped_hidden_states_is_not_judged_by_the_reference() -> None
     from qwen_precision.record.run import Reseed
 
     fp32 = a_pass("fp32", [1.5, 900.0, 1.0, 1.0, 1.0, 1.0])
-    fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None],
-                  reseeded=[Reseed(layer=0, rows=[0], clamped=True)])  # fmt: skip
+    fp16 = a_pass(
+        "fp16",
+        [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0],
+        [an_event(1)],
+        top1=[None],
+        reseeded=[Reseed(layer=0, rows=[0], clamped=True)],
+    )
     finding = first_of(a_run([fp32, fp16]))
     assert finding.cause.kind == "not-told" and "does not tell how far" in finding.cause.sentence
 

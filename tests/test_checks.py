@@ -102,11 +102,21 @@ def test_a_dtype_that_survives_just_beyond_its_range_is_only_near_it() -> None:
 
 
 def weight(**changes: object) -> Weight:
-    return Weight(**{
-        "name": "model.layers.31.self_attn.q_norm.weight", "file": "model-00007.safetensors", "elements": 128,
-        "parameter": "model.layers.31.self_attn.q_norm.weight", "inexact": {},
-        "nan": 0, "inf": 0, "abs_max": 70000.0, "overflow": {}, "underflow": {}, **changes,
-    })  # fmt: skip
+    return Weight(
+        **{
+            "name": "model.layers.31.self_attn.q_norm.weight",
+            "file": "model-00007.safetensors",
+            "elements": 128,
+            "parameter": "model.layers.31.self_attn.q_norm.weight",
+            "inexact": {},
+            "nan": 0,
+            "inf": 0,
+            "abs_max": 70000.0,
+            "overflow": {},
+            "underflow": {},
+            **changes,
+        }
+    )
 
 
 def test_a_weight_beyond_the_range_is_named_with_its_file() -> None:

@@ -550,8 +550,10 @@ def test_a_terminal_without_unicode_still_gets_the_table(demo_run, tmp_path: Pat
     save(demo_run, tmp_path / "run.json")
     done = subprocess.run(
         [sys.executable, "-m", "qwen_precision", "report", str(tmp_path / "run.json")],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "down_proj output" in done.stdout and done.stderr == ""
 
 

@@ -231,8 +231,9 @@ def test_settings_known_to_make_it_worse_are_advice_and_never_a_failure(capsys: 
     assert main(["generate", "demo", "--dtype", "fp32", *options]) == 0
     found = report_json("qprec-gen.json", capsys)["findings"]
     assert [(each["kind"], each["severity"], each["name"]) for each in found] == [
-        ("advice", "info", "temperature"), ("advice", "info", "repetition penalty"),
-    ]  # fmt: skip
+        ("advice", "info", "temperature"),
+        ("advice", "info", "repetition penalty"),
+    ]
 
 
 def test_a_probe_of_the_same_checkpoint_gives_advice(capsys: Capture) -> None:

@@ -30,8 +30,10 @@ def test_the_microscope_shows_operands_and_the_line_of_code(memory: str, tmp_pat
     assert look is not None and look.source is not None
     assert look.source.file == "transformers/models/qwen3/modeling_qwen3.py" and "self.down_proj(" in look.source.text
     assert [(each.role, each.dtype, each.bad > 0) for each in look.operands] == [
-        ("input", "fp16", False), ("weight", "fp16", False), ("output", "fp16", True)
-    ]  # fmt: skip
+        ("input", "fp16", False),
+        ("weight", "fp16", False),
+        ("output", "fp16", True),
+    ]
     weight = load(tmp_path / "model", torch.float16).model.layers[1].mlp.down_proj.weight.detach()
     assert look.operands[1].shape == list(weight.shape) and look.operands[1].high == float(weight.max())
 
@@ -143,8 +145,10 @@ def test_a_healthy_run_asked_to_explain_compares_greedy_continuations(healthy: P
     }
     one = next(each for each in run.explanation.continuations if each.dtype == "bf16" and each.prompt == TEXTS[0][:9])
     ids = torch.tensor([ids_of(TEXTS[0])])
-    texts = [load(healthy, dtype).generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-             for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
+    texts = [
+        load(healthy, dtype).generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     differs = (texts[0] != texts[1]).nonzero()
     assert one.first_difference == (int(differs[0]) if len(differs) else None)
     assert precision(run)["fp16"].local and "need all weights in memory" in str(

@@ -478,8 +478,9 @@ def test_observe_reports_no_more_than_the_guards_would_have_done(
 
     plant(monkeypatch, infinite)
     assert trips_of(run(healthy, [PROMPT], "observe", max_new_tokens=3)) == [
-        (1, 0, "watch", "partly bad"), (1, 0, "clamp", "repaired"),
-    ]  # fmt: skip
+        (1, 0, "watch", "partly bad"),
+        (1, 0, "clamp", "repaired"),
+    ]
 
 
 def test_the_sampling_settings_of_the_record_are_those_that_were_used(healthy: Path) -> None:

@@ -223,8 +223,14 @@ def test_a_symptom_is_noticed_at_the_very_token_that_completes_it() -> None:
 
 def test_every_guard_is_a_row_with_a_switch_and_a_sentence() -> None:
     assert list(GUARDS) == [
-        "float32_logits", "watch", "clamp", "epsilon", "degenerate", "recover", "advice",
-    ]  # fmt: skip
+        "float32_logits",
+        "watch",
+        "clamp",
+        "epsilon",
+        "degenerate",
+        "recover",
+        "advice",
+    ]
     for name, guard in GUARDS.items():
         assert "enabled" in guard.model_fields and (guard.__doc__ or "").strip(), name
         assert getattr(GuardSettings.model_validate({name: {}}), name).enabled

@@ -37,9 +37,12 @@ def test_a_stream_near_but_below_the_limit_of_the_setting_is_no_finding(tmp_path
 
 def test_sliding_window_layers_are_healthy_too(tmp_path: Path) -> None:
     folder = make_checkpoint(
-        tmp_path, use_sliding_window=True, sliding_window=4, max_window_layers=1,
+        tmp_path,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
-    )  # fmt: skip
+    )
     for attention in ("sdpa", "eager"):
         assert judge(run_probe(folder, attention=attention)).findings == []
 

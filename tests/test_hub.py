@@ -48,8 +48,13 @@ class Hub(BaseHTTPRequestHandler):
             listing = [{"type": "file", "path": n, "size": 1, "oid": "0" * 40} for n in names]
             self._send(200, json.dumps(listing).encode(), body)
             return
-        info = {"id": "owner/good", "modelId": "owner/good", "sha": COMMIT, "private": False,
-                "siblings": [{"rfilename": name} for name in names]}  # fmt: skip
+        info = {
+            "id": "owner/good",
+            "modelId": "owner/good",
+            "sha": COMMIT,
+            "private": False,
+            "siblings": [{"rfilename": name} for name in names],
+        }
         self._send(200, json.dumps(info).encode(), body)
 
     def _file(self, name: str, body: bool) -> None:

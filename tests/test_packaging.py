@@ -34,13 +34,20 @@ def test_the_installed_program_probes_the_demo_from_any_folder(installed: Path, 
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     where = subprocess.run(
         [sys.executable, "-c", "import qwen_precision; print(qwen_precision.__file__)"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert str(installed) in where
     done = subprocess.run(
         [sys.executable, "-m", "qwen_precision", "probe", "demo", "--config", "default", "--dtype", "fp16"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "layer 3, down_proj output" in done.stdout
     assert (tmp_path / "qprec-run.json").is_file()
 

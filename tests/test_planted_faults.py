@@ -96,16 +96,14 @@ class Fault:
 
 
 FAULTS = {
-    "down_proj output": Fault(
-        down_proj_output, 1, "model.layers.1.mlp.down_proj", "linear", "down_proj output", 9
-    ),
+    "down_proj output": Fault(down_proj_output, 1, "model.layers.1.mlp.down_proj", "linear", "down_proj output", 9),
     "residual add": Fault(residual_add, 1, "model.layers.1", "add", "residual add after mlp", 9),
     "SwiGLU product": Fault(swiglu_product, 1, "model.layers.1.mlp", "mul", "SwiGLU product", 0),
     "lm_head output": Fault(lm_head_output, None, "lm_head", "linear", "logits", 77),
     "expert": Fault(
         expert_product, 1, "model.layers.1.mlp.experts", "mul", "SwiGLU product of the experts", 0, moe=True, expert=5
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

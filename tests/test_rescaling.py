@@ -30,23 +30,32 @@ def shapes(draw: st.DrawFn) -> dict:
     experts = 8 if moe else 1
     return {
         "config": {
-            "num_attention_heads": kv * draw(st.sampled_from([1, 2, 4])), "num_key_value_heads": kv,
-            "head_dim": draw(st.sampled_from([8, 16])), "hidden_size": draw(st.sampled_from([24, 64])),
-            "num_hidden_layers": layers, "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.01])),
+            "num_attention_heads": kv * draw(st.sampled_from([1, 2, 4])),
+            "num_key_value_heads": kv,
+            "head_dim": draw(st.sampled_from([8, 16])),
+            "hidden_size": draw(st.sampled_from([24, 64])),
+            "num_hidden_layers": layers,
+            "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.01])),
             "attention_bias": draw(st.booleans()) and not moe,
         },
-        "moe": moe, "tied": tied,
+        "moe": moe,
+        "tied": tied,
         "rescaling": {
-            "stream": stream, "untied": untied, "final_norm": final,
+            "stream": stream,
+            "untied": untied,
+            "final_norm": final,
             "layers": [
                 layer_powers(
-                    number, input_norm=draw(MOVES), value=draw(MOVES), post_norm=draw(MOVES),
+                    number,
+                    input_norm=draw(MOVES),
+                    value=draw(MOVES),
+                    post_norm=draw(MOVES),
                     product=[draw(MOVES) for _ in range(experts)],
                 )
                 for number in range(layers)
             ],
         },
-    }  # fmt: skip
+    }
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -107,13 +116,21 @@ def test_every_tensor_of_a_qwen3_checkpoint_has_a_rule(tmp_path: Path) -> None:
 def test_the_factor_of_a_tensor_is_the_sum_of_its_powers() -> None:
     scale = Scale(powers(stream=4, final_norm=3, layers=[layer_powers(7, value=1, post_norm=2, product=[5, 6])]))
     factor = {
-        "model.embed_tokens.weight": -4, "lm_head.weight": -3, "model.norm.weight": 3,
-        "model.layers.7.self_attn.q_proj.weight": -4, "model.layers.7.self_attn.q_norm.weight": 0,
-        "model.layers.7.self_attn.v_proj.weight": -1, "model.layers.7.self_attn.o_proj.weight": -3,
-        "model.layers.7.mlp.experts.0.up_proj.weight": -3, "model.layers.7.mlp.experts.1.down_proj.weight": 2,
-        "model.layers.7.mlp.experts.1.gate_proj.weight": 2, "model.layers.7.mlp.gate.weight": 2,
-        "model.layers.70.mlp.gate.weight": 0, "embed_tokens.weight": -4, "norm.weight": 3,
-    }  # fmt: skip
+        "model.embed_tokens.weight": -4,
+        "lm_head.weight": -3,
+        "model.norm.weight": 3,
+        "model.layers.7.self_attn.q_proj.weight": -4,
+        "model.layers.7.self_attn.q_norm.weight": 0,
+        "model.layers.7.self_attn.v_proj.weight": -1,
+        "model.layers.7.self_attn.o_proj.weight": -3,
+        "model.layers.7.mlp.experts.0.up_proj.weight": -3,
+        "model.layers.7.mlp.experts.1.down_proj.weight": 2,
+        "model.layers.7.mlp.experts.1.gate_proj.weight": 2,
+        "model.layers.7.mlp.gate.weight": 2,
+        "model.layers.70.mlp.gate.weight": 0,
+        "embed_tokens.weight": -4,
+        "norm.weight": 3,
+    }
     assert {name: scale.factor(name) for name in factor} == factor
 
 

@@ -19,7 +19,7 @@ from test_planted_faults import (
     one_unit,
     residual_add,
     swiglu_product,
-)  # fmt: skip
+)
 from transformers import AutoTokenizer
 
 from qwen_precision.errors import QprecError, UsageError
@@ -116,8 +116,10 @@ def test_an_overflow_that_a_factor_reaches_is_rescued_and_proven(name: str, atte
     assert exported.verdict != "fail" and exported.headroom >= 4.0 * 0.99
     assert plan.possible and plan.stuck == []
     ids = AutoTokenizer.from_pretrained(source)(TEXTS[0], return_tensors="pt")["input_ids"]
-    ours, reference = (logits(each, dtype, ids, attention) for each, dtype in (
-        (tmp_path / "safe", torch.float16), (source, torch.float32)))  # fmt: skip
+    ours, reference = (
+        logits(each, dtype, ids, attention)
+        for each, dtype in ((tmp_path / "safe", torch.float16), (source, torch.float32))
+    )
     assert torch.isfinite(ours).all()
     assert (ours - reference).norm() <= 0.01 * reference.norm()
     assert torch.equal(ours[:, -1].argmax(-1), reference[:, -1].argmax(-1))
@@ -134,8 +136,9 @@ def test_the_demo_is_rescued_and_nearer_to_fp32_than_a_quarter_of_bf16(memory: s
         ids = AutoTokenizer.from_pretrained(DEMO)(text, return_tensors="pt")["input_ids"]
         reference = logits(DEMO, torch.float32, ids)
         assert not torch.isfinite(logits(DEMO, torch.float16, ids)).all()
-        rescued, plain = (logits(folder, dtype, ids) for folder, dtype in (
-            (tmp_path / "safe", torch.float16), (DEMO, torch.bfloat16)))  # fmt: skip
+        rescued, plain = (
+            logits(folder, dtype, ids) for folder, dtype in ((tmp_path / "safe", torch.float16), (DEMO, torch.bfloat16))
+        )
         assert (rescued - reference).abs().max() <= (plain - reference).abs().max() / 4
 
 
@@ -168,8 +171,11 @@ def test_the_error_is_that_of_the_same_model_with_a_small_stream_to_begin_with(t
 
 def test_a_model_that_needs_it_is_untied_and_still_the_same_function(tmp_path: Path) -> None:
     """The final norm has no room for the inverse of the stream's factor, so lm_head must be its own tensor."""
-    source = make_checkpoint(tmp_path / "source", tied=True, edit=lambda model: (
-        one_channel(model, 5, 100_000.0), model.model.norm.weight.fill_(20_000.0)))  # fmt: skip
+    source = make_checkpoint(
+        tmp_path / "source",
+        tied=True,
+        edit=lambda model: (one_channel(model, 5, 100_000.0), model.model.norm.weight.fill_(20_000.0)),
+    )
     run = rescue(source, tmp_path / "safe", rescue_margin=1.0)
     assert run.rescue.rescaling.untied and run.rescue.stuck[0].name == "logits"
     assert torch.equal(
@@ -399,8 +405,10 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(
 
     run_shadow = Shadow.run
     for owner, name, instead in (
-        (deliver.Exporter, "write", interrupted), (deliver, "prove", interrupted), (Shadow, "run", probing_the_export)
-    ):  # fmt: skip
+        (deliver.Exporter, "write", interrupted),
+        (deliver, "prove", interrupted),
+        (Shadow, "run", probing_the_export),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, instead)
             run = rescue("demo", tmp_path / "safe", keep=True)
@@ -422,8 +430,14 @@ def test_another_family_is_told_that_it_cannot_be_rescaled(tmp_path: Path) -> No
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] = 90_000.0

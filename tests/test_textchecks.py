@@ -117,8 +117,16 @@ def test_the_built_in_prompts_are_not_named_in_the_command(demo_run: Run) -> Non
 
 
 def test_the_command_that_makes_a_run_again_names_what_was_asked_for() -> None:
-    settings = {"dtype": "fp16", "temperature": 0.5, "do_sample": True, "chat": True, "guards": "strict", "seed": 3,
-                "device": "auto", "attention": None}  # fmt: skip
+    settings = {
+        "dtype": "fp16",
+        "temperature": 0.5,
+        "do_sample": True,
+        "chat": True,
+        "guards": "strict",
+        "seed": 3,
+        "device": "auto",
+        "attention": None,
+    }
     run = generated(a_generation([a_continuation([1], ["a"])]), ["fp16"], settings=settings)
     command = same_again(run)
     for part in ("qprec generate", "--dtype fp16", "--temperature 0.5", "--do-sample", "--chat", "--guards strict"):

@@ -37,10 +37,13 @@ from qwen_precision.settings.guards import ON_FAILURE, load_guards
 from qwen_precision.settings.levels import FAIL_ON
 
 app = typer.Typer(
-    name="qprec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="qprec",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Find where a Qwen3 checkpoint overflows in half precision, why, and how much headroom the rest has.",
     epilog="Exit codes: 0 nothing found, 1 findings at or above --fail-on, 2 bad usage, 3 could not run.",
-)  # fmt: skip
+)
 
 
 def _version(show: bool) -> None:
@@ -63,8 +66,11 @@ def probe(
     model: options.ModelArgument,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="Dtype to try; repeatable. Default: all three.", metavar="|".join(DTYPES),
-                     callback=options.one_of(DTYPES, "dtype")),
+        typer.Option(
+            help="Dtype to try; repeatable. Default: all three.",
+            metavar="|".join(DTYPES),
+            callback=options.one_of(DTYPES, "dtype"),
+        ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. Default: a built-in set.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
@@ -73,8 +79,11 @@ def probe(
     attn: options.AttentionOption = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Keep all weights, or one layer at a time. Default: auto, by the memory that is free.",
-                     metavar="|".join(MEMORY), callback=options.one_of(MEMORY, "memory mode")),
+        typer.Option(
+            help="Keep all weights, or one layer at a time. Default: auto, by the memory that is free.",
+            metavar="|".join(MEMORY),
+            callback=options.one_of(MEMORY, "memory mode"),
+        ),
     ] = None,
     no_reference: Annotated[
         bool, typer.Option("--no-reference", help="Leave the fp32 reference out: no headroom is predicted.")
@@ -84,8 +93,11 @@ def probe(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-run.json"),
     fail_on: Annotated[
         str | None,
-        typer.Option(help="What gives exit code 1. Default: fail.", metavar="|".join(FAIL_ON),
-                     callback=options.one_of(FAIL_ON, "level")),
+        typer.Option(
+            help="What gives exit code 1. Default: fail.",
+            metavar="|".join(FAIL_ON),
+            callback=options.one_of(FAIL_ON, "level"),
+        ),
     ] = None,
     explain: options.ExplainOption = None,
     budget: options.BudgetOption = None,
@@ -97,7 +109,7 @@ def probe(
     rescue_dtype: options.RescueDtypeOption = None,
     force: options.ReplaceOption = False,
     keep_unverified: options.KeepOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Find the operation that overflows first, in which layer, at which token and channel.
 
     Runs the checkpoint in fp32, and in each dtype beside it, with every operation watched.
@@ -105,11 +117,21 @@ def probe(
     Where fp16 fails, it ends with the plan of an exact rescaling that makes it safe; --rescue-to carries it out.
     """
     flags = {
-        "dtypes": dtype or None, "prompts": prompts, "max_tokens": max_tokens, "device": device,
-        "attention": attn, "memory": memory, "reference": False if no_reference else None, "fail_on": fail_on,
-        "rescue_margin": rescue_margin, "explain": explain, "budget": budget,
-        "sweep": sweep, "sweep_limit": sweep_limit, "sweep_texts": sweep_texts,
-    }  # fmt: skip
+        "dtypes": dtype or None,
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "device": device,
+        "attention": attn,
+        "memory": memory,
+        "reference": False if no_reference else None,
+        "fail_on": fail_on,
+        "rescue_margin": rescue_margin,
+        "explain": explain,
+        "budget": budget,
+        "sweep": sweep,
+        "sweep_limit": sweep_limit,
+        "sweep_texts": sweep_texts,
+    }
     settings = load_settings(config, flags)
     specs = _specs(prompt, settings.prompts if prompt is None or prompts else None, [])
     check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
@@ -130,9 +152,16 @@ def probe(
         target = Target(rescue_to, rescue_dtype or RESCUE_DTYPES[0], force, keep_unverified)
     with terminal.progress() as (progress, _):
         report = diagnose(
-            model, settings, specs, revision, target, progress, terminal.note, lambda measured: _save(measured, output),
+            model,
+            settings,
+            specs,
+            revision,
+            target,
+            progress,
+            terminal.note,
+            lambda measured: _save(measured, output),
             output.with_name(f"{output.name}.sweep"),
-        )  # fmt: skip
+        )
     _save(report.run, output)
     _show(report, output, settings.fail_on, rescue_to is not None)
 
@@ -191,8 +220,11 @@ def generate(
     model: options.ModelArgument,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Dtype to generate in. Default: fp16.", metavar="|".join(DTYPES),
-                     callback=options.one_of(DTYPES, "dtype")),
+        typer.Option(
+            help="Dtype to generate in. Default: fp16.",
+            metavar="|".join(DTYPES),
+            callback=options.one_of(DTYPES, "dtype"),
+        ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable: they make one batch.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
@@ -216,8 +248,11 @@ def generate(
     no_guards: Annotated[bool, typer.Option("--no-guards", help="As transformers does it; the same as off.")] = False,
     on_failure: Annotated[
         str | None,
-        typer.Option(help="What to do with a row that failed.", metavar="|".join(ON_FAILURE),
-                     callback=options.one_of(ON_FAILURE, "way")),
+        typer.Option(
+            help="What to do with a row that failed.",
+            metavar="|".join(ON_FAILURE),
+            callback=options.one_of(ON_FAILURE, "way"),
+        ),
     ] = None,
     probe_run: Annotated[Path | None, typer.Option(help="A probe of the same checkpoint, for advice.")] = None,
     device: options.DeviceOption = None,
@@ -225,7 +260,7 @@ def generate(
     revision: options.RevisionOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-gen.json"),
     fail_on: options.FailOnOption = "fail",
-) -> None:  # fmt: skip
+) -> None:
     """Generate text in one dtype, with guards against NaN and overflow; says what they saw and did.
 
     Sampling options default to the checkpoint's generation_config.json.
@@ -233,12 +268,25 @@ def generate(
     if no_guards and (guards is not None or on_failure is not None):
         raise UsageError("--no-guards: goes with neither --guards nor --on-failure; give one of them.")
     profile = "off" if no_guards else guards if guards is not None else "default"
-    settings = load_generate_settings({
-        "guards": profile, "on_failure": on_failure, "dtype": dtype, "prompts": prompts, "chat": chat,
-        "max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature, "top_p": top_p,
-        "top_k": top_k, "min_p": min_p, "seed": seed, "repetition_penalty": repetition_penalty, "device": device,
-        "attention": attn,
-    })  # fmt: skip
+    settings = load_generate_settings(
+        {
+            "guards": profile,
+            "on_failure": on_failure,
+            "dtype": dtype,
+            "prompts": prompts,
+            "chat": chat,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "seed": seed,
+            "repetition_penalty": repetition_penalty,
+            "device": device,
+            "attention": attn,
+        }
+    )
     chosen = load_guards(profile, on_failure)
     specs = _specs(prompt, prompts, [options.DEFAULT_PROMPT])
     inputs = [model, prompts, probe_run, *([guards] if guards and Path(guards).suffix else [])]
@@ -258,17 +306,20 @@ def report(
     ],
     format: Annotated[
         str | None,
-        typer.Option("-f", "--format", help="How to show it. Default: by the suffix of -o, else table.",
-                     metavar="|".join(reporting.NAMES), callback=options.one_of(reporting.NAMES, "format")),
+        typer.Option(
+            "-f",
+            "--format",
+            help="How to show it. Default: by the suffix of -o, else table.",
+            metavar="|".join(reporting.NAMES),
+            callback=options.one_of(reporting.NAMES, "format"),
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file, not stdout.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
-    baseline: Annotated[
-        Path | None, typer.Option(help="An older run: only what is new gives exit code 1.")
-    ] = None,
+    baseline: Annotated[Path | None, typer.Option(help="An older run: only what is new gives exit code 1.")] = None,
     redact: Annotated[bool, typer.Option("--redact", help="Without prompts, texts and token strings.")] = False,
     fail_on: options.FailOnOption = "fail",
-) -> None:  # fmt: skip
+) -> None:
     """Show saved runs again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing."""
     name = reporting.format_for(format, output)
     if output is not None:

@@ -29,10 +29,15 @@ def run_again(
         Prompt(name=str(n), rows=[Row(text="", ids=list(row), tokens=[as_text(i, tokenizer) for i in row], padding=0)])
         for n, row in enumerate(ids)
     ]
-    settings = job.settings.model_copy(update={
-        "dtypes": [dtype], "reference": dtype == REFERENCE, "memory": "resident" if job.resident else "streamed",
-        "attention": attention or job.settings.attention, "explain": False,
-    })  # fmt: skip
+    settings = job.settings.model_copy(
+        update={
+            "dtypes": [dtype],
+            "reference": dtype == REFERENCE,
+            "memory": "resident" if job.resident else "streamed",
+            "attention": attention or job.settings.attention,
+            "explain": False,
+        }
+    )
     run = measure(job_for(job.checkpoint, job.source, settings, prompts), progress)
     if run.stopped == "interrupted":
         raise KeyboardInterrupt

@@ -49,9 +49,12 @@ def explained(job: Job, report: Report, run: Run, progress: Progress, announce: 
         return run
     affordable, left_out = wanted[: job.settings.budget], wanted[job.settings.budget :]
     made = Explanation(
-        budget=job.settings.budget, controls=[], hashes={}, continuations=[],
+        budget=job.settings.budget,
+        controls=[],
+        hashes={},
+        continuations=[],
         left_out=[f"{each.dtype}: {each.what}: beyond --budget {job.settings.budget}" for each in left_out],
-    )  # fmt: skip
+    )
     unfinished = run.unfinished
     try:
         if affordable:
@@ -86,8 +89,16 @@ def _templates(job: Job, report: Report) -> list[Planned]:
         for spec, what in kinds:
             ids = _ids_of(job, spec)
             if ids and ids[: len(row.ids)] != row.ids and row.ids[: len(ids)] != ids:
-                found.append(Planned(what, each.finding.dtype, str(each.finding.place.prompt), each.number, tuple(ids),
-                                     f"the same text {what.replace('the', 'the chat')}"))  # fmt: skip
+                found.append(
+                    Planned(
+                        what,
+                        each.finding.dtype,
+                        str(each.finding.place.prompt),
+                        each.number,
+                        tuple(ids),
+                        f"the same text {what.replace('the', 'the chat')}",
+                    )
+                )
     return found
 
 
@@ -119,10 +130,18 @@ def _run_controls(job: Job, controls: Sequence[Planned], made: Explanation, prog
             if number not in clean:
                 made.left_out.append(f"{dtype}: {each.what}: {run.stopped}")
                 continue
-            made.controls.append(Control(
-                what=each.what, dtype=dtype, prompt=each.prompt, row=each.row, tokens=len(each.ids),
-                position=each.position, clean=clean[number], detail=each.detail,
-            ))  # fmt: skip
+            made.controls.append(
+                Control(
+                    what=each.what,
+                    dtype=dtype,
+                    prompt=each.prompt,
+                    row=each.row,
+                    tokens=len(each.ids),
+                    position=each.position,
+                    clean=clean[number],
+                    detail=each.detail,
+                )
+            )
 
 
 @contextmanager
@@ -166,8 +185,9 @@ def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[Co
             given = encode(prompt, job.checkpoint, job.device)
             try:
                 with torch.inference_mode():
-                    out = model.generate(given.ids, attention_mask=given.mask, max_new_tokens=NEW_TOKENS,
-                                         do_sample=False, pad_token_id=0)  # fmt: skip
+                    out = model.generate(
+                        given.ids, attention_mask=given.mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+                    )
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise

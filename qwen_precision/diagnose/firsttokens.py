@@ -131,8 +131,10 @@ class Walker:
         embed: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         name = f"{path_of(self.model, embed)}.weight"
         used, places = torch.unique(ids, return_inverse=True)
-        found = [rows[used[(used >= start) & (used < start + len(rows))] - start].clone()
-                 for start, rows in self._store.row_chunks(name, 16384)]  # fmt: skip
+        found = [
+            rows[used[(used >= start) & (used < start + len(rows))] - start].clone()
+            for start, rows in self._store.row_chunks(name, 16384)
+        ]
         return torch.cat(found)[places]
 
 
@@ -154,9 +156,14 @@ def _larger(best: _Best, tensor: Tensor, layer: int, name: int) -> _Best:
 
 
 def first_tokens(
-    job: Job, dtype: str, limit: int | None, texts: Sequence[str], state_file: Path | None, progress: Progress,
+    job: Job,
+    dtype: str,
+    limit: int | None,
+    texts: Sequence[str],
+    state_file: Path | None,
+    progress: Progress,
     announce: Callable[[str], None],
-) -> Sweep:  # fmt: skip
+) -> Sweep:
     """Every id of the vocabulary (or ``limit`` of them, evenly spread) as the first token; or these texts.
 
     Raises:
@@ -181,9 +188,18 @@ def first_tokens(
     if state_file is not None:
         state_file.unlink(missing_ok=True)
     return Sweep(
-        kind="first-token", dtype=dtype, tried=state.done, total=len(rows), layers=state.layers or 0, over=state.over,
-        worst=worst, prompt=None, shortest_failing=None, longest_clean=None, seconds=round(state.seconds, 3),
-    )  # fmt: skip
+        kind="first-token",
+        dtype=dtype,
+        tried=state.done,
+        total=len(rows),
+        layers=state.layers or 0,
+        over=state.over,
+        worst=worst,
+        prompt=None,
+        shortest_failing=None,
+        longest_clean=None,
+        seconds=round(state.seconds, 3),
+    )
 
 
 def _rows(job: Job, limit: int | None, texts: Sequence[str]) -> list[list[int]]:
@@ -217,8 +233,9 @@ def held_state(path: Path | None) -> _State | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         worst = [Swept.model_validate(each) for each in data["worst"]]
-        return _State(data["key"], int(data["done"]), int(data["layers"]), int(data["over"]), worst,
-                      float(data["seconds"]))  # fmt: skip
+        return _State(
+            data["key"], int(data["done"]), int(data["layers"]), int(data["over"]), worst, float(data["seconds"])
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QprecError(f"{path}: is not the state of a sweep, which would be kept there; remove it.") from error
 
@@ -248,11 +265,17 @@ def _chunk(walker: Walker, job: Job, dtype: str, rows: list[list[int]], state: _
         found = walker.peaks(torch.tensor(lot), state.layers)
         state.over += int((found.value > DTYPES[dtype].max).sum())
         for place in found.value.topk(min(_WORST, len(lot))).indices.tolist():
-            state.worst.append(Swept(
-                ids=lot[place], text=_text(job, lot[place]), magnitude=rounded(float(found.value[place])),
-                layer=int(found.layer[place]), name=found.names[int(found.name[place])],
-                channel=int(found.channel[place]), fails=None,
-            ))  # fmt: skip
+            state.worst.append(
+                Swept(
+                    ids=lot[place],
+                    text=_text(job, lot[place]),
+                    magnitude=rounded(float(found.value[place])),
+                    layer=int(found.layer[place]),
+                    name=found.names[int(found.name[place])],
+                    channel=int(found.channel[place]),
+                    fails=None,
+                )
+            )
     state.worst = sorted(state.worst, key=lambda each: -float(each.magnitude))[:_WORST]
 
 

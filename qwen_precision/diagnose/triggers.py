@@ -99,7 +99,15 @@ def lengths(job: Job, dtype: str, prompt: str, ids: Sequence[int], progress: Pro
         clean = max([clean, *(length for n, length in enumerate(steps) if result[n] and length < failing)])
     fails = failing <= len(ids)
     return Sweep(
-        kind="length", dtype=dtype, tried=tried, total=tried, layers=0, over=0, worst=[], prompt=prompt,
-        shortest_failing=failing if fails else None, longest_clean=clean,
+        kind="length",
+        dtype=dtype,
+        tried=tried,
+        total=tried,
+        layers=0,
+        over=0,
+        worst=[],
+        prompt=prompt,
+        shortest_failing=failing if fails else None,
+        longest_clean=clean,
         seconds=round(time.perf_counter() - started, 3),
-    )  # fmt: skip
+    )

@@ -130,9 +130,12 @@ class Session:
             return None
         size, chunks = self._first
         return LogitsCost(
-            upcast=self._guards.float32_logits.enabled, upcast_seconds=round(self._watch.seconds, 6), bytes=size,
-            whole_prompt_bytes=size * self._prompt.shape[1], chunks=chunks,
-        )  # fmt: skip
+            upcast=self._guards.float32_logits.enabled,
+            upcast_seconds=round(self._watch.seconds, 6),
+            bytes=size,
+            whole_prompt_bytes=size * self._prompt.shape[1],
+            chunks=chunks,
+        )
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -223,8 +226,11 @@ class Session:
         settings = self._guards.recover
         if settings.then == "stay" or not settings.enabled:
             return []
-        due = [s for s in self._unfinished() if s.dtype != self._dtype and not s.stays
-               and s.since() >= settings.return_after]  # fmt: skip
+        due = [
+            s
+            for s in self._unfinished()
+            if s.dtype != self._dtype and not s.stays and s.since() >= settings.return_after
+        ]
         return self._recovery.go_back(ids, due) if due else []
 
     def _refused(self, step: Step) -> bool:
@@ -255,15 +261,22 @@ class Session:
         reach = max(limits.run, limits.period * limits.repeats, limits.descending + 1)
         tail = state.ids[-reach:]
         found = at_the_end(tail, limits, int(self.config.top_k or 0) if self.config.do_sample else 0)
-        if found is None or any(t.guard == "degenerate" and t.row == state.row and t.kind == found.kind
-                                and t.step >= state.step - reach for t in self.trips):  # fmt: skip
+        if found is None or any(
+            t.guard == "degenerate" and t.row == state.row and t.kind == found.kind and t.step >= state.step - reach
+            for t in self.trips
+        ):
             return
         start = state.step - len(tail) + found.start
         mended = mended_steps(self.trips, state.row)
         made_by = [t for t in bad_trips(self.trips, state.row) if t.step >= start and t.step not in mended]
         acted = self._guards.act and (bool(made_by) or limits.stop_loops)
-        cause = "bad logits made it" if made_by else "the logits were healthy" if self._guards.watch.enabled else (
-            "whether the logits were bad was not watched")  # fmt: skip
+        cause = (
+            "bad logits made it"
+            if made_by
+            else "the logits were healthy"
+            if self._guards.watch.enabled
+            else ("whether the logits were bad was not watched")
+        )
         self.trips.write(
             state,
             "degenerate",

@@ -30,9 +30,15 @@ class Lane:
     """
 
     def __init__(
-        self, model: Any, dtype: str, rows: Sequence[int], ids: Tensor, mask: Tensor, chunk: int,
+        self,
+        model: Any,
+        dtype: str,
+        rows: Sequence[int],
+        ids: Tensor,
+        mask: Tensor,
+        chunk: int,
         weights: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.dtype, self.rows = dtype, list(rows)
         self.weights = weights or dtype
         self._model, self._chunk = model, chunk
@@ -64,9 +70,12 @@ class Lane:
             out = self._model(
                 input_ids=new[:, start:stop].contiguous(),
                 attention_mask=self._mask[:, : done + stop] if self._padded else None,  # as transformers does
-                position_ids=positions[:, start:stop].contiguous(), past_key_values=self.cache, use_cache=True,
-                return_dict=True, **self._keep,
-            )  # fmt: skip
+                position_ids=positions[:, start:stop].contiguous(),
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **self._keep,
+            )
             self.chunks += 1
         last: Tensor = out.logits[:, -1]
         return last

@@ -63,8 +63,9 @@ class Recovery:
     def end(self, state: RowState, seen: Look, why: str) -> None:
         """End a row after its last good token, if recover may."""
         if self._guards.recover.enabled:
-            self._trips.write(state, "recover", "stopped", f"the row is ended after its last good token: {why}",
-                       seen.numbers())  # fmt: skip
+            self._trips.write(
+                state, "recover", "stopped", f"the row is ended after its last good token: {why}", seen.numbers()
+            )
             if self._trips.act:
                 state.finish = "failed"
 
@@ -119,8 +120,14 @@ class Recovery:
                 return
             tried.add(weights)
         for state, seen in members:
-            self._trips.write(state, "recover", "not recovered", f"the row is ended after its last good token: {why}",
-                       seen.numbers(), dtype=state.dtype)  # fmt: skip
+            self._trips.write(
+                state,
+                "recover",
+                "not recovered",
+                f"the row is ended after its last good token: {why}",
+                seen.numbers(),
+                dtype=state.dtype,
+            )
             state.finish = "failed"
 
     def _rescaled(self, dtype: str, members: Sequence[int], ids: Tensor, tried: set[str], attempt: int) -> str:
@@ -128,11 +135,13 @@ class Recovery:
         width = self._mask.shape[1]
         first = [width - int(self._mask[row].sum()) for row in members]
         name, rescaling = self._rescaler.rescale(
-            [ids[row, start:].tolist() for row, start in zip(members, first, strict=True)], tried,
+            [ids[row, start:].tolist() for row, start in zip(members, first, strict=True)],
+            tried,
             4.0**attempt,
-        )  # fmt: skip
+        )
         self._how[name] = f"{dtype} with the residual stream times 2^-{rescaling.stream}" + (
-            f" and factors in {len(rescaling.layers)} layers" if rescaling.layers else "")  # fmt: skip
+            f" and factors in {len(rescaling.layers)} layers" if rescaling.layers else ""
+        )
         return name
 
     def _lane(self, dtype: str, members: Sequence[int], ids: Tensor, weights: str | None = None) -> Lane:
@@ -148,8 +157,15 @@ class Recovery:
         row = logits[lane.rows.index(state.row)].to(torch.float32)
         seen = look(row, self._guards.watch)
         if seen.kind is not None:
-            self._trips.write(state, "watch", seen.kind, said_of(seen.kind, seen), seen.numbers(),
-                       poisoned=lane.poisoned(state.row), dtype=lane.dtype)  # fmt: skip
+            self._trips.write(
+                state,
+                "watch",
+                seen.kind,
+                said_of(seen.kind, seen),
+                seen.numbers(),
+                poisoned=lane.poisoned(state.row),
+                dtype=lane.dtype,
+            )
             return False
         way = self._how.get(lane.weights, lane.dtype)
         why = f"computed again in {way} from the clean prefix of {step.ids.shape[1]} tokens, without its cache"

@@ -78,8 +78,14 @@ class Repair:
             return False
         token = int(step.raw[state.row].argmax())
         left = step.drawn[state.row].left
-        self._trips.write(state, "epsilon", "likeliest kept", f"id {token} was the likeliest before the processors",
-                   {"largest score": left}, {"largest score": float(step.raw[state.row, token])})  # fmt: skip
+        self._trips.write(
+            state,
+            "epsilon",
+            "likeliest kept",
+            f"id {token} was the likeliest before the processors",
+            {"largest score": left},
+            {"largest score": float(step.raw[state.row, token])},
+        )
         if self._trips.act:
             step.forced[state.row] = token
         return True

@@ -109,9 +109,13 @@ def generate(
 
 
 def _prepare(
-    source: str, settings: GenerateSettings, guards: GuardSettings, specs: Sequence[PromptSpec], revision: str | None,
+    source: str,
+    settings: GenerateSettings,
+    guards: GuardSettings,
+    specs: Sequence[PromptSpec],
+    revision: str | None,
     probe_run: Path | None,
-) -> _Job:  # fmt: skip
+) -> _Job:
     device, device_choice = choose_device(settings.device)
     probed = load(probe_run) if probe_run else None
     folder, commit = locate(source, revision)

@@ -22,15 +22,34 @@ DEFAULT_NEW_TOKENS = 64
 _FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample")
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 _SHOWN = (
-    "do_sample", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
-    "no_repeat_ngram_size", "min_new_tokens", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+    "do_sample",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 _OTHER_WAYS: dict[str, Any] = {
-    "num_beams": 1, "num_return_sequences": 1, "penalty_alpha": None, "guidance_scale": None, "dola_layers": None,
-    "prompt_lookup_num_tokens": None, "stop_strings": None, "watermarking_config": None, "cache_implementation": None,
-    "prefill_chunk_size": None, "constraints": None, "force_words_ids": None,
-}  # fmt: skip
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "guidance_scale": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "stop_strings": None,
+    "watermarking_config": None,
+    "cache_implementation": None,
+    "prefill_chunk_size": None,
+    "constraints": None,
+    "force_words_ids": None,
+}
 """Keys of generation_config.json that ask for another way of decoding, and the value that does not."""
 
 

@@ -63,8 +63,12 @@ def cause_of(facts: Facts, each: Pass, event: Event) -> Cause:
             evidence = [*evidence, why]
             break
     usual = advice_for(facts.run, each.dtype, magnitude, limit)
-    return Cause(kind, sentence(each.dtype, what, magnitude, limit, event.in_padding, facts.run.reference),
-                 tuple(line for line in (*evidence, *_ran(case)) if line), advice or usual)  # fmt: skip
+    return Cause(
+        kind,
+        sentence(each.dtype, what, magnitude, limit, event.in_padding, facts.run.reference),
+        tuple(line for line in (*evidence, *_ran(case)) if line),
+        advice or usual,
+    )
 
 
 def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
@@ -170,8 +174,11 @@ def _accumulation(case: _Case) -> _Found:
     full, dtype = case.controls.get("full reduction"), case.each.dtype
     why = f"all operands are finite and the reference reaches only {case.magnitude:.6g}"
     if full is not None and full.clean:
-        return "accumulation", f"{why}; without reduced-precision reductions it is clean", (
-            "Set torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False.")  # fmt: skip
+        return (
+            "accumulation",
+            f"{why}; without reduced-precision reductions it is clean",
+            ("Set torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False."),
+        )
     return "accumulation", why, f"Keep this operation out of {dtype}, or let it add up in fp32."
 
 
@@ -193,8 +200,11 @@ def _absorbed(case: _Case) -> _Found:
         return None
     how = f"KL divergence {kl:.3g} nats" if kl is not None else "another next token than fp32's"
     usual = advice_for(case.facts.run, each.dtype, case.magnitude, case.limit)
-    return "silent-absorption", f"no hidden state after it is bad, and the logits are finite and wrong: {how}", (
-        f"No NaN will ever show this. {usual}")  # fmt: skip
+    return (
+        "silent-absorption",
+        f"no hidden state after it is bad, and the logits are finite and wrong: {how}",
+        (f"No NaN will ever show this. {usual}"),
+    )
 
 
 _WRONG = 0.01
@@ -226,9 +236,10 @@ def _length(case: _Case) -> _Found:
 
 def _token(case: _Case) -> _Found:
     token, alone, rest = (
-        token_of(case.facts.run, case.each, case.event), case.controls.get("token alone"),
+        token_of(case.facts.run, case.each, case.event),
+        case.controls.get("token alone"),
         case.controls.get("without the token"),
-    )  # fmt: skip
+    )
     if token is None or token.padding:
         return None
     single = len(_row_ids(case)) == 1
@@ -244,8 +255,11 @@ def _token(case: _Case) -> _Found:
     else:
         return None
     shown = f"token {token.id}" + (f" ({token.text!r})" if token.text else "")
-    return "trigger-token", f"{shown} overflows by itself, and {why}", (
-        f"Find others like it with --sweep first-token. {_usual(case)}")  # fmt: skip
+    return (
+        "trigger-token",
+        f"{shown} overflows by itself, and {why}",
+        (f"Find others like it with --sweep first-token. {_usual(case)}"),
+    )
 
 
 def _place(case: _Case) -> int | None:
@@ -280,8 +294,16 @@ def _usual(case: _Case) -> str:
 
 
 _RULES: tuple[Callable[[_Case], _Found], ...] = (
-    _dead, _masked, _scores, _accumulation, _absorbed, _template, _token, _length, _together,
-)  # fmt: skip
+    _dead,
+    _masked,
+    _scores,
+    _accumulation,
+    _absorbed,
+    _template,
+    _token,
+    _length,
+    _together,
+)
 
 
 def weight_evidence(run: Run, weight: Weight, damaged: bool) -> tuple[str, ...]:

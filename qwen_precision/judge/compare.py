@@ -64,10 +64,13 @@ def changes(baseline: Report, report: Report) -> Changes:
             room[dtype] = (older[0].headroom, rows[0].headroom)
     unknown = [name for name in baseline.verdict if name not in report.verdict or report.stopped]
     return Changes(
-        baseline=baseline, new=tuple(f for key, f in now.items() if key not in before),
+        baseline=baseline,
+        new=tuple(f for key, f in now.items() if key not in before),
         fixed=tuple(f for key, f in before.items() if key not in now and f.dtype not in unknown),
-        not_compared=tuple(unknown), moved=tuple(moved), headroom=room,
-    )  # fmt: skip
+        not_compared=tuple(unknown),
+        moved=tuple(moved),
+        headroom=room,
+    )
 
 
 def _key(finding: Finding) -> Key:

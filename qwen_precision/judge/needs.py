@@ -114,10 +114,16 @@ def _weights(facts: Facts, found: Needs) -> None:
         module, _, leaf = weight.parameter.rpartition(".")
         largest = float(weight.abs_max)
         why = "the checkpoint is damaged: it holds NaN or infinity" if damaged else f"fp16 cannot hold {largest:.6g}"
-        found.stuck.append(Stuck(
-            layer=layer_of(module), module=module, name=f"{module.rpartition('.')[2] or module} {leaf}",
-            headroom=None, fails=True, why=why if damaged else f"{why}, and no exact factor moves it",
-        ))  # fmt: skip
+        found.stuck.append(
+            Stuck(
+                layer=layer_of(module),
+                module=module,
+                name=f"{module.rpartition('.')[2] or module} {leaf}",
+                headroom=None,
+                fails=True,
+                why=why if damaged else f"{why}, and no exact factor moves it",
+            )
+        )
         if not damaged:
             found.modules.append(module)
 

@@ -31,9 +31,22 @@ def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
 
 
 _TOLD = (
-    "dtype", "attention", "max_tokens", "device", "memory", "max_new_tokens", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "seed", "guards", "on_failure", "rescue_margin",
-)  # fmt: skip
+    "dtype",
+    "attention",
+    "max_tokens",
+    "device",
+    "memory",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "guards",
+    "on_failure",
+    "rescue_margin",
+)
 """Settings that are flags with a value."""
 
 

@@ -36,10 +36,13 @@ def precision(run: Run) -> dict[str, Precision]:
         pairs = [pair for each in mine if each.prompt in reference for pair in _pairs(each, reference[each.prompt])]
         kl = [value for each in mine for value in each.kl if value is not None and math.isfinite(value)]
         found[dtype] = Precision(
-            layers=_layers([each.layer_error for each in mine]), local=_layers([each.local_error for each in mine]),
+            layers=_layers([each.layer_error for each in mine]),
+            local=_layers([each.local_error for each in mine]),
             logprob=_mean([value for each in mine for value in each.logprob_error]),
-            agree=sum(ours == theirs for ours, theirs in pairs), rows=len(pairs), kl=max(kl, default=None),
-        )  # fmt: skip
+            agree=sum(ours == theirs for ours, theirs in pairs),
+            rows=len(pairs),
+            kl=max(kl, default=None),
+        )
     return found
 
 

@@ -53,11 +53,12 @@ def run_up(run: Run, finding: Finding) -> list[Step]:
     before = [n for n in range(finding.place.site) if mine.abs_max[n] is not None and n not in run.casts][-_BEFORE:]
     return [
         Step(
-            name_of(run.sites[n].module, run.sites[n].op, run.sites[n].call), mine.abs_max[n],
+            name_of(run.sites[n].module, run.sites[n].op, run.sites[n].call),
+            mine.abs_max[n],
             reference.abs_max[n] if reference is not None else None,
         )
         for n in before
-    ]  # fmt: skip
+    ]
 
 
 def massive_channels(run: Run) -> list[MassiveChannel]:

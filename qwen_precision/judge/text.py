@@ -85,11 +85,17 @@ def sampling_error(facts: Facts) -> Iterator[Finding]:
         row = by_row.get(made.error.rows[0]) if made.error.rows else None
         dtype = row.stretches[-1].dtype if row and row.stretches else facts.run.dtypes[0]
         yield _finding(
-            facts.run, "sampling-error", "error", dtype,
+            facts.run,
+            "sampling-error",
+            "error",
+            dtype,
             f"Sampling ended at step {made.error.step} with torch's error for row {rows}: {made.error.message}.",
             "Run it again with the guards on (--guards default), or look for the origin with a probe.",
-            row=row.row if row else None, step=made.error.step, name="sampling", op="multinomial",
-        )  # fmt: skip
+            row=row.row if row else None,
+            step=made.error.step,
+            name="sampling",
+            op="multinomial",
+        )
     for row in made.rows:
         # Unwatched, the guard epsilon is the only one that saw it.
         mine = [t for t in made.trips if t.row == row.row and (t.kind in FILTERED or t.guard == "epsilon")]
@@ -98,13 +104,23 @@ def sampling_error(facts: Facts) -> Iterator[Finding]:
         steps, first = {trip.step for trip in mine}, mine[0]
         mended = steps <= mended_steps(made.trips, row.row)
         more = f", and so at {len(steps) - 1} later steps" if len(steps) > 1 else ""
-        remedy = "Bring temperature and repetition penalty nearer to 1." if first.kind == "overflowed" else (
-            "Loosen the filters (top-k, top-p, min-p, suppressed tokens).")  # fmt: skip
+        remedy = (
+            "Bring temperature and repetition penalty nearer to 1."
+            if first.kind == "overflowed"
+            else ("Loosen the filters (top-k, top-p, min-p, suppressed tokens).")
+        )
         yield _finding(
-            facts.run, "sampling-error", "warning" if mended else "error", first.dtype,
-            f"At step {first.step} of row {row.row}, {first.why}{more}.", remedy,
-            row=row.row, step=first.step, name="sampling", op="softmax",
-        )  # fmt: skip
+            facts.run,
+            "sampling-error",
+            "warning" if mended else "error",
+            first.dtype,
+            f"At step {first.step} of row {row.row}, {first.why}{more}.",
+            remedy,
+            row=row.row,
+            step=first.step,
+            name="sampling",
+            op="softmax",
+        )
 
 
 def degenerate_text(facts: Facts) -> Iterator[Finding]:
@@ -152,9 +168,17 @@ def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, wa
         cause = f"{what}: whether the logits were healthy is not known, they were not watched."
         severity, advice = "info", "Run it again with the guard watch on."
     return _finding(
-        run, "degenerate-text", severity, stretch[-1] if stretch else run.dtypes[0], cause, advice,
-        row=row.row, step=symptom.start, name="generated text", op=symptom.kind,
-    )  # fmt: skip
+        run,
+        "degenerate-text",
+        severity,
+        stretch[-1] if stretch else run.dtypes[0],
+        cause,
+        advice,
+        row=row.row,
+        step=symptom.start,
+        name="generated text",
+        op=symptom.kind,
+    )
 
 
 def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings) -> Iterator[Finding]:
@@ -172,11 +196,18 @@ def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings)
         if settings.watch.enabled and not bad:
             continue
         yield _finding(
-            run, "degenerate-text", "error", row.stretches[-1].dtype if row.stretches else run.dtypes[0],
+            run,
+            "degenerate-text",
+            "error",
+            row.stretches[-1].dtype if row.stretches else run.dtypes[0],
             f"Rows {other.row} and {row.row} have different prompts and were drawn with different random numbers, "
             f"yet their {len(key)} tokens are the same: the text depends on neither, as with NaN logits.",
-            f"Find the origin: {next_probe(run, row)}", row=row.row, step=0, name="generated text", op="sampling",
-        )  # fmt: skip
+            f"Find the origin: {next_probe(run, row)}",
+            row=row.row,
+            step=0,
+            name="generated text",
+            op="sampling",
+        )
 
 
 def masked_rows(facts: Facts) -> Iterator[Finding]:
@@ -188,12 +219,19 @@ def masked_rows(facts: Facts) -> Iterator[Finding]:
         if trip.poisoned is not None and trip.poisoned.in_padding:
             mended = trip.step in mended_steps(made.trips, trip.row)
             yield _finding(
-                facts.run, "masked-row", "warning" if mended else "error", trip.dtype,
+                facts.run,
+                "masked-row",
+                "warning" if mended else "error",
+                trip.dtype,
                 f"In row {trip.row} only pad positions of the KV cache are not finite, from the {trip.poisoned.part} "
                 f"of layer {trip.poisoned.layer} on: fully masked rows of left padding gave NaN.",
                 "Give this prompt alone, without padding, or try the other attention implementation (--attn).",
-                row=trip.row, step=trip.step, name="KV cache", op=trip.poisoned.part, layer=trip.poisoned.layer,
-            )  # fmt: skip
+                row=trip.row,
+                step=trip.step,
+                name="KV cache",
+                op=trip.poisoned.part,
+                layer=trip.poisoned.layer,
+            )
 
 
 def advice(facts: Facts) -> Iterator[Finding]:
@@ -211,9 +249,10 @@ def _bad_settings(run: Run, made: Generation, limits: Advice) -> Iterator[tuple[
     temperature, penalty = made.options.get("temperature"), made.options.get("repetition_penalty")
     if made.options.get("do_sample") and isinstance(temperature, (int, float)) and temperature < limits.temperature:
         yield (
-            "temperature", f"Sampling at temperature {temperature:g} divides every logit by it: near greedy, "
-            "and nearer to overflow.", f"Use --greedy, or a temperature of {limits.temperature:g} to 1.",
-        )  # fmt: skip
+            "temperature",
+            f"Sampling at temperature {temperature:g} divides every logit by it: near greedy, and nearer to overflow.",
+            f"Use --greedy, or a temperature of {limits.temperature:g} to 1.",
+        )
     if isinstance(penalty, (int, float)) and abs(penalty - 1) > limits.penalty:
         cause = f"A repetition penalty of {penalty:g} is far from 1: it distorts the distribution at every step."
         yield "repetition penalty", cause, "Stay near 1, 1.05 to 1.2 say."

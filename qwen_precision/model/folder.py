@@ -85,11 +85,17 @@ def model_part(checkpoint: Checkpoint, source: str, architecture: str, layers: i
     """
     config = checkpoint.config
     return Model(
-        source=source, revision=checkpoint.revision, architecture=architecture, layers=layers,
-        hidden_size=config.hidden_size, vocabulary=config.vocab_size, parameters=checkpoint.parameters,
-        weight_bytes=checkpoint.weight_bytes, source_dtype=checkpoint.source_dtype,
+        source=source,
+        revision=checkpoint.revision,
+        architecture=architecture,
+        layers=layers,
+        hidden_size=config.hidden_size,
+        vocabulary=config.vocab_size,
+        parameters=checkpoint.parameters,
+        weight_bytes=checkpoint.weight_bytes,
+        source_dtype=checkpoint.source_dtype,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-    )  # fmt: skip
+    )
 
 
 def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> Checkpoint:

@@ -84,10 +84,14 @@ class Models:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, DTYPES[dtype].torch_name), use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True,
+                folder,
+                dtype=getattr(torch, DTYPES[dtype].torch_name),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
                 **({"attn_implementation": self._attention} if self._attention else {}),
-            )  # fmt: skip
+            )
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers and safetensors raise whatever a broken file leads to

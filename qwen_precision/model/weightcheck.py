@@ -91,12 +91,18 @@ class WeightCheck:
             if nan or inf or overflow or inexact:
                 found.append(
                     Weight(
-                        name=name, parameter=self._parameters[name], file=self._files[name],
-                        elements=int(facts["elements"]), nan=nan, inf=inf,
-                        abs_max=facts["abs_max"], overflow=overflow, underflow=underflow,
+                        name=name,
+                        parameter=self._parameters[name],
+                        file=self._files[name],
+                        elements=int(facts["elements"]),
+                        nan=nan,
+                        inf=inf,
+                        abs_max=facts["abs_max"],
+                        overflow=overflow,
+                        underflow=underflow,
                         inexact=inexact,
                     )
-                )  # fmt: skip
+                )
         return found
 
     def totals(self) -> list[WeightTotals]:

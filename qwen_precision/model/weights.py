@@ -35,9 +35,14 @@ class WeightStore:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: nn.Module, device: torch.device, resident: bool, check: WeightCheck,
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        device: torch.device,
+        resident: bool,
+        check: WeightCheck,
         scale: Scale | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._scale = scale
         self._checkpoint = checkpoint
         self._device = device

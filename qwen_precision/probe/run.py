@@ -197,4 +197,4 @@ def _record(job: Job, stopped: str | None) -> Run:
         rescue=None,
         explanation=None,
         sweep=None,
-    )  # fmt: skip
+    )

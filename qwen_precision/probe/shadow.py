@@ -72,8 +72,11 @@ def massive(hidden: Tensor, valid: Tensor, layer: int) -> list[Massive]:
         if value <= max(_MASSIVE, _TIMES * median):
             break
         row, position = divmod(int(places[channel]), size.shape[1])
-        found.append(Massive(layer=layer, row=row, position=position, channel=channel, value=rounded(value),
-                             median=rounded(median)))  # fmt: skip
+        found.append(
+            Massive(
+                layer=layer, row=row, position=position, channel=channel, value=rounded(value), median=rounded(median)
+            )
+        )
     return found
 
 
@@ -139,8 +142,12 @@ class Shadow:
         path = path_of(self.model, embed)
         used, places = torch.unique(torch.cat([prompt.ids.flatten() for prompt in self.prompts]), return_inverse=True)
         rows = self._gather(f"{path}.weight", used)
-        compact = [part.view_as(prompt.ids) for part, prompt in zip(
-            places.split([prompt.ids.numel() for prompt in self.prompts]), self.prompts, strict=True)]  # fmt: skip
+        compact = [
+            part.view_as(prompt.ids)
+            for part, prompt in zip(
+                places.split([prompt.ids.numel() for prompt in self.prompts]), self.prompts, strict=True
+            )
+        ]
         embed.padding_idx = None  # it only matters to gradients, and would point outside the few rows
         for name in self.plan.dtypes:
             self.scratch.place(embed, {"weight": rows}, torch_dtype(name))
@@ -278,9 +285,12 @@ class Shadow:
             for prompt in range(len(self.prompts)):
                 stream = self._streams[name, prompt]
                 hidden[name, prompt] = self._watched(
-                    name, prompt, "", base,
+                    name,
+                    prompt,
+                    "",
+                    base,
                     partial(finish, self.model, stream.embedded, self.prompts[prompt].mask, stream.hidden),
-                )  # fmt: skip
+                )
             self.seconds[name] += time.perf_counter() - started
         self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
         head = Head(self.model, self.store, self.scratch, self.measure)

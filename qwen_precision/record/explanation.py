@@ -5,9 +5,18 @@ from typing import Literal
 from qwen_precision.record.parts import Count, Number, Part
 
 ControlKind = Literal[
-    "sdpa", "row alone", "full reduction", "token alone", "without the token", "without the template",
-    "with the template", "before the token", "token after the first", "as many first tokens", "up to the token",
-]  # fmt: skip
+    "sdpa",
+    "row alone",
+    "full reduction",
+    "token alone",
+    "without the token",
+    "without the template",
+    "with the template",
+    "before the token",
+    "token after the first",
+    "as many first tokens",
+    "up to the token",
+]
 
 
 class Control(Part):

@@ -25,8 +25,12 @@ def _depth(run: Run) -> Iterator[str]:
     }.items():
         level = [value]
         for _ in range(_DEEPEST):
-            level = [item for each in level if isinstance(each, (dict, list))
-                     for item in (each.values() if isinstance(each, dict) else each)]  # fmt: skip
+            level = [
+                item
+                for each in level
+                if isinstance(each, (dict, list))
+                for item in (each.values() if isinstance(each, dict) else each)
+            ]
         if level:
             yield key
 

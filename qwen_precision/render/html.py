@@ -50,10 +50,13 @@ def _rescue(report: Report) -> _Rescue | None:
         return None
     nothing = plan.rescaling.changes_nothing
     return _Rescue(
-        words.headline(plan), list(words.factors(plan)), [] if nothing else moved(report.run)[:_MOVED],
-        "" if nothing else words.costs(report, plan), list(words.stuck(plan)),
+        words.headline(plan),
+        list(words.factors(plan)),
+        [] if nothing else moved(report.run)[:_MOVED],
+        "" if nothing else words.costs(report, plan),
+        list(words.stuck(plan)),
         list(words.proof(report, plan.exported)) if plan.exported is not None else [],
-    )  # fmt: skip
+    )
 
 
 def render_html(view: View) -> str:
@@ -62,9 +65,12 @@ def render_html(view: View) -> str:
     from markupsafe import Markup
 
     engine = Environment(
-        loader=PackageLoader("qwen_precision.render", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("qwen_precision.render", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     engine.globals["not_seen"] = not_seen
     engine.globals.update(because=why.because, microscope=why.microscope, why=why)
     engine.filters.update(

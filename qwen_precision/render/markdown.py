@@ -79,12 +79,19 @@ def _details(title: str, text: str) -> str:
 def _sections(report: Report) -> Iterator[_Section]:
     yield _Section(100, "verdict", _head(report))
     findings: list[tuple[int, str, Callable[[Report], str]]] = [
-        (90, "findings", _findings), (88, "control runs", _controls), (80, "generated text", _texts),
+        (90, "findings", _findings),
+        (88, "control runs", _controls),
+        (80, "generated text", _texts),
         (85, "command", _command),
-        (60, "trips", _trips), (70, "environment", _environment), (50, "prompts", _prompts),
-        (40, "headroom", _headroom), (45, "choices", _choices), (65, "precision", _precision), (87, "rescue", _rescue),
+        (60, "trips", _trips),
+        (70, "environment", _environment),
+        (50, "prompts", _prompts),
+        (40, "headroom", _headroom),
+        (45, "choices", _choices),
+        (65, "precision", _precision),
+        (87, "rescue", _rescue),
         (75, "triggers", _triggers),
-    ]  # fmt: skip
+    ]
     for weight, name, make in findings:
         text = make(report)
         if text:
@@ -96,11 +103,14 @@ def _head(report: Report) -> str:
     title = f"# qprec {run.verb}: {escaped(model.source)}" + (f" ({escaped(report.name)})" if report.name else "")
     revision = f" at {escaped(model.revision, 60)}" if model.revision else ""
     lines = [
-        title, "",
+        title,
+        "",
         f"{escaped(model.architecture)}{revision}, {model.layers} layers, {model.parameters:,} parameters stored as "
-        f"{escaped(model.source_dtype)}; {escaped(run.tool)}, {escaped(run.created)}.", "",
-        "| dtype | verdict | first |", "|---|---|---|",
-    ]  # fmt: skip
+        f"{escaped(model.source_dtype)}; {escaped(run.tool)}, {escaped(run.created)}.",
+        "",
+        "| dtype | verdict | first |",
+        "|---|---|---|",
+    ]
     for dtype, verdict in report.verdict.items():
         first = next((f for f in report.findings if f.dtype == dtype and f.severity != "info"), None)
         lines.append(f"| {dtype} | **{verdict.upper()}** | {_place(first) if first else '-'} |")
@@ -162,8 +172,11 @@ def _controls(report: Report) -> str:
     for dtype in dict.fromkeys(each.dtype for each in run.passes):
         mine = [each for each in run.passes if each.dtype == dtype]
         bad = sum(any(event.nan or event.inf for event in each.events) for each in mine)
-        what = f"not finite on {bad} of {count(len(mine), 'prompt')}" if bad else (
-            f"every operation finite on {count(len(mine), 'prompt')}")  # fmt: skip
+        what = (
+            f"not finite on {bad} of {count(len(mine), 'prompt')}"
+            if bad
+            else (f"every operation finite on {count(len(mine), 'prompt')}")
+        )
         lines.append(f"- {dtype}{' (the reference)' if dtype == REFERENCE else ''}: {what}")
     changed = [f"- {escaped(line)}" for line in why.controls(report)]
     changed = ["", "A failing row, changed in one way:", "", *changed] if changed else []
@@ -174,8 +187,10 @@ def _controls(report: Report) -> str:
 def _triggers(report: Report) -> str:
     """What a sweep found, and massive activations."""
     sweep = report.run.sweep
-    found = [("Sweep", list(why.triggers(sweep)) if sweep is not None else []),
-             ("Massive activations in fp32", list(why.massive(report)))]  # fmt: skip
+    found = [
+        ("Sweep", list(why.triggers(sweep)) if sweep is not None else []),
+        ("Massive activations in fp32", list(why.massive(report))),
+    ]
     return "\n\n".join(
         f"## {title}\n\n" + "\n".join(f"- {escaped(line)}" for line in lines) for title, lines in found if lines
     )
@@ -192,8 +207,11 @@ def _texts(report: Report) -> str:
     lines = ["## Generated", ""]
     for row in made.rows[:20]:
         stretches = ", ".join(f"{each.way} from step {each.start}" for each in row.stretches[:8])
-        lines += [f"Row {row.row}: {count(len(row.ids), 'token')}, {escaped(row.finish)}; {stretches}",
-                  fenced(f"{row.input[:500]}\n----\n{row.text[:2000]}"), ""]  # fmt: skip
+        lines += [
+            f"Row {row.row}: {count(len(row.ids), 'token')}, {escaped(row.finish)}; {stretches}",
+            fenced(f"{row.input[:500]}\n----\n{row.text[:2000]}"),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -204,8 +222,10 @@ def _trips(report: Report) -> str:
     rows = ["| step | row | dtype | guard | what | why |", "|---|---|---|---|---|---|"]
     for trip in made.trips[:40]:
         done = "" if trip.acted or trip.guard == "watch" else " (only reported)"
-        rows.append(f"| {trip.step} | {trip.row} | {trip.dtype} | {escaped(trip.guard)} | {trip.kind}{done} | "
-                    f"{escaped(trip.why)} |")  # fmt: skip
+        rows.append(
+            f"| {trip.step} | {trip.row} | {trip.dtype} | {escaped(trip.guard)} | {trip.kind}{done} | "
+            f"{escaped(trip.why)} |"
+        )
     more = f"\n\n… and {len(made.trips) - 40} more." if len(made.trips) > 40 else ""
     return _details(f"Trips ({len(made.trips)})", "\n".join(rows) + more)
 
@@ -253,8 +273,9 @@ def _rescue(report: Report) -> str:
         lines += ["", "| operation | layer | headroom before | after |", "|---|---|---|---|"]
         lines += [
             f"| {escaped(row.name)} | {'-' if row.layer is None else row.layer} | {room(row.before)} | "
-            f"{room(row.after)} |" for row in moved(report.run)[:_MOVED]
-        ]  # fmt: skip
+            f"{room(row.after)} |"
+            for row in moved(report.run)[:_MOVED]
+        ]
         lines += ["", escaped(words.costs(report, plan), 600)]
     lines += (
         ["", "What no factor moves:", "", *(f"- {escaped(line)}" for line in words.stuck(plan))] if plan.stuck else []
@@ -272,8 +293,10 @@ def _headroom(report: Report) -> str:
         lines = [f"**{dtype}**", "", "| layer | operation | largest | headroom |", "|---|---|---|---|"]
         for row in report.tightest(dtype):
             site = report.run.sites[row.site]
-            lines.append(f"| {'-' if site.layer is None else site.layer} | "
-                         f"{escaped(name_of(site.module, site.op, site.call))} | {number(row.abs_max)} | "
-                         f"{room(row.headroom)} |")  # fmt: skip
+            lines.append(
+                f"| {'-' if site.layer is None else site.layer} | "
+                f"{escaped(name_of(site.module, site.op, site.call))} | {number(row.abs_max)} | "
+                f"{room(row.headroom)} |"
+            )
         parts.append("\n".join(lines))
     return _details("Headroom, tightest operation of each layer", "\n\n".join(parts)) if parts else ""

@@ -41,14 +41,18 @@ def render_png(view: View) -> bytes:
 def pictures(report: Report) -> list[tuple[str, str]]:
     """(caption, SVG) of everything there is to draw."""
     drawn = [
-        ("Headroom by layer: the dtype's largest number over the largest magnitude. Below the line it overflows.",
-         headroom(report)),
+        (
+            "Headroom by layer: the dtype's largest number over the largest magnitude. Below the line it overflows.",
+            headroom(report),
+        ),
         ("The same for the dtypes with a wide range, which would flatten the line above.", headroom(report, wide=True)),
-        ("Magnitude by layer and operation, log2. The dtype's limit is the end of the scale; a cross is beyond it.",
-         heat_map(report)),
+        (
+            "Magnitude by layer and operation, log2. The dtype's limit is the end of the scale; a cross is beyond it.",
+            heat_map(report),
+        ),
         ("Relative error against fp32 after each layer, on the dtype's own stream.", error_growth(report)),
         ("Entropy and margin by step; a cross marks logits that could not be used.", steps(report)),
-    ]  # fmt: skip
+    ]
     return [(caption, _svg(figure)) for caption, figure in drawn if figure is not None]
 
 

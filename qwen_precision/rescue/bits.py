@@ -87,9 +87,13 @@ class Lost:
 
     def __add__(self, other: "Lost") -> "Lost":
         return Lost(
-            self.elements + other.elements, self.inexact + other.inexact, self.to_zero + other.to_zero,
-            self.badly + other.badly, self.error + other.error, self.total + other.total,
-        )  # fmt: skip
+            self.elements + other.elements,
+            self.inexact + other.inexact,
+            self.to_zero + other.to_zero,
+            self.badly + other.badly,
+            self.error + other.error,
+            self.total + other.total,
+        )
 
     @property
     def relative(self) -> float:

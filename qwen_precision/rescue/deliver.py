@@ -44,9 +44,13 @@ class Target:
 
 
 def delivered(
-    job: Job, run: Run, before: Finals, specs: Sequence[PromptSpec], target: Target,
+    job: Job,
+    run: Run,
+    before: Finals,
+    specs: Sequence[PromptSpec],
+    target: Target,
     progress: Progress = silent,
-) -> Run:  # fmt: skip
+) -> Run:
     """Export the rescaled checkpoint, if that is possible and needed.
 
     Args:
@@ -77,9 +81,15 @@ def _carry_out(
     job: Job, run: Run, plan: Rescue, before: Finals, specs: Sequence[PromptSpec], target: Target, progress: Progress
 ) -> Exported:
     identical, compared = prove(
-        job.checkpoint, plan.rescaling, encoded(job), before, job.settings.attention, job.resident,
-        vocabulary_rows(job), said("proving", progress),
-    )  # fmt: skip
+        job.checkpoint,
+        plan.rescaling,
+        encoded(job),
+        before,
+        job.settings.attention,
+        job.resident,
+        vocabulary_rows(job),
+        said("proving", progress),
+    )
     exporter = Exporter(job.checkpoint, plan.rescaling, target.dtype, progress)
     with beside(target.folder, target.force) as (folder, finish):
         hashes = exporter.write(folder)
@@ -90,10 +100,14 @@ def _carry_out(
             raise KeyboardInterrupt
         errors = _errors(run, before, after)
         exported = _judged(run, plan, judge(checked), identical, compared, errors)
-        exported = exported.model_copy(update={
-            "folder": target.folder.name, "dtype": target.dtype, "bytes": exporter.bytes,
-            "kept": exported.verified or target.keep,
-        })  # fmt: skip
+        exported = exported.model_copy(
+            update={
+                "folder": target.folder.name,
+                "dtype": target.dtype,
+                "bytes": exporter.bytes,
+                "kept": exported.verified or target.keep,
+            }
+        )
         if exported.kept:
             _write_note(folder / NOTE, run, plan, exported, hashes)
             finish()
@@ -122,9 +136,19 @@ def _judged(
         why = _too_far(errors)
     least = rows[0].headroom if rows and math.isfinite(rows[0].headroom) else None
     return Exported(
-        folder="", dtype="", bytes=0, identical=identical, compared=compared, verdict=report.verdict[RESCUED],
-        headroom=least, where=where, logit_error=errors, verified=why is None, why=why, kept=False,
-    )  # fmt: skip
+        folder="",
+        dtype="",
+        bytes=0,
+        identical=identical,
+        compared=compared,
+        verdict=report.verdict[RESCUED],
+        headroom=least,
+        where=where,
+        logit_error=errors,
+        verified=why is None,
+        why=why,
+        kept=False,
+    )
 
 
 def _too_far(errors: dict[str, float | None]) -> str | None:

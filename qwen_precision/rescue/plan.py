@@ -50,12 +50,21 @@ def plan_rescue(run: Run, checkpoint: Checkpoint, margin: float, progress: Progr
     eps, reason = float(getattr(config, "rms_norm_eps", 0.0)), unsupported(checkpoint)
     if reason is not None:
         nothing = Rescaling(stream=0, final_norm=0, untied=False, eps=eps, layers=[])
-        return Rescue(margin=margin, unsupported=reason, rescaling=nothing, losses=[], stuck=[], fp32_modules=[],
-                      gate_channels=0, exported=None)  # fmt: skip
+        return Rescue(
+            margin=margin,
+            unsupported=reason,
+            rescaling=nothing,
+            losses=[],
+            stuck=[],
+            fp32_modules=[],
+            gate_channels=0,
+            exported=None,
+        )
     shape = Shape(
-        tied=bool(getattr(config, "tie_word_embeddings", False)), eps=eps,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        eps=eps,
         gate_channels=int(getattr(config, "moe_intermediate_size", 0) or 0),
-    )  # fmt: skip
+    )
     return Planner(
         run, margin, shape, checkpoint.tensors, lambda name: WeightBits(read_tensor(checkpoint, name)), progress
     ).plan()

@@ -53,9 +53,14 @@ class Planner:
     """
 
     def __init__(
-        self, run: Run, margin: float, shape: Shape, tensors: Iterable[str], bits: Callable[[str], WeightBits],
+        self,
+        run: Run,
+        margin: float,
+        shape: Shape,
+        tensors: Iterable[str],
+        bits: Callable[[str], WeightBits],
         tell: Progress = silent,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._margin, self._shape, self._bits, self._tell = margin, shape, bits, tell
         self._needs: Needs = needs(Facts(run, Limits()), margin, shape.gate_channels)
         self._too_large = {each.name for each in run.weights if each.overflow.get(RESCUED)}
@@ -94,11 +99,15 @@ class Planner:
         unused = {"lm_head"} if self._shape.tied else set()  # a copy of the embedding, written from it
         self._lose([name for leaf, name in self._outside.items() if leaf not in unused], Scale(found), {}, losses)
         return Rescue(
-            margin=self._margin, unsupported=None, rescaling=found,
+            margin=self._margin,
+            unsupported=None,
+            rescaling=found,
             losses=[_loss(kind, *each) for kind, each in losses.items()],
-            stuck=sorted(self._needs.stuck, key=lambda each: not each.fails), fp32_modules=self._needs.modules,
-            gate_channels=self._shape.gate_channels, exported=None,
-        )  # fmt: skip
+            stuck=sorted(self._needs.stuck, key=lambda each: not each.fails),
+            fp32_modules=self._needs.modules,
+            gate_channels=self._shape.gate_channels,
+            exported=None,
+        )
 
     # -- powers ------------------------------------------------------------------------------------------------
 
@@ -170,9 +179,12 @@ class Planner:
             self._side(number, "product", expert, post, stream, held) for expert in sorted(block.names("down_proj"))
         ]
         return LayerPowers(
-            layer=number, input_norm=norm, value=self._side(number, "value", 0, norm, stream, held), post_norm=post,
+            layer=number,
+            input_norm=norm,
+            value=self._side(number, "value", 0, norm, stream, held),
+            post_norm=post,
             product=product if any(product) or len(product) == 1 else [0],
-        )  # fmt: skip
+        )
 
     def _side(self, layer: int, power: str, expert: int, norm: int, stream: int, held: dict[str, WeightBits]) -> int:
         """How much of the stream's factor the first of the two tensors takes, and how much is passed on by the product.
@@ -212,9 +224,12 @@ class Planner:
     # -- what it costs -----------------------------------------------------------------------------------------
 
     def _lose(
-        self, names: Iterable[str], scale: Scale, held: dict[str, WeightBits],
+        self,
+        names: Iterable[str],
+        scale: Scale,
+        held: dict[str, WeightBits],
         losses: dict[str, tuple[int, Lost, Lost]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Count the weights that fp16 does not hold, before and after their factor."""
         for name in names:
             factor = scale.factor(name)
@@ -236,6 +251,12 @@ def _rescaling(stream: int, layers: list[LayerPowers], eps: float, final: int = 
 
 def _loss(kind: str, tensors: int, before: Lost, after: Lost) -> Loss:
     return Loss(
-        kind=kind, tensors=tensors, elements=after.elements, inexact_before=before.inexact, inexact=after.inexact,
-        to_zero=after.to_zero, badly=after.badly, error=after.relative,
-    )  # fmt: skip
+        kind=kind,
+        tensors=tensors,
+        elements=after.elements,
+        inexact_before=before.inexact,
+        inexact=after.inexact,
+        to_zero=after.to_zero,
+        badly=after.badly,
+        error=after.relative,
+    )

@@ -58,9 +58,15 @@ class Finals:
 
 
 def prove(
-    checkpoint: Checkpoint, rescaling: Rescaling, prompts: list[Encoded], before: Finals, attention: str | None,
-    resident: bool, vocabulary_rows: int, progress: Progress,
-) -> tuple[bool, int]:  # fmt: skip
+    checkpoint: Checkpoint,
+    rescaling: Rescaling,
+    prompts: list[Encoded],
+    before: Finals,
+    attention: str | None,
+    resident: bool,
+    vocabulary_rows: int,
+    progress: Progress,
+) -> tuple[bool, int]:
     """Whether the rescaled model computes in fp32, bit for bit, what the original did; and at how many tokens.
 
     Args:

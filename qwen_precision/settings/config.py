@@ -62,9 +62,11 @@ class ProbeSettings(BaseModel):
     @classmethod
     def _known_word(cls, value: str | None, info: ValidationInfo) -> str | None:
         table, what = {
-            "memory": (MEMORY, "mode"), "attention": (ATTENTION, "implementation"), "fail_on": (FAIL_ON, "level"),
+            "memory": (MEMORY, "mode"),
+            "attention": (ATTENTION, "implementation"),
+            "fail_on": (FAIL_ON, "level"),
             "sweep": (SWEEPS, "sweep"),
-        }[str(info.field_name)]  # fmt: skip
+        }[str(info.field_name)]
         return None if value is None else known(value, table, what)
 
 

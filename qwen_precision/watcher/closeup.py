@@ -30,9 +30,10 @@ def closeup(inputs: list[tuple[Tensor, bool]], out: Tensor, op: str, index: list
     """
     operands = [_operand(tensor, "weight" if weight else "input") for tensor, weight in inputs]
     return Closeup(
-        operands=[*operands, _operand(out, "output")], source=_source(),
+        operands=[*operands, _operand(out, "output")],
+        source=_source(),
         contributions=_contributions(inputs, op, index, expert),
-    )  # fmt: skip
+    )
 
 
 def _operand(tensor: Tensor, role: Any) -> Operand:
@@ -41,9 +42,13 @@ def _operand(tensor: Tensor, role: Any) -> Operand:
     if bool(fine.any()):
         low, high = (float(bound) for bound in torch.aminmax(tensor[fine]))
     return Operand(
-        role=role, shape=list(tensor.shape), dtype=short_name(tensor.dtype), low=rounded(low), high=rounded(high),
+        role=role,
+        shape=list(tensor.shape),
+        dtype=short_name(tensor.dtype),
+        low=rounded(low),
+        high=rounded(high),
         bad=int((~fine).sum()),
-    )  # fmt: skip
+    )
 
 
 def _source() -> Source | None:
@@ -81,8 +86,10 @@ def _contributions(
     order = parts.abs().topk(min(_MOST, len(parts))).indices.tolist()
     return [
         Contribution(
-            channel=k, value=rounded(float(values[k])), weight=rounded(float(row[k])),
+            channel=k,
+            value=rounded(float(values[k])),
+            weight=rounded(float(row[k])),
             share=rounded(float(parts[k]) / total) if total else 0.0,
         )
         for k in order
-    ]  # fmt: skip
+    ]

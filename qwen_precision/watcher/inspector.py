@@ -80,11 +80,22 @@ class Inspector:
             inputs = [(arg, self._is_weight(arg)) for arg in _tensors(seen.args) if arg.is_floating_point()]
             look = closeup(inputs, out, seen.op, index, expert)
         event = Event(
-            site=0, step=self._step, nan=nan if failed else 0, inf=count - nan if failed else 0,
-            elements=out.numel(), value=(math.nan if nan else math.inf) if failed else float(magnitude.max()),
-            clean_inputs=clean, clean_weights=self._clean_weights(seen), row=row, position=position,
-            channel=channel, head=head, expert=expert, in_padding=in_padding, closeup=look,
-        )  # fmt: skip
+            site=0,
+            step=self._step,
+            nan=nan if failed else 0,
+            inf=count - nan if failed else 0,
+            elements=out.numel(),
+            value=(math.nan if nan else math.inf) if failed else float(magnitude.max()),
+            clean_inputs=clean,
+            clean_weights=self._clean_weights(seen),
+            row=row,
+            position=position,
+            channel=channel,
+            head=head,
+            expert=expert,
+            in_padding=in_padding,
+            closeup=look,
+        )
         self.found.append(Located(seen.path, seen.op, seen.call, event))
 
     def note_sort(self, values: Tensor) -> None:

@@ -237,9 +237,10 @@ def test_paths_and_user_names_never_go_into_a_bundle() -> None:
     from builders import a_model
 
     run = overflowing_run(
-        model=a_model(source="/home/alice/models/mine"), stopped="/home/alice/models/mine/model.safetensors: broken",
+        model=a_model(source="/home/alice/models/mine"),
+        stopped="/home/alice/models/mine/model.safetensors: broken",
         settings={"prompts": "/home/alice/p.yaml"},
-    )  # fmt: skip
+    )
     text = to_json(without_paths(run))
     assert "alice" not in text and '"source":"mine"' in text and "model.safetensors: broken" in text
     told = "cannot read /home/John Smith/my models/x.safetensors, C:\\Users\\bob and /home/carol: gone /root/o'brien/y"
@@ -273,9 +274,20 @@ def dumped(page: str, tmp_path: Path, width: int = 1100) -> str:
     path = tmp_path / "page.html"
     probe = "<script>document.title='ran'</script>"  # refused by the page's own policy; a hostile one would be too
     path.write_text(page.replace("</body>", probe + "</body>"), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-             f"--window-size={width},2000", "--virtual-time-budget=2000", "--dump-dom"]  # fmt: skip
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},2000",
+        "--virtual-time-budget=2000",
+        "--dump-dom",
+    ]
     done = subprocess.run([str(CHROMIUM), *flags, path.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:]
     return done.stdout

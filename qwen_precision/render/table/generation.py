@@ -20,10 +20,14 @@ _TEXT = 1200
 """Characters of a text that are shown; all of it is in the record."""
 
 _FINISH = {
-    "eos": "ended by its end token", "length": "ended at the limit", "criterion": "ended by a stopping criterion",
-    "failed": "ENDED after its last good token", "error": "ENDED by the sampling error",
-    "degenerate": "ENDED as degenerate", "interrupted": "interrupted",
-}  # fmt: skip
+    "eos": "ended by its end token",
+    "length": "ended at the limit",
+    "criterion": "ended by a stopping criterion",
+    "failed": "ENDED after its last good token",
+    "error": "ENDED by the sampling error",
+    "degenerate": "ENDED as degenerate",
+    "interrupted": "interrupted",
+}
 
 
 def summary(run: Run, made: Generation) -> str:
@@ -79,9 +83,13 @@ def trips(made: Generation) -> Iterator[RenderableType]:
         for trip in shown[:_TRIPS]:
             only = "" if trip.acted or trip.guard == "watch" else " (only reported)"
             table.add_row(
-                str(trip.step), str(trip.row), trip.dtype, Text(safe(trip.guard)), Text(trip.kind + only),
+                str(trip.step),
+                str(trip.row),
+                trip.dtype,
+                Text(safe(trip.guard)),
+                Text(trip.kind + only),
                 Text(safe(trip.why, 300)),
-            )  # fmt: skip
+            )
         yield table
         rest = len(made.trips) - min(len(shown), _TRIPS)
         if rest > 0:

@@ -24,10 +24,13 @@ def precision_parts(report: Report) -> Iterator[RenderableType]:
         table.add_column(name)
     for dtype, each in found.items():
         table.add_row(
-            dtype, number(each.layers[-1]) if each.layers and each.layers[-1] is not None else "-",
-            _steepest(each.layers), f"{each.agree} of {each.rows}" if each.rows else "-", number(each.kl),
+            dtype,
+            number(each.layers[-1]) if each.layers and each.layers[-1] is not None else "-",
+            _steepest(each.layers),
+            f"{each.agree} of {each.rows}" if each.rows else "-",
+            number(each.kl),
             number(each.logprob),
-        )  # fmt: skip
+        )
     yield table
     for dtype, each in found.items():
         known = [value for value in each.layers if value]
@@ -45,7 +48,6 @@ def precision_parts(report: Report) -> Iterator[RenderableType]:
 
 def _steepest(layers: list[float | None]) -> str:
     """The layer in which the error grows by the largest factor."""
-    pairs = [(now / before, layer) for layer, (before, now) in enumerate(pairwise(layers), 1)
-             if before and now]  # fmt: skip
+    pairs = [(now / before, layer) for layer, (before, now) in enumerate(pairwise(layers), 1) if before and now]
     factor, layer = max(pairs, default=(0.0, 0))
     return f"layer {layer} ({factor:.3g}x)" if factor > 1 else "-"

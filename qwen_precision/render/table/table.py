@@ -41,9 +41,15 @@ def render_table(view: View) -> str:
     """All reports as terminal text; several are first summed up side by side."""
     sink = io.StringIO()
     console = Console(
-        file=sink, width=max(view.width, 60), force_terminal=view.colour, no_color=not view.colour, highlight=False,
-        emoji=False, legacy_windows=False, color_system="standard" if view.colour else None,
-    )  # fmt: skip
+        file=sink,
+        width=max(view.width, 60),
+        force_terminal=view.colour,
+        no_color=not view.colour,
+        highlight=False,
+        emoji=False,
+        legacy_windows=False,
+        color_system="standard" if view.colour else None,
+    )
     if len(view.reports) > 1:
         console.print(_side_by_side(view.reports))
     for report in view.reports:
@@ -265,9 +271,11 @@ def _headroom(report: Report, dtype: str) -> RenderableType:
         site = report.run.sites[row.site]
         table.add_row(
             Text("-" if site.layer is None else str(site.layer)),
-            Text(safe(name_of(site.module, site.op, site.call))), Text(number(row.abs_max)),
-            Text(room(row.headroom)), Text(_bar(row.headroom), _colour(row.headroom)),
-        )  # fmt: skip
+            Text(safe(name_of(site.module, site.op, site.call))),
+            Text(number(row.abs_max)),
+            Text(room(row.headroom)),
+            Text(_bar(row.headroom), _colour(row.headroom)),
+        )
     title = Text(f"\nHeadroom in {dtype}, tightest operation of each layer (full bar: the limit)", style="bold")
     rest = len(rows) - _ROWS
     more = [Text(f"… and {rest} more layers with more headroom.", style="dim")] if rest > 0 else []

@@ -19,8 +19,14 @@ def change_lines(changes: Changes) -> Iterator[str]:
     )
     yield from _some("new", [_place(finding) for finding in changes.new])
     for word, worse in (("worse", True), ("better", False)):
-        yield from _some(word, [f"{_place(each.now)} ({_was(each.before)} -> {_was(each.now)})"
-                                for each in changes.moved if each.worse == worse])  # fmt: skip
+        yield from _some(
+            word,
+            [
+                f"{_place(each.now)} ({_was(each.before)} -> {_was(each.now)})"
+                for each in changes.moved
+                if each.worse == worse
+            ],
+        )
     yield from _some("fixed", [_place(finding) for finding in changes.fixed])
     if changes.not_compared:
         yield f"not compared, because this run did not run or finish it: {', '.join(changes.not_compared)}"

@@ -113,15 +113,22 @@ def proof(report: Report, exported: Exported) -> Iterator[tuple[str, str]]:
     kept = "" if exported.kept else "; the folder was removed"
     yield "exported", f"{exported.folder} ({exported.dtype}, {exported.bytes / 1e6:,.1f} MB), {state}{kept}"
     same = "equal to the original's bit for bit" if exported.identical else "NOT the original's"
-    yield "in fp32", (
-        f"before its weights were rounded: final hidden states and last logits {same}, "
-        f"at {count(exported.compared, 'token')}")  # fmt: skip
+    yield (
+        "in fp32",
+        (
+            f"before its weights were rounded: final hidden states and last logits {same}, "
+            f"at {count(exported.compared, 'token')}"
+        ),
+    )
     first = report.headroom[RESCUED][0] if report.headroom.get(RESCUED) else None
     verdict = report.verdict.get(RESCUED, "not judged").upper()
     before = f"{verdict}, {room(first.headroom)} headroom; " if first is not None else ""
     least = room(float(exported.headroom)) if exported.headroom is not None else "-"
     yield "in fp16", f"before: {before}after: {exported.verdict.upper()}, {least} at {exported.where}"
-    errors = [f"{name} {number(value)}" if value is not None else f"{name} not finite"
-              for name, value in exported.logit_error.items() if name != "after"]  # fmt: skip
+    errors = [
+        f"{name} {number(value)}" if value is not None else f"{name} not finite"
+        for name, value in exported.logit_error.items()
+        if name != "after"
+    ]
     after = exported.logit_error.get("after")
     yield "logits", f"relative error against fp32: {', '.join(errors)}; {RESCUED} rescued {number(after)}"
