@@ -3,8 +3,7 @@
 from typing import Any
 
 from qwen_precision.record.closeup import Closeup, Contribution, Massive, Operand, Source
-from qwen_precision.record.explanation import Continuation as Continued
-from qwen_precision.record.explanation import Control, Explanation, Sweep, Swept
+from qwen_precision.record.explanation import Control, Explanation, GreedyMatch, Sweep, Swept
 from qwen_precision.record.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
 from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
@@ -244,7 +243,7 @@ def explained_run() -> Run:
         controls=controls,
         left_out=["fp16: with the template: beyond --budget 2"],
         hashes={},
-        continuations=[Continued(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
+        continuations=[GreedyMatch(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
     )
     worst = [Swept(ids=[9707], text="Hello", magnitude=74945.8, layer=31, name="hidden states", channel=35, fails=True)]
     sweep = Sweep(
@@ -507,7 +506,7 @@ def hostile_run(text: str) -> Run:
         controls=[control],
         left_out=[text],
         hashes={text: text},
-        continuations=[Continued(dtype=text, prompt=text, tokens=1, first_difference=None)],
+        continuations=[GreedyMatch(dtype=text, prompt=text, tokens=1, first_difference=None)],
     )
     sweep = Sweep(
         kind="length",

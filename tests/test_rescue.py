@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
-from qwen_precision.judge.needs import moved
+from qwen_precision.judge.needs import headroom_gains
 from qwen_precision.judge.nextcommand import next_rescue
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.qwen3.op import name_of
@@ -254,7 +254,7 @@ def test_the_powers_are_the_smallest_that_reach_the_margin(tmp_path: Path) -> No
     source = make_checkpoint(tmp_path / "source", edit=residual_add)
     for margin in (1.0, 2.0, 4.0, 64.0):
         run = planned(source, TEXTS, rescue_margin=margin)
-        rows = [row for row in moved(run) if row.before != row.after]
+        rows = [row for row in headroom_gains(run) if row.before != row.after]
         least = min(row.after for row in rows)
         assert margin <= least < 2 * margin and run.rescue.rescaling.stream >= 1
 
@@ -302,13 +302,13 @@ def test_what_breaks_a_promise_is_not_verified(broken: str, tmp_path: Path, monk
 def test_a_sum_that_left_the_range_half_way_asks_for_the_whole_margin() -> None:
     from builders import a_pass, a_run, an_event
 
-    from qwen_precision.judge.columns import Facts
+    from qwen_precision.judge.columns import Columns
     from qwen_precision.judge.findings import Limits
     from qwen_precision.judge.needs import needs
 
     values = [1.5, 20.0, 300.0, 400.0, 420.0, 31.0]
     fp16 = a_pass("fp16", [*values[:3], float("inf"), *values[4:]], [an_event(3)])
-    found = needs(Facts(a_run([a_pass("fp32", values), fp16]), Limits()), 4.0, 0)
+    found = needs(Columns(a_run([a_pass("fp32", values), fp16]), Limits()), 4.0, 0)
     assert found.of("stream") == 2 and found.stuck == []
 
 
@@ -515,7 +515,7 @@ def test_a_gate_near_the_limit_stays_where_it_is_and_up_moves(tmp_path: Path) ->
     run = rescue(make_checkpoint(tmp_path / "source", edit=plant, moe=True), tmp_path / "safe")
     assert [(each.layer, each.fails) for each in run.rescue.stuck] == [(2, False)]
     assert [each.layer for each in run.rescue.rescaling.layers] == [1] and run.rescue.exported.verified
-    after = {row.name: row.after for row in moved(run)}
+    after = {row.name: row.after for row in headroom_gains(run)}
     rows = judge(run_probe(tmp_path / "safe", TEXTS, dtypes=["fp16"])).headroom["fp16"]
     measured: dict[str, float] = {}
     for row in rows:

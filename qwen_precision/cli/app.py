@@ -69,7 +69,7 @@ def probe(
         typer.Option(
             help="Dtype to try; repeatable. Default: all three.",
             metavar="|".join(DTYPES),
-            callback=options.one_of(DTYPES, "dtype"),
+            callback=options.choice_from(DTYPES, "dtype"),
         ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. Default: a built-in set.")] = None,
@@ -82,7 +82,7 @@ def probe(
         typer.Option(
             help="Keep all weights, or one layer at a time. Default: auto, by the memory that is free.",
             metavar="|".join(MEMORY),
-            callback=options.one_of(MEMORY, "memory mode"),
+            callback=options.choice_from(MEMORY, "memory mode"),
         ),
     ] = None,
     no_reference: Annotated[
@@ -96,7 +96,7 @@ def probe(
         typer.Option(
             help="What gives exit code 1. Default: fail.",
             metavar="|".join(FAIL_ON),
-            callback=options.one_of(FAIL_ON, "level"),
+            callback=options.choice_from(FAIL_ON, "level"),
         ),
     ] = None,
     explain: options.ExplainOption = None,
@@ -223,7 +223,7 @@ def generate(
         typer.Option(
             help="Dtype to generate in. Default: fp16.",
             metavar="|".join(DTYPES),
-            callback=options.one_of(DTYPES, "dtype"),
+            callback=options.choice_from(DTYPES, "dtype"),
         ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable: they make one batch.")] = None,
@@ -251,7 +251,7 @@ def generate(
         typer.Option(
             help="What to do with a row that failed.",
             metavar="|".join(ON_FAILURE),
-            callback=options.one_of(ON_FAILURE, "way"),
+            callback=options.choice_from(ON_FAILURE, "way"),
         ),
     ] = None,
     probe_run: Annotated[Path | None, typer.Option(help="A probe of the same checkpoint, for advice.")] = None,
@@ -311,7 +311,7 @@ def report(
             "--format",
             help="How to show it. Default: by the suffix of -o, else table.",
             metavar="|".join(reporting.NAMES),
-            callback=options.one_of(reporting.NAMES, "format"),
+            callback=options.choice_from(reporting.NAMES, "format"),
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to a file, not stdout.")] = None,

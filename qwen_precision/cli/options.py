@@ -10,7 +10,7 @@ from qwen_precision.settings.config import ATTENTION, RESCUE_DTYPES, SWEEPS
 from qwen_precision.settings.levels import FAIL_ON
 
 
-def one_of(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
+def choice_from(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
     """A callback that accepts only the names of a table, so that help, check and table cannot drift."""
 
     def check(value: Any) -> Any:
@@ -34,13 +34,13 @@ AttentionOption = Annotated[
     typer.Option(
         help="Attention implementation. Default: what transformers chooses.",
         metavar="|".join(ATTENTION),
-        callback=one_of(ATTENTION, "attention implementation"),
+        callback=choice_from(ATTENTION, "attention implementation"),
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 FailOnOption = Annotated[
-    str, typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=one_of(FAIL_ON, "level"))
+    str, typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=choice_from(FAIL_ON, "level"))
 ]
 
 _WHY = "Why it failed"
@@ -61,7 +61,7 @@ SweepOption = Annotated[
     typer.Option(
         help="Search for triggers: every token as the first one, or lengths of a failing prompt.",
         metavar="|".join(SWEEPS),
-        callback=one_of(SWEEPS, "sweep"),
+        callback=choice_from(SWEEPS, "sweep"),
         rich_help_panel=_WHY,
     ),
 ]
@@ -86,7 +86,7 @@ RescueDtypeOption = Annotated[
     typer.Option(
         help="Format of its weights. Default: fp16.",
         metavar="|".join(RESCUE_DTYPES),
-        callback=one_of(RESCUE_DTYPES, "format"),
+        callback=choice_from(RESCUE_DTYPES, "format"),
         rich_help_panel=_RESCUE,
     ),
 ]

@@ -13,14 +13,14 @@ import torch
 from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.judge.controls import Planned, asked, planned
+from qwen_precision.judge.controls import Candidate, asked, candidates
 from qwen_precision.judge.findings import Report
 from qwen_precision.model.encode import encode
 from qwen_precision.model.loaded import Models
 from qwen_precision.model.machine import out_of_memory
 from qwen_precision.probe.run import Job
 from qwen_precision.progress import Announce, Progress, said
-from qwen_precision.record.explanation import Continuation, Control, ControlKind, Explanation
+from qwen_precision.record.explanation import Control, ControlKind, Explanation, GreedyMatch
 from qwen_precision.record.run import Run
 from qwen_precision.settings.prompts import PromptSpec, has_template, tokenise
 
@@ -43,7 +43,7 @@ def explained(job: Job, report: Report, run: Run, progress: Progress, announce: 
     wish = job.settings.explain
     if wish is False or run.stopped is not None:
         return run
-    wanted = planned(report, _templates(job, report))
+    wanted = candidates(report, _templates(job, report))
     damaged = sorted({weight.file for weight in run.weights if weight.nan or weight.inf})
     if not wish and not wanted and not damaged:
         return run
@@ -68,15 +68,15 @@ def explained(job: Job, report: Report, run: Run, progress: Progress, announce: 
     return run.model_copy(update={"explanation": made, "unfinished": unfinished})
 
 
-def _told(controls: Sequence[Planned]) -> str:
+def _told(controls: Sequence[Candidate]) -> str:
     names = ", ".join(dict.fromkeys(each.what for each in controls))
     forwards = "forward" if len(controls) == 1 else "forwards"
     return f"telling causes apart with {len(controls)} more {forwards}: {names} (--no-explain leaves them out)"
 
 
-def _templates(job: Job, report: Report) -> list[Planned]:
+def _templates(job: Job, report: Report) -> list[Candidate]:
     """For each failing row: the same text with the chat template, or without it."""
-    found: list[Planned] = []
+    found: list[Candidate] = []
     if not has_template(job.checkpoint.tokenizer):
         return found
     for each in asked(report):
@@ -90,7 +90,7 @@ def _templates(job: Job, report: Report) -> list[Planned]:
             ids = _ids_of(job, spec)
             if ids and ids[: len(row.ids)] != row.ids and row.ids[: len(ids)] != ids:
                 found.append(
-                    Planned(
+                    Candidate(
                         what,
                         each.finding.dtype,
                         str(each.finding.place.prompt),
@@ -113,7 +113,7 @@ def _ids_of(job: Job, spec: PromptSpec) -> list[int]:
     return prompts[0].rows[0].ids
 
 
-def _run_controls(job: Job, controls: Sequence[Planned], made: Explanation, progress: Progress) -> None:
+def _run_controls(job: Job, controls: Sequence[Candidate], made: Explanation, progress: Progress) -> None:
     """Run them, those of one dtype and attention together; each is noted as it is done."""
     for (dtype, attention, full), group in groupby(sorted(controls, key=lambda each: each.job), lambda each: each.job):
         members = list(group)
@@ -166,7 +166,7 @@ def _hash(job: Job, file: str, progress: Progress) -> str:
         return hashlib.file_digest(shard, "sha256").hexdigest()
 
 
-def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[Continuation]:
+def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[GreedyMatch]:
     """A few greedy tokens of single-row prompts in every dtype, against those of fp32."""
     if not job.resident:
         left_out.append("greedy continuations: need all weights in memory (--memory resident)")
@@ -196,7 +196,7 @@ def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[Co
             texts[dtype, prompt.name] = out[0, given.ids.shape[1] :].tolist()
         models.release(dtype)
     return [
-        Continuation(
+        GreedyMatch(
             dtype=dtype, prompt=name, tokens=len(ours), first_difference=_difference(ours, texts[REFERENCE, name])
         )
         for (dtype, name), ours in texts.items()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.columns import Facts, token_of
+from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause
 from qwen_precision.qwen3.op import name_of, row_of
 from qwen_precision.record.explanation import Control
@@ -30,8 +30,8 @@ CAUSES: dict[str, str] = {
 
 
 class _Case(NamedTuple):
-    facts: Facts
-    each: Pass
+    columns: Columns
+    run_pass: Pass
     event: Event
     site: Site
     what: str
@@ -45,15 +45,15 @@ _Found = tuple[str, str, str] | None
 """Kind, evidence, advice (empty for the usual)."""
 
 
-def cause_of(facts: Facts, each: Pass, event: Event) -> Cause:
+def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
     """The cause of one origin: an operation that gave something not finite from finite inputs."""
-    site = facts.run.sites[event.site]
-    magnitude = facts.magnitude(each, event.site) if facts.run.reference and each.dtype != REFERENCE else None
+    site = columns.run.sites[event.site]
+    magnitude = columns.magnitude(each, event.site) if columns.run.reference and each.dtype != REFERENCE else None
     magnitude = magnitude if magnitude is not None and math.isfinite(magnitude) else None
-    what, limit = name_of(site.module, site.op, site.call), facts.limit(each.dtype, event.site)
+    what, limit = name_of(site.module, site.op, site.call), columns.limit(each.dtype, event.site)
     if magnitude is not None and magnitude <= limit and _clamped_before(each, event):
         magnitude = None  # of other hidden states than those it failed on
-    case = _Case(facts, each, event, site, what, magnitude, limit, _controls(facts.run, each, event))
+    case = _Case(columns, each, event, site, what, magnitude, limit, _controls(columns.run, each, event))
     evidence = _measured(case)
     kind, advice = "out-of-range" if magnitude is not None else "not-told", ""
     for rule in _RULES:
@@ -62,10 +62,10 @@ def cause_of(facts: Facts, each: Pass, event: Event) -> Cause:
             kind, why, advice = found
             evidence = [*evidence, why]
             break
-    usual = advice_for(facts.run, each.dtype, magnitude, limit)
+    usual = advice_for(columns.run, each.dtype, magnitude, limit)
     return Cause(
         kind,
-        sentence(each.dtype, what, magnitude, limit, event.in_padding, facts.run.reference),
+        sentence(each.dtype, what, magnitude, limit, event.in_padding, columns.run.reference),
         tuple(line for line in (*evidence, *_ran(case)) if line),
         advice or usual,
     )
@@ -114,18 +114,18 @@ def _measured(case: _Case) -> list[str]:
     if case.magnitude is not None and case.magnitude > case.limit:
         times = case.magnitude / case.limit
         lines.append(
-            f"the reference reaches {case.magnitude:.6g} here, {times:.4g} times {case.each.dtype}'s largest number"
+            f"the reference reaches {case.magnitude:.6g} here, {times:.4g} times {case.run_pass.dtype}'s largest number"
         )
-    failing, clean = _by_outcome(case.facts, case.each.dtype)
+    failing, clean = _by_outcome(case.columns, case.run_pass.dtype)
     if failing and clean:
         lines.append(f"{len(failing)} of {len(failing) + len(clean)} prompts fail; clean: {_listed(clean)}")
     return lines
 
 
-def _by_outcome(facts: Facts, dtype: str) -> tuple[list[str], list[str]]:
+def _by_outcome(columns: Columns, dtype: str) -> tuple[list[str], list[str]]:
     """Names of the prompts on which a dtype failed, and of the others."""
-    bad = {each.prompt for each in facts.passes(dtype) if any(event.nan or event.inf for event in each.events)}
-    names = {each.prompt: facts.run.prompts[each.prompt].name for each in facts.passes(dtype)}
+    bad = {each.prompt for each in columns.passes(dtype) if any(event.nan or event.inf for event in each.events)}
+    names = {each.prompt: columns.run.prompts[each.prompt].name for each in columns.passes(dtype)}
     return [names[n] for n in names if n in bad], [names[n] for n in names if n not in bad]
 
 
@@ -142,11 +142,11 @@ def _ran(case: _Case) -> list[str]:
 
 
 def _dead(case: _Case) -> _Found:
-    reference = case.facts.by_key.get((REFERENCE, case.each.prompt))
+    reference = case.columns.by_key.get((REFERENCE, case.run_pass.prompt))
     value = reference.abs_max[case.event.site] if reference is not None else None
-    if case.each.dtype != REFERENCE and (value is None or math.isfinite(value)):
+    if case.run_pass.dtype != REFERENCE and (value is None or math.isfinite(value)):
         return None
-    return "dead-in-fp32", "fp32 is not finite here either", advice_for(case.facts.run, REFERENCE, None, 0.0)
+    return "dead-in-fp32", "fp32 is not finite here either", advice_for(case.columns.run, REFERENCE, None, 0.0)
 
 
 def _masked(case: _Case) -> _Found:
@@ -171,7 +171,7 @@ def _scores(case: _Case) -> _Found:
 def _accumulation(case: _Case) -> _Found:
     if case.magnitude is None or case.magnitude > case.limit:
         return None
-    full, dtype = case.controls.get("full reduction"), case.each.dtype
+    full, dtype = case.controls.get("full reduction"), case.run_pass.dtype
     why = f"all operands are finite and the reference reaches only {case.magnitude:.6g}"
     if full is not None and full.clean:
         return (
@@ -188,18 +188,18 @@ def _clamped_before(each: Pass, event: Event) -> bool:
 
 
 def _absorbed(case: _Case) -> _Found:
-    row, each = case.event.row or 0, case.each
+    row, each = case.event.row or 0, case.run_pass
     if row >= len(each.top1) or each.top1[row] is None or any(row in seed.rows for seed in each.reseeded):
         return None
     if any(_reaches_the_stream(case, event) for event in each.events):
         return None
-    reference = case.facts.by_key.get((REFERENCE, each.prompt))
+    reference = case.columns.by_key.get((REFERENCE, each.prompt))
     other = reference is not None and row < len(reference.top1) and reference.top1[row] != each.top1[row]
     kl = each.kl[row] if row < len(each.kl) else None
     if not other and (kl is None or kl < _WRONG):
         return None
     how = f"KL divergence {kl:.3g} nats" if kl is not None else "another next token than fp32's"
-    usual = advice_for(case.facts.run, each.dtype, case.magnitude, case.limit)
+    usual = advice_for(case.columns.run, each.dtype, case.magnitude, case.limit)
     return (
         "silent-absorption",
         f"no hidden state after it is bad, and the logits are finite and wrong: {how}",
@@ -213,7 +213,7 @@ _WRONG = 0.01
 
 def _reaches_the_stream(case: _Case, event: Event) -> bool:
     """Whether something bad came after this event in the residual stream itself, or in the logits."""
-    site = case.facts.run.sites[event.site]
+    site = case.columns.run.sites[event.site]
     later = bool(event.nan or event.inf) and event.step >= case.event.step
     return later and _role(site) in ("residual", "logits")
 
@@ -236,14 +236,14 @@ def _length(case: _Case) -> _Found:
 
 def _token(case: _Case) -> _Found:
     token, alone, rest = (
-        token_of(case.facts.run, case.each, case.event),
+        token_of(case.columns.run, case.run_pass, case.event),
         case.controls.get("token alone"),
         case.controls.get("without the token"),
     )
     if token is None or token.padding:
         return None
     single = len(_row_ids(case)) == 1
-    others = _by_outcome(case.facts, case.each.dtype)[1]
+    others = _by_outcome(case.columns, case.run_pass.dtype)[1]
     if not single and (alone is None or alone.clean):
         return None
     if rest is not None:
@@ -266,12 +266,12 @@ def _place(case: _Case) -> int | None:
     """The token's index in the row's ids; None at padding."""
     if case.event.position is None:
         return None
-    place = case.event.position - case.facts.run.prompts[case.each.prompt].rows[case.event.row or 0].padding
+    place = case.event.position - case.columns.run.prompts[case.run_pass.prompt].rows[case.event.row or 0].padding
     return place if 0 < place < len(_row_ids(case)) else None
 
 
 def _row_ids(case: _Case) -> list[int]:
-    return case.facts.run.prompts[case.each.prompt].rows[case.event.row or 0].ids
+    return case.columns.run.prompts[case.run_pass.prompt].rows[case.event.row or 0].ids
 
 
 def _template(case: _Case) -> _Found:
@@ -290,7 +290,7 @@ def _together(case: _Case) -> _Found:
 
 
 def _usual(case: _Case) -> str:
-    return advice_for(case.facts.run, case.each.dtype, case.magnitude, case.limit)
+    return advice_for(case.columns.run, case.run_pass.dtype, case.magnitude, case.limit)
 
 
 _RULES: tuple[Callable[[_Case], _Found], ...] = (

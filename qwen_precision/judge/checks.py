@@ -1,4 +1,4 @@
-"""Judgement: from the facts of a Run to findings, a verdict a dtype and an exit code. Pure; no torch.
+"""Judgement: from the columns of a Run to findings, a verdict a dtype and an exit code. Pure; no torch.
 
 A finding names an origin: the first operation whose inputs were all finite and whose output was not. What
 only passes a NaN on is counted at its origin, not listed. One finding a dtype and site, whatever the number
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.judge import text
 from qwen_precision.judge.causes import advice_for, cause_of, weight_evidence
-from qwen_precision.judge.columns import Facts, token_of
+from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
 from qwen_precision.judge.precision import precision
 from qwen_precision.qwen3.names import layer_of
@@ -30,14 +30,14 @@ def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
     """Judge a Run.
 
     Args:
-        run: the facts.
+        run: the columns.
         limits: from where on something is worth a finding; None for those that the run was made with.
         name: of its file, where it is shown beside others.
     """
-    facts = Facts(run, limits or limits_of(run.settings))
-    findings = [finding for check in CHECKS.values() for finding in check.find(facts)]
+    columns = Columns(run, limits or limits_of(run.settings))
+    findings = [finding for check in CHECKS.values() for finding in check.find(columns)]
     findings.sort(key=_order)
-    headroom = {dtype: facts.headroom(dtype) for dtype in run.dtypes}
+    headroom = {dtype: columns.headroom(dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
     return Report(verdict, findings, headroom, run.stopped, run, name)
 
@@ -69,25 +69,25 @@ def _verdict(run: Run, dtype: str, findings: list[Finding]) -> str:
 # -- the checks ------------------------------------------------------------------------------------------------
 
 
-def _overflow(facts: Facts) -> Iterator[Finding]:
+def _overflow(columns: Columns) -> Iterator[Finding]:
     """An operation gave an infinity or a NaN although what went in was finite."""
-    for dtype in facts.run.dtypes:
-        yield from _origins(facts, dtype)
-    if REFERENCE not in facts.run.dtypes and facts.run.reference:
+    for dtype in columns.run.dtypes:
+        yield from _origins(columns, dtype)
+    if REFERENCE not in columns.run.dtypes and columns.run.reference:
         # The reference itself is dead: nobody asked for fp32, but it changes what every other finding means.
-        yield from _origins(facts, REFERENCE)
+        yield from _origins(columns, REFERENCE)
 
 
-def _origins(facts: Facts, dtype: str) -> Iterator[Finding]:
+def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
     worst: dict[int, tuple[int, Finding, tuple[bool, float]]] = {}
     prompts: dict[int, list[str]] = {}
-    for each in facts.passes(dtype):
+    for each in columns.passes(dtype):
         events = sorted((e for e in each.events if e.nan or e.inf), key=lambda event: event.step)
         origins = [number for number, e in enumerate(events) if e.clean_inputs and e.clean_weights]
         for number, following in zip(origins, [*origins[1:], len(events)], strict=False):
             event = events[number]
-            finding = _origin_finding(facts, each, event, following - number - 1)
-            prompts.setdefault(event.site, []).append(facts.run.prompts[each.prompt].name)
+            finding = _origin_finding(columns, each, event, following - number - 1)
+            prompts.setdefault(event.site, []).append(columns.run.prompts[each.prompt].name)
             # A real token's says more than padding's.
             size = (not event.in_padding, finding.magnitude.reference or 0.0)
             before = worst.get(event.site)
@@ -98,73 +98,73 @@ def _origins(facts: Facts, dtype: str) -> Iterator[Finding]:
         yield replace(finding, spread=replace(finding.spread, prompts=names))
 
 
-def _origin_finding(facts: Facts, each: Pass, event: Event, carried: int) -> Finding:
-    magnitude = facts.magnitude(each, event.site) if facts.run.reference and each.dtype != REFERENCE else None
+def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) -> Finding:
+    magnitude = columns.magnitude(each, event.site) if columns.run.reference and each.dtype != REFERENCE else None
     if magnitude is not None and not math.isfinite(magnitude):
         magnitude = None
-    limit = facts.limit(each.dtype, event.site)
+    limit = columns.limit(each.dtype, event.site)
     return Finding(
         kind="overflow" if event.inf else "nan",
         severity="error",
         dtype=each.dtype,
-        place=_place(facts, each, event.site, event),
+        place=_place(columns, each, event.site, event),
         magnitude=Magnitude(magnitude, limit / magnitude if magnitude else None, event.nan, event.inf),
-        cause=cause_of(facts, each, event),
+        cause=cause_of(columns, each, event),
         spread=Spread(propagated=carried),
     )
 
 
-def _place(facts: Facts, each: Pass, number: int, event: Event | None) -> Place:
+def _place(columns: Columns, each: Pass, number: int, event: Event | None) -> Place:
     """A site, and where in it, if an event tells."""
-    site = facts.run.sites[number]
+    site = columns.run.sites[number]
     place = Place(
         layer=site.layer,
         module=site.module,
         op=site.op,
         name=name_of(site.module, site.op, site.call),
         site=number,
-        prompt=facts.run.prompts[each.prompt].name,
+        prompt=columns.run.prompts[each.prompt].name,
     )
     if event is None:
         return place
-    token = token_of(facts.run, each, event)
+    token = token_of(columns.run, each, event)
     return replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
 
 
-def _near_overflow(facts: Facts) -> Iterator[Finding]:
+def _near_overflow(columns: Columns) -> Iterator[Finding]:
     """The reference comes closer to a dtype's largest finite number than the limit allows, or passes it."""
-    for dtype in facts.run.dtypes:
+    for dtype in columns.run.dtypes:
         if dtype == REFERENCE:
             continue
-        events = [event for each in facts.passes(dtype) for event in each.events if event.nan or event.inf]
+        events = [event for each in columns.passes(dtype) for event in each.events if event.nan or event.inf]
         origins = {event.site for event in events if event.clean_inputs and event.clean_weights}
         carried = {event.site for event in events} - origins
-        for row in facts.headroom(dtype):
-            if row.headroom >= facts.limits.near_overflow:
+        for row in columns.headroom(dtype):
+            if row.headroom >= columns.limits.near_overflow:
                 break  # they are sorted
             if row.headroom == 0 or row.site in origins:
                 continue
-            unreached = row.site in carried or _came_reseeded(facts, row)
+            unreached = row.site in carried or _came_reseeded(columns, row)
             if row.headroom >= 1 or not unreached:
                 if row.site not in carried:
-                    yield _near_finding(facts, row)
-            elif not _only_carries(facts, row):
-                yield _beyond(_near_finding(facts, row), facts.run)
+                    yield _near_finding(columns, row)
+            elif not _only_carries(columns, row):
+                yield _beyond(_near_finding(columns, row), columns.run)
 
 
-def _came_reseeded(facts: Facts, row: Headroom) -> bool:
+def _came_reseeded(columns: Columns, row: Headroom) -> bool:
     """Whether the dtype's own stream never reached this site: it had been replaced before."""
-    layer = facts.run.sites[row.site].layer
-    each = facts.by_key[row.dtype, row.prompt]
+    layer = columns.run.sites[row.site].layer
+    each = columns.by_key[row.dtype, row.prompt]
     return any(seed.layer <= (math.inf if layer is None else layer) for seed in each.reseeded)
 
 
-def _only_carries(facts: Facts, row: Headroom) -> bool:
+def _only_carries(columns: Columns, row: Headroom) -> bool:
     """Whether a sum is beyond the range because one of its parts is: the stream, or the product just before."""
-    sites, reference = facts.run.sites, facts.by_key.get((REFERENCE, row.prompt))
+    sites, reference = columns.run.sites, columns.by_key.get((REFERENCE, row.prompt))
     if sites[row.site].op != "add" or reference is None:
         return sites[row.site].op == "cast"
-    limit = facts.limit(row.dtype, row.site)
+    limit = columns.limit(row.dtype, row.site)
     before = range(row.site - 1, -1, -1)
     roles = {s: row_of(sites[s].module, sites[s].op, sites[s].call).role for s in before}
     stream = next((s for s in before if roles[s] == "residual"), None)
@@ -185,12 +185,12 @@ def _beyond(finding: Finding, run: Run) -> Finding:
     return replace(finding, kind="overflow", severity="error", predicted=True, cause=cause)
 
 
-def _near_finding(facts: Facts, row: Headroom) -> Finding:
-    each = facts.by_key[row.dtype, row.prompt]
+def _near_finding(columns: Columns, row: Headroom) -> Finding:
+    each = columns.by_key[row.dtype, row.prompt]
     # The place of a NaN that was only passed on says nothing about where this operation is largest.
     event = next((e for e in each.events if e.site == row.site and not (e.nan or e.inf)), None)
-    place = _place(facts, each, row.site, event)
-    limit = facts.limit(row.dtype, row.site)
+    place = _place(columns, each, row.site, event)
+    limit = columns.limit(row.dtype, row.site)
     reaches = f"The {place.name} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}"
     advice = f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}."
     return Finding(
@@ -204,29 +204,29 @@ def _near_finding(facts: Facts, row: Headroom) -> Finding:
     )
 
 
-def _underflow(facts: Facts) -> Iterator[Finding]:
+def _underflow(columns: Columns) -> Iterator[Finding]:
     """A whole tensor lies below a dtype's normal range, or many weights become zero in it."""
-    for dtype in facts.run.dtypes:
+    for dtype in columns.run.dtypes:
         if dtype == REFERENCE:
             continue
         tiny = DTYPES[dtype].smallest_normal
         seen: set[int] = set()
-        passes, values, ran = facts.judged(dtype)
+        passes, values, ran = columns.judged(dtype)
         for row, index in zip(*(ran & (values > 0) & (values < tiny)).nonzero(), strict=True):
             if index not in seen:
                 seen.add(index)
-                yield _underflow_finding(facts, passes[row], int(index), float(values[row, index]), tiny)
-    for weight in facts.run.weights:
+                yield _underflow_finding(columns, passes[row], int(index), float(values[row, index]), tiny)
+    for weight in columns.run.weights:
         for dtype, count in weight.underflow.items():
             share = count / max(weight.elements, 1)
-            if share > facts.limits.underflow_share and dtype in facts.run.dtypes:
+            if share > columns.limits.underflow_share and dtype in columns.run.dtypes:
                 said = f"{count} of {weight.elements} elements of {weight.name} ({share:.1%}) become zero in {dtype}."
                 cause = Cause(None, said, (), "Use a wider dtype.")
                 yield _weight_finding("underflow", "warning", dtype, weight.parameter, cause, Magnitude())
 
 
-def _underflow_finding(facts: Facts, each: Pass, site: int, value: float, tiny: float) -> Finding:
-    place = replace(_place(facts, each, site, None), site=None)
+def _underflow_finding(columns: Columns, each: Pass, site: int, value: float, tiny: float) -> Finding:
+    place = replace(_place(columns, each, site, None), site=None)
     said = f"All of the {place.name} lies below {each.dtype}'s normal range: at most {value:.3g}, of {tiny:.3g}."
     return Finding(
         kind="underflow",
@@ -239,39 +239,39 @@ def _underflow_finding(facts: Facts, each: Pass, site: int, value: float, tiny: 
     )
 
 
-def _weights(facts: Facts) -> Iterator[Finding]:
+def _weights(columns: Columns) -> Iterator[Finding]:
     """A weight is damaged, or larger than a dtype's largest finite number."""
-    for weight in facts.run.weights:
-        for dtype in facts.run.dtypes:
+    for weight in columns.run.weights:
+        for dtype in columns.run.dtypes:
             if weight.nan or weight.inf:
-                yield _damaged(facts, weight, dtype)
+                yield _damaged(columns, weight, dtype)
         for dtype, count in weight.overflow.items():
-            if dtype in facts.run.dtypes:
-                yield _too_large(facts, weight, dtype, count)
+            if dtype in columns.run.dtypes:
+                yield _too_large(columns, weight, dtype, count)
 
 
-def _damaged(facts: Facts, weight: Weight, dtype: str) -> Finding:
+def _damaged(columns: Columns, weight: Weight, dtype: str) -> Finding:
     cause = Cause(
         kind="damaged-weight",
         sentence=f"{weight.name} in {weight.file} holds {weight.nan} NaN and {weight.inf} infinite elements.",
-        evidence=weight_evidence(facts.run, weight, True),
+        evidence=weight_evidence(columns.run, weight, True),
         advice="The checkpoint is damaged: compare the file's hash with the hub's and download it again.",
     )
     size = Magnitude(nan=weight.nan, inf=weight.inf)
-    return _counted(_weight_finding("weight-nonfinite", "error", dtype, weight.parameter, cause, size), facts)
+    return _counted(_weight_finding("weight-nonfinite", "error", dtype, weight.parameter, cause, size), columns)
 
 
-def _too_large(facts: Facts, weight: Weight, dtype: str, count: int) -> Finding:
+def _too_large(columns: Columns, weight: Weight, dtype: str, count: int) -> Finding:
     limit, largest = DTYPES[dtype].max, float(weight.abs_max)
     cause = Cause(
         kind="weight-range",
         sentence=f"{weight.name} in {weight.file} has {count} elements up to {largest:.6g}; {dtype} ends at "
         f"{limit:.6g}.",
-        evidence=weight_evidence(facts.run, weight, False),
+        evidence=weight_evidence(columns.run, weight, False),
         advice=f"Keep this tensor in fp32, or run the checkpoint in a dtype other than {dtype}.",
     )
     size = Magnitude(largest, limit / largest if largest else None, 0, count)
-    return _counted(_weight_finding("weight-overflow", "error", dtype, weight.parameter, cause, size), facts)
+    return _counted(_weight_finding("weight-overflow", "error", dtype, weight.parameter, cause, size), columns)
 
 
 def _weight_finding(
@@ -283,23 +283,23 @@ def _weight_finding(
     return Finding(kind, severity, dtype, place, magnitude, cause)
 
 
-def _counted(finding: Finding, facts: Facts) -> Finding:
+def _counted(finding: Finding, columns: Columns) -> Finding:
     """With how many operations the bad weight spoiled."""
     carried = 0
-    for each in facts.passes(finding.dtype):
+    for each in columns.passes(finding.dtype):
         bad = [event for event in each.events if event.nan or event.inf]
         dirty = [event for event in bad if not event.clean_weights]
-        if any(facts.run.sites[event.site].module == finding.place.module for event in dirty):
+        if any(columns.run.sites[event.site].module == finding.place.module for event in dirty):
             first = min(event.step for event in dirty)
             carried = max(carried, sum(1 for event in bad if event.step >= first))
     return replace(finding, spread=Spread(propagated=carried))
 
 
-def _divergence(facts: Facts) -> Iterator[Finding]:
+def _divergence(columns: Columns) -> Iterator[Finding]:
     """Finite everywhere, but the next token, its distribution and log-probabilities are too far from fp32's."""
-    limits = facts.limits
-    for dtype, found in precision(facts.run).items():
-        if any(event.nan or event.inf for each in facts.passes(dtype) for event in each.events):
+    limits = columns.limits
+    for dtype, found in precision(columns.run).items():
+        if any(event.nan or event.inf for each in columns.passes(dtype) for event in each.events):
             continue
         kl, logprob = found.kl or 0.0, found.logprob or 0.0
         if found.agree < found.rows and kl > limits.kl and logprob > limits.logprob:
@@ -320,7 +320,7 @@ def _divergence(facts: Facts) -> Iterator[Finding]:
 class Check(NamedTuple):
     """One check, and what its findings are called."""
 
-    find: Callable[[Facts], Iterator[Finding]]
+    find: Callable[[Columns], Iterator[Finding]]
     kinds: tuple[str, ...]
     subjects: tuple[Subject, ...]
     """What it is about."""

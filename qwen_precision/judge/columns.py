@@ -15,7 +15,7 @@ Array = NDArray[Any]
 _NOTHING = -1.0  # stands for null in an array; magnitudes are not negative
 
 
-class Facts:
+class Columns:
     """Columns of a Run by dtype and prompt, and what headroom means for each site."""
 
     def __init__(self, run: Run, limits: Limits) -> None:

@@ -1,4 +1,4 @@
-"""Two runs of the same checkpoint: what is new, what is gone, what moved. Pure; no torch.
+"""Two runs of the same checkpoint: what is new, what is gone, what changed. Pure; no torch.
 
 A finding is the same one if kind, dtype and place are the same; the token, the prompt and the numbers may differ.
 """
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.settings.levels import FAILING, SEVERITIES
 
-_MOVED = 0.05
+_LEAST_CHANGE = 0.05
 """Share by which headroom must differ to count as changed: less is the noise of another machine's sums."""
 
 Key = tuple[str, str, int | None, str, str, str, int | None]
 
 
 @dataclass(frozen=True)
-class Moved:
+class Changed:
     """A finding of both runs that is not quite the same."""
 
     before: Finding
@@ -38,14 +38,14 @@ class Changes:
     fixed: tuple[Finding, ...]
     not_compared: tuple[str, ...]
     """Dtypes of the baseline that this run did not run, or did not finish: nothing is known to be fixed there."""
-    moved: tuple[Moved, ...]
+    changed: tuple[Changed, ...]
     headroom: dict[str, tuple[float, float]]
     """By dtype: the least headroom of the baseline and of the report."""
 
     @property
     def risen(self) -> tuple[Finding, ...]:
         """Findings that were there, and are more severe now."""
-        return tuple(each.now for each in self.moved if each.worse and each.now.severity != each.before.severity)
+        return tuple(each.now for each in self.changed if each.worse and each.now.severity != each.before.severity)
 
     def exit_code(self, fail_on: str) -> int:
         """1 if something is new, or became a failure, at or above ``fail_on``; else 0."""
@@ -56,7 +56,7 @@ def changes(baseline: Report, report: Report) -> Changes:
     """Compare a report with an older one."""
     before = {_key(finding): finding for finding in baseline.findings}
     now = {_key(finding): finding for finding in report.findings}
-    moved = [Moved(before[key], now[key]) for key in now if key in before and _differ(before[key], now[key])]
+    changed = [Changed(before[key], now[key]) for key in now if key in before and _differ(before[key], now[key])]
     room = {}
     for dtype, rows in report.headroom.items():
         older = baseline.headroom.get(dtype)
@@ -68,7 +68,7 @@ def changes(baseline: Report, report: Report) -> Changes:
         new=tuple(f for key, f in now.items() if key not in before),
         fixed=tuple(f for key, f in before.items() if key not in now and f.dtype not in unknown),
         not_compared=tuple(unknown),
-        moved=tuple(moved),
+        changed=tuple(changed),
         headroom=room,
     )
 
@@ -84,4 +84,4 @@ def _differ(before: Finding, now: Finding) -> bool:
     if before.severity != now.severity:
         return True
     older, newer = before.magnitude.headroom, now.magnitude.headroom
-    return older is not None and newer is not None and abs(newer - older) > _MOVED * max(older, newer)
+    return older is not None and newer is not None and abs(newer - older) > _LEAST_CHANGE * max(older, newer)

@@ -18,7 +18,7 @@ KINDS = ("overflow", "nan")
 """Findings that controls can say something about."""
 
 
-class Planned(NamedTuple):
+class Candidate(NamedTuple):
     """One control that could be run."""
 
     what: ControlKind
@@ -80,18 +80,18 @@ def _asked(run: Run, finding: Finding) -> Asked | None:
     return Asked(finding, number, prompt.rows[number], len(prompt.rows) > 1, position)
 
 
-def planned(report: Report, templates: Sequence[Planned] = ()) -> list[Planned]:
+def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Candidate]:
     """Controls of every failing row, the most telling of each first; none of them is the failing run itself again.
 
     Args:
         report: of the run.
         templates: the same texts with the chat template, or without it, where there is one.
     """
-    lots: list[list[Planned]] = []
+    lots: list[list[Candidate]] = []
     for each in asked(report):
         about = (each.finding.dtype, each.finding.place.prompt, each.number)
         mine = [template for template in templates if (template.dtype, template.prompt, template.row) == about]
-        lot: dict[tuple[object, ...], Planned] = {}
+        lot: dict[tuple[object, ...], Candidate] = {}
         for control in _ordered(report.run, each, mine):
             known = not each.batched and list(control.ids) == each.row.ids and control.job[1:] == ("", False)
             if control.ids and not known:
@@ -100,7 +100,7 @@ def planned(report: Report, templates: Sequence[Planned] = ()) -> list[Planned]:
     return [control for control in chain(*zip_longest(*lots)) if control is not None]
 
 
-def _ordered(run: Run, each: Asked, templates: list[Planned]) -> Iterator[Planned]:
+def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Candidate]:
     finding, ids, place = each.finding, each.row.ids, each.place
     site = (
         run.sites[finding.place.site]
@@ -108,9 +108,9 @@ def _ordered(run: Run, each: Asked, templates: list[Planned]) -> Iterator[Planne
         else None
     )
 
-    def control(what: ControlKind, changed: list[int], detail: str, attention: str | None = None) -> Planned:
+    def control(what: ControlKind, changed: list[int], detail: str, attention: str | None = None) -> Candidate:
         about = None if attention or what in ("row alone", "full reduction") else each.position
-        return Planned(
+        return Candidate(
             what, finding.dtype, str(finding.place.prompt), each.number, tuple(changed), detail, about, attention
         )
 
@@ -132,8 +132,8 @@ def _ordered(run: Run, each: Asked, templates: list[Planned]) -> Iterator[Planne
 
 
 def _before(
-    control: Callable[[ControlKind, list[int], str], Planned], ids: list[int], place: int, text: str
-) -> Iterator[Planned]:
+    control: Callable[[ControlKind, list[int], str], Candidate], ids: list[int], place: int, text: str
+) -> Iterator[Candidate]:
     """What tells a length from what stands before the token."""
     yield control("before the token", ids[:place], f"what stands before {text}")
     yield control("token after the first", [ids[0], ids[place]], f"{text} right after the first token")

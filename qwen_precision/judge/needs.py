@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge.columns import Facts
+from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Headroom, Limits
 from qwen_precision.qwen3.names import expert_of, layer_of
 from qwen_precision.qwen3.op import GATE_AND_UP, name_of, row_of
@@ -36,19 +36,19 @@ class Needs:
         return max(self.bits.get((power, layer, each), -FAR) for each in {expert, None})
 
 
-def needs(facts: Facts, margin: float, gate_channels: int) -> Needs:
+def needs(columns: Columns, margin: float, gate_channels: int) -> Needs:
     """Everything that has less headroom in fp16 than the margin, sorted into what a power can move and what none can.
 
     Args:
-        facts: of a whole probe with fp16 and the reference in it.
+        columns: of a whole probe with fp16 and the reference in it.
         margin: headroom that everything shall have.
         gate_channels: channels of the experts' fused gate and up projection that belong to the gate.
     """
     found = Needs()
-    _weights(facts, found)
-    failing = _failing(facts)
-    for row in facts.headroom(RESCUED):
-        site, power = mover(facts, row, gate_channels)
+    _weights(columns, found)
+    failing = _failing(columns)
+    for row in columns.headroom(RESCUED):
+        site, power = mover(columns, row, gate_channels)
         dead = row.headroom == 0
         if power is None or dead:
             fails = dead or row.headroom < 1 or row.site in failing
@@ -63,25 +63,25 @@ def needs(facts: Facts, margin: float, gate_channels: int) -> Needs:
     return found
 
 
-def _failing(facts: Facts) -> set[int]:
+def _failing(columns: Columns) -> set[int]:
     """Sites at which the fp16 pass itself left the range first."""
-    events = [event for each in facts.passes(RESCUED) for event in each.events if event.nan or event.inf]
+    events = [event for each in columns.passes(RESCUED) for event in each.events if event.nan or event.inf]
     return {event.site for event in events if event.clean_inputs and event.clean_weights}
 
 
-def mover(facts: Facts, row: Headroom, gate_channels: int) -> tuple[Site, str | None]:
+def mover(columns: Columns, row: Headroom, gate_channels: int) -> tuple[Site, str | None]:
     """The operation (for a cast, the one whose output it casts), and the power that moves it, or None."""
-    source = facts.run.casts.get(row.site)
-    site = facts.run.sites[row.site if source is None else source]
-    power: str | None = row_of(site.module, site.op, site.call, site.layer in facts.sparse).power
-    if power is not None and (site.op, site.call) == GATE_AND_UP and not _in_up(facts, row, gate_channels):
+    source = columns.run.casts.get(row.site)
+    site = columns.run.sites[row.site if source is None else source]
+    power: str | None = row_of(site.module, site.op, site.call, site.layer in columns.sparse).power
+    if power is not None and (site.op, site.call) == GATE_AND_UP and not _in_up(columns, row, gate_channels):
         power = None
     return site, power
 
 
-def _in_up(facts: Facts, row: Headroom, gate_channels: int) -> bool:
+def _in_up(columns: Columns, row: Headroom, gate_channels: int) -> bool:
     """Whether the extreme of the fused projection was seen to lie in the half that is not the gate."""
-    events = (event for each in facts.run.passes if each.prompt == row.prompt for event in each.events)
+    events = (event for each in columns.run.passes if each.prompt == row.prompt for event in each.events)
     channels = [event.channel for event in events if event.site == row.site and event.channel is not None]
     return bool(channels) and min(channels) >= gate_channels
 
@@ -104,9 +104,9 @@ def _unit(module: str) -> str:
     return parent if leaf in ("gate_proj", "act_fn", "q_norm", "k_norm") else module
 
 
-def _weights(facts: Facts, found: Needs) -> None:
+def _weights(columns: Columns, found: Needs) -> None:
     """Weights that no factor reaches, or that are damaged."""
-    for weight in facts.run.weights:
+    for weight in columns.run.weights:
         damaged = weight.nan or weight.inf
         fixed = weight.overflow.get(RESCUED) and not powers_of(weight.name)
         if not damaged and not fixed:
@@ -138,7 +138,7 @@ def _order(module: str) -> tuple[int, str]:
     return (FAR * FAR if layer is None else layer), module
 
 
-class Moved(NamedTuple):
+class HeadroomGain(NamedTuple):
     """One operation, the worst of all layers, in fp16."""
 
     name: str
@@ -149,19 +149,19 @@ class Moved(NamedTuple):
     """The least of all layers, after."""
 
 
-def moved(run: Run) -> list[Moved]:
+def headroom_gains(run: Run) -> list[HeadroomGain]:
     """Headroom of each operation before and after the planned rescue, the tightest first; nothing without a plan."""
     if run.rescue is None:
         return []
-    scale, facts = Scale(run.rescue.rescaling), Facts(run, Limits())
-    found: dict[str, Moved] = {}
-    for row in facts.headroom(RESCUED):  # smallest first
-        site, power = mover(facts, row, run.rescue.gate_channels)
-        exponent = scale.output(site.module, site.op, site.call, site.layer in facts.sparse) if power else 0
+    scale, columns = Scale(run.rescue.rescaling), Columns(run, Limits())
+    found: dict[str, HeadroomGain] = {}
+    for row in columns.headroom(RESCUED):  # smallest first
+        site, power = mover(columns, row, run.rescue.gate_channels)
+        exponent = scale.output(site.module, site.op, site.call, site.layer in columns.sparse) if power else 0
         after = row.headroom * 2.0**-exponent
         own = run.sites[row.site]
         name = name_of(own.module, own.op, own.call)
-        first = found.setdefault(name, Moved(name, own.layer, row.headroom, after))
+        first = found.setdefault(name, HeadroomGain(name, own.layer, row.headroom, after))
         if after < first.after:
             found[name] = first._replace(after=after)
     return sorted(found.values(), key=lambda each: each.before)

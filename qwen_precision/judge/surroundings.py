@@ -11,7 +11,7 @@ from qwen_precision.record.run import Pass, Run
 _BEFORE = 4
 
 
-class Step(NamedTuple):
+class Preceding(NamedTuple):
     """An operation that ran before another."""
 
     name: str
@@ -44,7 +44,7 @@ def closeup_of(run: Run, finding: Finding) -> Closeup | None:
     return next((event.closeup for event in mine.events if event.site == finding.place.site), None)
 
 
-def run_up(run: Run, finding: Finding) -> list[Step]:
+def run_up(run: Run, finding: Finding) -> list[Preceding]:
     """The operations before a finding, in the order they ran, with their largest magnitudes."""
     mine, reference = _pass(run, finding.dtype, finding.place.prompt), _pass(run, REFERENCE, finding.place.prompt)
     if mine is None or finding.place.site is None or not finding.origin or finding.predicted:
@@ -52,7 +52,7 @@ def run_up(run: Run, finding: Finding) -> list[Step]:
     # Casts have sites of their own, numbered when a dtype first met them: what ran before has a lower number.
     before = [n for n in range(finding.place.site) if mine.abs_max[n] is not None and n not in run.casts][-_BEFORE:]
     return [
-        Step(
+        Preceding(
             name_of(run.sites[n].module, run.sites[n].op, run.sites[n].call),
             mine.abs_max[n],
             reference.abs_max[n] if reference is not None else None,

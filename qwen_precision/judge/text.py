@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qwen_precision.judge.columns import Facts
+from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.degenerate import Symptom, symptoms
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
 from qwen_precision.judge.nextcommand import next_probe
@@ -25,16 +25,16 @@ def _finding(run: Run, kind: str, severity: str, dtype: str, text: str, advice: 
     return Finding(kind, severity, dtype, Place(**where), Magnitude(), Cause(None, text, (), advice), origin=False)
 
 
-def nonfinite_logits(facts: Facts) -> Iterator[Finding]:
+def nonfinite_logits(columns: Columns) -> Iterator[Finding]:
     """A row's logits were NaN, infinite or all equal at a step of a generation."""
-    made = facts.run.generation
+    made = columns.run.generation
     if made is None:
         return
     for row in made.rows:
-        for dtype in facts.run.dtypes:
+        for dtype in columns.run.dtypes:
             bad = [t for t in bad_trips(made.trips, row.row) if t.dtype == dtype and t.kind not in FILTERED]
             if bad:
-                yield _bad_row(facts.run, made, row, bad)
+                yield _bad_row(columns.run, made, row, bad)
 
 
 def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> Finding:
@@ -74,18 +74,18 @@ def _whole(value: float | None) -> int:
     return int(value) if value is not None and math.isfinite(value) else 0
 
 
-def sampling_error(facts: Facts) -> Iterator[Finding]:
+def sampling_error(columns: Columns) -> Iterator[Finding]:
     """Torch refused to draw a token from the probabilities, or the filters left none."""
-    made = facts.run.generation
+    made = columns.run.generation
     if made is None:
         return
     if made.error is not None:
         rows = ", ".join(str(row) for row in made.error.rows)
         by_row = {row.row: row for row in made.rows}
         row = by_row.get(made.error.rows[0]) if made.error.rows else None
-        dtype = row.stretches[-1].dtype if row and row.stretches else facts.run.dtypes[0]
+        dtype = row.stretches[-1].dtype if row and row.stretches else columns.run.dtypes[0]
         yield _finding(
-            facts.run,
+            columns.run,
             "sampling-error",
             "error",
             dtype,
@@ -110,7 +110,7 @@ def sampling_error(facts: Facts) -> Iterator[Finding]:
             else ("Loosen the filters (top-k, top-p, min-p, suppressed tokens).")
         )
         yield _finding(
-            facts.run,
+            columns.run,
             "sampling-error",
             "warning" if mended else "error",
             first.dtype,
@@ -123,17 +123,17 @@ def sampling_error(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def degenerate_text(facts: Facts) -> Iterator[Finding]:
+def degenerate_text(columns: Columns) -> Iterator[Finding]:
     """The text is a run of one token ("!!!!"), descending ids or a short cycle; told apart by cause."""
-    made = facts.run.generation
+    made = columns.run.generation
     if made is None:
         return
     settings = _settings(made)
     top_k = made.options.get("top_k") if made.options.get("do_sample") else 0
     for row in made.rows:
         for symptom in symptoms(row.ids, settings.degenerate, top_k if isinstance(top_k, int) else 0):
-            yield _symptom(facts.run, made, row, symptom, settings.watch.enabled)
-    yield from _same_whatever_the_seed(facts.run, made, settings)
+            yield _symptom(columns.run, made, row, symptom, settings.watch.enabled)
+    yield from _same_whatever_the_seed(columns.run, made, settings)
 
 
 def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, watched: bool) -> Finding:
@@ -210,16 +210,16 @@ def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings)
         )
 
 
-def masked_rows(facts: Facts) -> Iterator[Finding]:
+def masked_rows(columns: Columns) -> Iterator[Finding]:
     """Only pad positions of a row's KV cache are not finite: its padding was masked in a way that gave NaN."""
-    made = facts.run.generation
+    made = columns.run.generation
     if made is None:
         return
     for trip in made.trips:
         if trip.poisoned is not None and trip.poisoned.in_padding:
             mended = trip.step in mended_steps(made.trips, trip.row)
             yield _finding(
-                facts.run,
+                columns.run,
                 "masked-row",
                 "warning" if mended else "error",
                 trip.dtype,
@@ -234,15 +234,15 @@ def masked_rows(facts: Facts) -> Iterator[Finding]:
             )
 
 
-def advice(facts: Facts) -> Iterator[Finding]:
+def advice(columns: Columns) -> Iterator[Finding]:
     """Settings of a generation that are known to make it worse; never more than an info."""
-    made = facts.run.generation
+    made = columns.run.generation
     if made is None:
         return
     limits = _settings(made).advice
     if limits.enabled:
-        for name, cause, remedy in _bad_settings(facts.run, made, limits):
-            yield _finding(facts.run, "advice", "info", facts.run.dtypes[0], cause, remedy, name=name, op="setting")
+        for name, cause, remedy in _bad_settings(columns.run, made, limits):
+            yield _finding(columns.run, "advice", "info", columns.run.dtypes[0], cause, remedy, name=name, op="setting")
 
 
 def _bad_settings(run: Run, made: Generation, limits: Advice) -> Iterator[tuple[str, str, str]]:

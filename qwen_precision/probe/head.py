@@ -19,8 +19,8 @@ from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.skeleton import path_of
 from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.logprobs import LogProbs
-from qwen_precision.probe.plan import FinalHook, Plan
-from qwen_precision.probe.watched import Measure
+from qwen_precision.probe.task import FinalHook, Task
+from qwen_precision.probe.watched import WatchedRun
 from qwen_precision.record.parts import rounded
 from qwen_precision.torch_dtypes import torch_dtype
 
@@ -31,7 +31,7 @@ LOGITS_BYTES = 1 << 30
 class Head:
     """Runs lm_head for every dtype and prompt, watched."""
 
-    def __init__(self, model: nn.Module, store: WeightStore, scratch: Scratch, measure: Measure) -> None:
+    def __init__(self, model: nn.Module, store: WeightStore, scratch: Scratch, measure: WatchedRun) -> None:
         self._head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         self._store, self._scratch, self._measure = store, scratch, measure
         self._path = path_of(model, self._head)
@@ -40,7 +40,7 @@ class Head:
         self,
         hidden: dict[tuple[str, int], Tensor],
         prompts: list[Encoded],
-        plan: Plan,
+        task: Task,
         seconds: dict[str, float],
         on_final: FinalHook | None,
     ) -> None:
@@ -59,10 +59,10 @@ class Head:
             return
         best: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         last: dict[tuple[str, int], list[Tensor]] = {}
-        step = plan.vocabulary_rows or (1 << 62)
+        step = task.vocabulary_rows or (1 << 62)
         self._logprobs = LogProbs(prompts)
         for start, rows in self._store.row_chunks(name, step):
-            for dtype in plan.dtypes:
+            for dtype in task.dtypes:
                 started = time.perf_counter()
                 self._scratch.place(self._head, {"weight": rows}, torch_dtype(dtype))
                 seconds["read and cast"] += time.perf_counter() - started
@@ -73,12 +73,12 @@ class Head:
                     logits = self._one(key, states, prompts[key[1]].mask.bool(), start)
                     best[key] = _better(best.get(key), logits[:, -1], start)
                     last.setdefault(key, []).append(logits[:, -1].float())
-                    if on_final is not None and plan.vocabulary_rows == 0:
+                    if on_final is not None and task.vocabulary_rows == 0:
                         on_final(dtype, key[1], states, logits)
                 seconds[dtype] += time.perf_counter() - started
             self._scratch.release()
         ends = {key: torch.cat(parts, dim=-1) for key, parts in last.items()}
-        if on_final is not None and plan.vocabulary_rows:
+        if on_final is not None and task.vocabulary_rows:
             for (dtype, prompt), states in hidden.items():
                 on_final(dtype, prompt, states, ends[dtype, prompt][:, None])
         self._write(best)

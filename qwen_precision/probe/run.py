@@ -20,8 +20,8 @@ from qwen_precision.model.skeleton import build, decoder_layers, move_buffers
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.collect import Collector
-from qwen_precision.probe.plan import FinalHook, Plan
 from qwen_precision.probe.shadow import Shadow
+from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record.run import Choice, Prompt, Run
 from qwen_precision.settings.config import ProbeSettings
@@ -65,7 +65,7 @@ def probe(
         specs: the prompts.
         revision: of a hub id.
         progress: called with (steps done, steps in all, what is being done).
-        on_final: see ``plan.FinalHook``.
+        on_final: see ``task.FinalHook``.
 
     Raises:
         QprecError: nothing could be measured. What dies later (Ctrl-C, memory, a broken shard) gives a Run
@@ -137,8 +137,8 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
         job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
     move_buffers(job.model, job.device)
     near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
-    plan = Plan(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
-    shadow = Shadow(job.model, store, encoded(job), plan, job.collector, progress, on_final)
+    task = Task(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
+    shadow = Shadow(job.model, store, encoded(job), task, job.collector, progress, on_final)
     try:
         shadow.run()
     except KeyboardInterrupt:

@@ -26,8 +26,8 @@ from qwen_precision.model.skeleton import LayerCall, decoder_layers, finish, lay
 from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
-from qwen_precision.probe.plan import FinalHook, Plan
-from qwen_precision.probe.watched import Measure
+from qwen_precision.probe.task import FinalHook, Task
+from qwen_precision.probe.watched import WatchedRun
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record.closeup import Massive
 from qwen_precision.record.parts import rounded
@@ -87,10 +87,10 @@ class Shadow:
         model: from ``skeleton.build``, with weights on the meta device.
         store: where its weights come from.
         prompts: what to run.
-        plan: which dtypes, and how.
+        task: which dtypes, and how.
         collector: takes the readings; holds what was measured also when the run dies.
         progress: called with (steps done, steps in all, what is being done).
-        on_final: see ``plan.FinalHook``.
+        on_final: see ``task.FinalHook``.
     """
 
     def __init__(
@@ -98,17 +98,17 @@ class Shadow:
         model: nn.Module,
         store: WeightStore,
         prompts: list[Encoded],
-        plan: Plan,
+        task: Task,
         collector: Collector,
         progress: Progress = silent,
         on_final: FinalHook | None = None,
     ) -> None:
-        self.model, self.store, self.prompts, self.plan = model, store, prompts, plan
+        self.model, self.store, self.prompts, self.task = model, store, prompts, task
         self.collector, self.progress, self.on_final = collector, progress, on_final
         self.watcher = Watcher()
-        self.measure = Measure(self.watcher, collector, plan.near)
+        self.measure = WatchedRun(self.watcher, collector, task.near)
         self.scratch = Scratch()
-        self.seconds: dict[str, float] = {"read and cast": 0.0, **dict.fromkeys(plan.dtypes, 0.0)}
+        self.seconds: dict[str, float] = {"read and cast": 0.0, **dict.fromkeys(task.dtypes, 0.0)}
         self._streams: dict[tuple[str, int], _Stream] = {}
         self._path, self._layers = decoder_layers(model)
         # One reader ahead: maps, pages in and checks the next layer's weights while this one computes.
@@ -149,7 +149,7 @@ class Shadow:
             )
         ]
         embed.padding_idx = None  # it only matters to gradients, and would point outside the few rows
-        for name in self.plan.dtypes:
+        for name in self.task.dtypes:
             self.scratch.place(embed, {"weight": rows}, torch_dtype(name))
             for index, prompt in enumerate(self.prompts):
                 hidden = self._watched(name, index, path, embed, partial(embed, compact[index]))
@@ -170,7 +170,7 @@ class Shadow:
     def _layer(self, index: int) -> None:
         layer, path = self._layers[index], f"{self._path}.{index}"
         sources = self._read(index)
-        for name in self.plan.dtypes:
+        for name in self.task.dtypes:
             started = time.perf_counter()
             self.scratch.place(layer, sources, torch_dtype(name))
             placed = time.perf_counter()
@@ -236,7 +236,7 @@ class Shadow:
     def _local(self, name: str, prompt: int, layer: nn.Module, call: LayerCall) -> None:
         """The error that this layer makes by itself: it is run on the reference's hidden states."""
         reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
-        if not self.plan.local or reference is None or name == REFERENCE:
+        if not self.task.local or reference is None or name == REFERENCE:
             return
         out = run_layer(layer, reference.given.to(stream.hidden.dtype), call)
         own = self.prompts[prompt].mask.bool()
@@ -277,7 +277,7 @@ class Shadow:
         base: nn.Module = self.model.base_model  # type: ignore[assignment]
         norms = [(name, part) for name, part in base.named_children() if name not in {"layers", "embed_tokens"}]
         hidden: dict[tuple[str, int], Tensor] = {}
-        for name in self.plan.dtypes:
+        for name in self.task.dtypes:
             started = time.perf_counter()
             for child, part in norms:
                 path = f"{self.model.base_model_prefix}.{child}"
@@ -294,7 +294,7 @@ class Shadow:
             self.seconds[name] += time.perf_counter() - started
         self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
         head = Head(self.model, self.store, self.scratch, self.measure)
-        head.run(hidden, self.prompts, self.plan, self.seconds, self.on_final)
+        head.run(hidden, self.prompts, self.task, self.seconds, self.on_final)
         for (name, prompt), stream in self._streams.items():
             column = self.collector.column(name, prompt)
             for row in stream.reseeded_rows & set(range(len(column.top1))):

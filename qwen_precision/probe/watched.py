@@ -11,7 +11,7 @@ from qwen_precision.watcher.mode import Watcher
 from qwen_precision.watcher.readings import Reading
 
 
-class Measure:
+class WatchedRun:
     """Puts the readings of watched parts into the collector.
 
     Args:

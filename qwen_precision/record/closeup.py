@@ -1,4 +1,4 @@
-"""What the record keeps of single operations and hidden states that were looked at closely. Facts only."""
+"""What the record keeps of single operations and hidden states that were looked at closely. Columns only."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What the record keeps of why something failed: close-ups, massive activations, control runs, a sweep. Facts only."""
+"""What the record keeps of why something failed: control runs, greedy matches, a sweep. Facts only."""
 
 from typing import Literal
 
@@ -37,7 +37,7 @@ class Control(Part):
     """What was changed, in words."""
 
 
-class Continuation(Part):
+class GreedyMatch(Part):
     """A short greedy continuation of a prompt in a dtype, against that in fp32."""
 
     dtype: str
@@ -57,7 +57,7 @@ class Explanation(Part):
     """Controls that did not fit the budget, and measurements that could not be made, each with the reason."""
     hashes: dict[str, str]
     """SHA-256 of the files that hold damaged weights."""
-    continuations: list[Continuation]
+    continuations: list[GreedyMatch]
 
 
 class Swept(Part):

@@ -1,6 +1,6 @@
 """What a generation leaves in the record: tokens, what the logits were like at each step, and every intervention.
 
-Facts only, as everywhere in the record. Steps count generated tokens from 0; rows index the one prompt of the
+Columns only, as everywhere in the record. Steps count generated tokens from 0; rows index the one prompt of the
 run. A column (``top1``, ``margin``, ``entropy``) has one number a step, null where nothing was watched.
 """
 

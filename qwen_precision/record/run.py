@@ -1,6 +1,6 @@
 """The Run: everything a probe or a generation measured, as one frozen record that can be saved and loaded again.
 
-Facts only. What they mean (findings, verdict, exit code) is derived in ``checks.py``, so that a new limit
+Columns only. What they mean (findings, verdict, exit code) is derived in ``checks.py``, so that a new limit
 works on last month's file with no GPU. The tensors are gone: a reading is one number per operation.
 
 Layout: ``sites`` lists every operation once; each ``Pass`` (one dtype on one prompt) holds a column of

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_precision.judge.findings import Report
-from qwen_precision.judge.needs import Moved, moved
+from qwen_precision.judge.needs import HeadroomGain, headroom_gains
 from qwen_precision.judge.nextcommand import same_again
 from qwen_precision.judge.precision import Precision, precision
 from qwen_precision.render.pictures import pictures
@@ -38,7 +38,7 @@ class _Rescue:
 
     headline: str
     factors: list[str]
-    rows: list[Moved]
+    rows: list[HeadroomGain]
     costs: str
     stuck: list[str]
     proof: list[tuple[str, str]]
@@ -52,7 +52,7 @@ def _rescue(report: Report) -> _Rescue | None:
     return _Rescue(
         words.headline(plan),
         list(words.factors(plan)),
-        [] if nothing else moved(report.run)[:_MOVED],
+        [] if nothing else headroom_gains(report.run)[:_MOVED],
         "" if nothing else words.costs(report, plan),
         list(words.stuck(plan)),
         list(words.proof(report, plan.exported)) if plan.exported is not None else [],

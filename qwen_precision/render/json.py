@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen_precision.judge.compare import Changes
 from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.judge.needs import moved
+from qwen_precision.judge.needs import headroom_gains
 from qwen_precision.judge.precision import precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 from qwen_precision.record.generation import Generation
@@ -81,7 +81,7 @@ def _rescue(report: Report) -> dict[str, Any]:
         **plan.model_dump(),
         "possible": plan.possible,
         "new_eps": plan.rescaling.new_eps,
-        "headroom": [row._asdict() for row in moved(report.run)],
+        "headroom": [row._asdict() for row in headroom_gains(report.run)],
     }
 
 
@@ -91,7 +91,7 @@ def _changes(changes: Changes) -> dict[str, Any]:
         "new": [flat(finding) for finding in changes.new],
         "fixed": [flat(finding) for finding in changes.fixed],
         "changed": [
-            {"before": flat(each.before), "now": flat(each.now), "worse": each.worse} for each in changes.moved
+            {"before": flat(each.before), "now": flat(each.now), "worse": each.worse} for each in changes.changed
         ],
         "headroom": {dtype: {"before": pair[0], "now": pair[1]} for dtype, pair in changes.headroom.items()},
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.judge.needs import moved
+from qwen_precision.judge.needs import headroom_gains
 from qwen_precision.judge.nextcommand import same_again
 from qwen_precision.judge.precision import precision
 from qwen_precision.qwen3.op import name_of
@@ -274,7 +274,7 @@ def _rescue(report: Report) -> str:
         lines += [
             f"| {escaped(row.name)} | {'-' if row.layer is None else row.layer} | {room(row.before)} | "
             f"{room(row.after)} |"
-            for row in moved(report.run)[:_MOVED]
+            for row in headroom_gains(report.run)[:_MOVED]
         ]
         lines += ["", escaped(words.costs(report, plan), 600)]
     lines += (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge.columns import Facts
+from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Limits
 from qwen_precision.judge.needs import FAR, Needs, needs
 from qwen_precision.progress import Progress, silent
@@ -62,7 +62,7 @@ class Planner:
         tell: Progress = silent,
     ) -> None:
         self._margin, self._shape, self._bits, self._tell = margin, shape, bits, tell
-        self._needs: Needs = needs(Facts(run, Limits()), margin, shape.gate_channels)
+        self._needs: Needs = needs(Columns(run, Limits()), margin, shape.gate_channels)
         self._too_large = {each.name for each in run.weights if each.overflow.get(RESCUED)}
         self._rooms: dict[str, int] = {}
         self._outside: dict[str, str] = {}

@@ -14,8 +14,8 @@ from qwen_precision.model.skeleton import build, move_buffers
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore
 from qwen_precision.probe.collect import Collector
-from qwen_precision.probe.plan import Plan
 from qwen_precision.probe.shadow import Shadow
+from qwen_precision.probe.task import Task
 from qwen_precision.progress import Progress
 from qwen_precision.qwen3.rescaling import Scale
 from qwen_precision.record.rescue import Rescaling
@@ -42,7 +42,7 @@ def rescaled_store(
 
 @dataclass
 class Finals:
-    """What came out of a probe at the end: a ``plan.FinalHook`` that keeps it."""
+    """What came out of a probe at the end: a ``task.FinalHook`` that keeps it."""
 
     states: dict[int, Tensor] = field(default_factory=dict)
     """By prompt: the reference's hidden states after the final norm."""
@@ -72,12 +72,12 @@ def prove(
     Args:
         prompts: those of the first pass.
         before: what came out of it.
-        vocabulary_rows: see ``plan.Plan``; as in the first pass, for a product's bits depend on its shape.
+        vocabulary_rows: see ``task.Task``; as in the first pass, for a product's bits depend on its shape.
     """
     device = prompts[0].ids.device
     model, store = rescaled_store(checkpoint, rescaling, attention, device, resident)
     after = Finals()
-    plan = Plan([REFERENCE], 1.0, vocabulary_rows)
+    plan = Task([REFERENCE], 1.0, vocabulary_rows)
     Shadow(model, store, prompts, plan, Collector(), progress, after).run()
     undo = 2.0**-rescaling.final_norm
     same = after.states.keys() == before.states.keys() and all(

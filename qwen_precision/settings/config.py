@@ -55,7 +55,7 @@ class ProbeSettings(BaseModel):
         for name in value:
             known(name, DTYPES, "dtype")
         if not value:
-            raise ValueError(f"at least one dtype is needed; expected {one_of(DTYPES)}")
+            raise ValueError(f"at least one dtype is needed; expected {alternatives(DTYPES)}")
         return list(dict.fromkeys(value))
 
     @field_validator("memory", "attention", "fail_on", "sweep")
@@ -126,11 +126,11 @@ def known(value: str, table: Iterable[str], what: str) -> str:
         ValueError: it is not; pydantic makes a finding of it that names the key.
     """
     if value not in table:
-        raise ValueError(f"unknown {what} {value!r}; expected {one_of(table)}")
+        raise ValueError(f"unknown {what} {value!r}; expected {alternatives(table)}")
     return value
 
 
-def one_of(table: Iterable[str]) -> str:
+def alternatives(table: Iterable[str]) -> str:
     """ "a, b or c", for a message."""
     names: list[str] = [str(name) for name in table]
     return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else names[0]

@@ -47,7 +47,7 @@ class Seen:
     """Whether the tensor that the operation writes into was not finite before."""
 
 
-class Inspector(Protocol):
+class Onlooker(Protocol):
     """Takes a close second look at operations while they run."""
 
     def __call__(self, seen: Seen) -> None:
@@ -92,7 +92,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.path = ""
-        self.inspect: Inspector | None = None
+        self.inspect: Onlooker | None = None
         self.slots = Slots()
         self._stack: list[str] = []
         self._calls: dict[tuple[str, str], int] = {}

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_precision.judge.findings import Report
-from qwen_precision.judge.needs import moved
+from qwen_precision.judge.needs import headroom_gains
 from qwen_precision.render.text import room, safe
 from qwen_precision.render.words import rescue as words
 
@@ -46,7 +46,7 @@ def _headroom(report: Report) -> RenderableType:
     table.add_column("operation", overflow="fold")
     for name in ("layer", "before", "after"):
         table.add_column(name, no_wrap=True, justify="right")
-    for row in moved(report.run)[:_ROWS]:
+    for row in headroom_gains(report.run)[:_ROWS]:
         layer = "-" if row.layer is None else str(row.layer)
         table.add_row(Text(safe(row.name)), layer, room(row.before), room(row.after))
     return table

@@ -15,7 +15,7 @@ def change_lines(changes: Changes) -> Iterator[str]:
     name = f" {safe(changes.baseline.name)}" if changes.baseline.name else ""
     yield (
         f"against{name} of {safe(changes.baseline.run.created)}: {count(len(changes.new), 'new finding')}, "
-        f"{len(changes.fixed)} fixed, {len(changes.moved)} changed"
+        f"{len(changes.fixed)} fixed, {len(changes.changed)} changed"
     )
     yield from _some("new", [_place(finding) for finding in changes.new])
     for word, worse in (("worse", True), ("better", False)):
@@ -23,7 +23,7 @@ def change_lines(changes: Changes) -> Iterator[str]:
             word,
             [
                 f"{_place(each.now)} ({_was(each.before)} -> {_was(each.now)})"
-                for each in changes.moved
+                for each in changes.changed
                 if each.worse == worse
             ],
         )

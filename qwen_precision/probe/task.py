@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Plan:
+class Task:
     """What a shadow run shall do."""
 
     dtypes: list[str]
