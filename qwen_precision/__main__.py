@@ -6,7 +6,7 @@ import sys
 def run() -> None:
     """Entry point of the ``qprec`` script."""
     try:
-        from qwen_precision.cli.app import main
+        from qwen_precision.cli import main
 
         code = main()
     except KeyboardInterrupt:

@@ -10,9 +10,8 @@ from qwen_precision.diagnose.run import diagnose
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.record.rescue import LayerPowers, Rescaling
 from qwen_precision.record.run import Run
-from qwen_precision.rescue.deliver import Target
 from qwen_precision.rescue.export import Exporter
-from qwen_precision.settings.config import load_settings
+from qwen_precision.settings.config import Target, load_settings
 from qwen_precision.settings.prompts import read_prompts
 
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
@@ -21,7 +20,7 @@ IDS = torch.arange(1, 25).reshape(2, 12) * 17 % 500
 
 def rescue(source: Path | str, folder: Path, texts: list[str] | None = None, **options: Any) -> Run:
     """Probe and export; ``dtype``, ``force`` and ``keep`` are the target's, the rest is settings."""
-    target = Target(folder, **{key: options.pop(key) for key in ("dtype", "force", "keep") if key in options})
+    target = Target(folder=folder, **{key: options.pop(key) for key in ("dtype", "force", "keep") if key in options})
     specs = read_prompts(TEXTS if texts is None else texts, None)
     return diagnose(str(source), load_settings(None, {"explain": False, **options}), specs, target=target).run
 

@@ -5,9 +5,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
-from qwen_precision.settings.config import ATTENTION, RESCUE_DTYPES, SWEEPS
-from qwen_precision.settings.levels import FAIL_ON
+from qwen_precision.settings import ATTENTION, FAIL_ON, RESCUE_DTYPES, SWEEPS, flag_of
+
+
+def given(context: typer.Context, settings: type[BaseModel]) -> dict[str, Any]:
+    """What was asked for on the command line, by the names of the settings; what is not a setting is left out.
+
+    Args:
+        context: of the command.
+        settings: whose fields are looked for; each field's flag is ``flag_of`` it.
+    """
+    found = {}
+    for field in settings.model_fields:
+        flag = flag_of(field)
+        value = context.params.get(flag.removeprefix("--").replace("-", "_"))
+        if flag.startswith("--no-"):
+            value = False if value else None
+        if value is not None and value != []:
+            found[field] = value
+    return found
 
 
 def choice_from(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
@@ -21,9 +39,6 @@ def choice_from(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[A
 
     return check
 
-
-DEFAULT_PROMPT = "上海有个非常出名的地方，"
-"""What ``generate`` continues when nothing else is given: the prompt of the first bug reports."""
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from qwen_precision.errors import QprecError
 from qwen_precision.progress import Progress
-from qwen_precision.render import FORMATS, View
-from qwen_precision.render.text import safe
+from qwen_precision.render import FORMATS, View, safe
 
 
 def render(view: View, name: str, plain: bool = False) -> str | bytes:

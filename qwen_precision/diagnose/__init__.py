@@ -1,1 +1,9 @@
-"""All of qprec probe: measure, tell causes apart, search for triggers, rescue."""
+"""The whole of `qprec probe`: measure, judge, tell causes apart, search for triggers, rescue.
+
+Other folders import the names below, from here.
+May import: record, qwen3, settings, judge, model, watcher, probe, render, rescue, report.
+"""
+
+from qwen_precision.diagnose.run import diagnose
+
+__all__ = ["diagnose"]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.probe.run import Job, job_for, measure
+from qwen_precision.probe import Job, job_for, measure
 from qwen_precision.progress import Progress
-from qwen_precision.record.run import Prompt, Row, Run
-from qwen_precision.settings.prompts import as_text
+from qwen_precision.record import Prompt, Row, Run
+from qwen_precision.settings import as_text
 
 
 def run_again(

@@ -13,16 +13,12 @@ import torch
 from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.judge.controls import Candidate, asked, candidates
-from qwen_precision.judge.findings import Report
-from qwen_precision.model.encode import encode
-from qwen_precision.model.loaded import Models
-from qwen_precision.model.machine import out_of_memory
-from qwen_precision.probe.run import Job
+from qwen_precision.judge import Candidate, Report, asked, candidates
+from qwen_precision.model import Models, encode, out_of_memory
+from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress, said
-from qwen_precision.record.explanation import Control, ControlKind, Explanation, GreedyMatch
-from qwen_precision.record.run import Run
-from qwen_precision.settings.prompts import PromptSpec, has_template, tokenise
+from qwen_precision.record import Control, ControlKind, Explanation, GreedyMatch, Run
+from qwen_precision.settings import PromptSpec, has_template, tokenise
 
 NEW_TOKENS = 16
 """Length of the greedy continuations that are compared."""

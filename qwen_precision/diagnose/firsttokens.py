@@ -20,15 +20,21 @@ from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
-from qwen_precision.model.scratch import Scratch
-from qwen_precision.model.skeleton import build, decoder_layers, layer_calls, move_buffers, path_of, run_layer
-from qwen_precision.model.weightcheck import WeightCheck
-from qwen_precision.model.weights import WeightStore
-from qwen_precision.probe.run import Job
+from qwen_precision.model import (
+    Scratch,
+    WeightCheck,
+    WeightStore,
+    build,
+    decoder_layers,
+    layer_calls,
+    move_buffers,
+    path_of,
+    run_layer,
+)
+from qwen_precision.probe import Job
 from qwen_precision.progress import Progress
-from qwen_precision.record.explanation import Sweep, Swept
-from qwen_precision.record.parts import in_words, rounded
-from qwen_precision.settings.prompts import as_text
+from qwen_precision.record import Sweep, Swept, in_words, rounded
+from qwen_precision.settings import as_text
 from qwen_precision.torch_dtypes import torch_dtype
 
 AT_ONCE = 2048

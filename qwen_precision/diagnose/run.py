@@ -6,17 +6,12 @@ from pathlib import Path
 from qwen_precision.diagnose.explain import explained
 from qwen_precision.diagnose.firsttokens import held_state
 from qwen_precision.diagnose.triggers import swept, texts_of
-from qwen_precision.judge.checks import judge
-from qwen_precision.judge.findings import Report
-from qwen_precision.probe.run import measure, prepare
+from qwen_precision.judge import Report, judge
+from qwen_precision.probe import measure, prepare
 from qwen_precision.progress import Announce, Progress, silent
-from qwen_precision.record.run import Run
-from qwen_precision.rescue.deliver import Target, delivered
-from qwen_precision.rescue.export import check_folder
-from qwen_precision.rescue.plan import wanted, with_plan
-from qwen_precision.rescue.proof import Finals
-from qwen_precision.settings.config import ProbeSettings
-from qwen_precision.settings.prompts import PromptSpec
+from qwen_precision.record import Run
+from qwen_precision.rescue import Finals, check_folder, delivered, wanted, with_plan
+from qwen_precision.settings import ProbeSettings, PromptSpec, Target
 
 
 def diagnose(

@@ -8,12 +8,10 @@ from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.diagnose.firsttokens import first_tokens
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.judge.controls import asked
-from qwen_precision.judge.findings import Report
-from qwen_precision.probe.run import Job
+from qwen_precision.judge import Report, asked
+from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress
-from qwen_precision.record.explanation import Sweep
-from qwen_precision.record.run import Choice, Run
+from qwen_precision.record import Choice, Run, Sweep
 
 
 def swept(

@@ -26,11 +26,11 @@ from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import RowState
 from qwen_precision.generate.stopwatch import Stopwatch
 from qwen_precision.generate.trips import Trips
-from qwen_precision.judge.degenerate import at_the_end
-from qwen_precision.model.loaded import Models
+from qwen_precision.judge import at_the_end
+from qwen_precision.model import Models
 from qwen_precision.progress import Progress
-from qwen_precision.record.generation import FILTERED, LogitsCost, SamplingError, bad_trips, mended_steps
-from qwen_precision.settings.guards import GuardSettings
+from qwen_precision.record import FILTERED, LogitsCost, SamplingError, bad_trips, mended_steps
+from qwen_precision.settings import GuardSettings
 
 OnToken = Callable[[int, int], None]
 """Called with row and id of each accepted token."""

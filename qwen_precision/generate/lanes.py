@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qwen_precision.record.generation import Poison
+from qwen_precision.record import Poison
 
 
 class Lane:

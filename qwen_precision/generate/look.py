@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_precision.record.generation import BadKind
-from qwen_precision.settings.guards import Clamp, Watch
+from qwen_precision.record import BadKind
+from qwen_precision.settings import Clamp, Watch
 
 
 @dataclass(frozen=True)

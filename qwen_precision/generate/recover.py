@@ -16,9 +16,9 @@ from qwen_precision.generate.repair import Step, said_of, with_row
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import RowState
 from qwen_precision.generate.trips import Trips
-from qwen_precision.model.loaded import Models
-from qwen_precision.record.generation import Kind
-from qwen_precision.settings.guards import GuardSettings
+from qwen_precision.model import Models
+from qwen_precision.record import Kind
+from qwen_precision.settings import GuardSettings
 
 _RESCUES = 2
 """How often the weights are rescaled anew at one step; the second time with four times the margin."""

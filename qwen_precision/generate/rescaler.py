@@ -10,14 +10,11 @@ from torch import nn
 
 from qwen_precision.dtypes import RESCUED
 from qwen_precision.errors import QprecError
-from qwen_precision.model.folder import Checkpoint
-from qwen_precision.model.loaded import Models
-from qwen_precision.probe.run import job_for, measure
-from qwen_precision.record.rescue import Rescaling, Rescue
-from qwen_precision.record.run import Prompt, Row
-from qwen_precision.rescue.plan import can_plan, with_plan
-from qwen_precision.rescue.proof import rescaled_store
-from qwen_precision.settings.config import ProbeSettings
+from qwen_precision.model import Checkpoint, Models
+from qwen_precision.probe import job_for, measure
+from qwen_precision.record import Prompt, Rescaling, Rescue, Row
+from qwen_precision.rescue import can_plan, rescaled_store, with_plan
+from qwen_precision.settings import ProbeSettings
 from qwen_precision.torch_dtypes import torch_dtype
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_precision.generate.draw import Drawn
-from qwen_precision.record.generation import Continuation, Finish, Stretch, Trip, bad_trips
-from qwen_precision.record.parts import rounded
-from qwen_precision.settings.prompts import as_text
+from qwen_precision.record import Continuation, Finish, Stretch, Trip, bad_trips, rounded
+from qwen_precision.settings import as_text
 
 
 @dataclass

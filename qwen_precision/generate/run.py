@@ -18,23 +18,32 @@ from qwen_precision.generate.decode import Decoder, Session
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import continuation
 from qwen_precision.generate.sampling import generation_config, looks_like_a_base_model, options
-from qwen_precision.judge.checks import judge
-from qwen_precision.model.encode import encode
-from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
-from qwen_precision.model.hub import locate
-from qwen_precision.model.loaded import Models
-from qwen_precision.model.machine import attention_used, choose_device, environment, out_of_memory
+from qwen_precision.judge import judge
+from qwen_precision.model import (
+    Checkpoint,
+    Models,
+    attention_used,
+    choose_device,
+    encode,
+    environment,
+    locate,
+    model_part,
+    open_checkpoint,
+    out_of_memory,
+)
 from qwen_precision.progress import Progress, silent
-from qwen_precision.qwen3.names import placed
-from qwen_precision.qwen3.op import name_of
-from qwen_precision.record.file import load
-from qwen_precision.record.generation import Generation, ProbeSummary
-from qwen_precision.record.rescue import Rescue
-from qwen_precision.record.run import Choice, Prompt, Run
-from qwen_precision.rescue.plan import unsupported
-from qwen_precision.settings.config import GenerateSettings
-from qwen_precision.settings.guards import GuardSettings
-from qwen_precision.settings.prompts import PromptSpec, as_batch, has_template, rendered, tokenise
+from qwen_precision.qwen3 import name_of, placed
+from qwen_precision.record import Choice, Generation, ProbeSummary, Prompt, Rescue, Run, load
+from qwen_precision.rescue import unsupported
+from qwen_precision.settings import (
+    GenerateSettings,
+    GuardSettings,
+    PromptSpec,
+    as_batch,
+    has_template,
+    rendered,
+    tokenise,
+)
 
 OnToken = Callable[[Any, int, int], None]
 """Called with the tokenizer, the row and the id of each token that was accepted."""

@@ -11,10 +11,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.model.folder import Checkpoint
-from qwen_precision.record.run import Choice
-from qwen_precision.settings.config import GenerateSettings, flag_of
-from qwen_precision.settings.prompts import has_template
+from qwen_precision.model import Checkpoint
+from qwen_precision.record import Choice
+from qwen_precision.settings import GenerateSettings, flag_of, has_template
 
 DEFAULT_NEW_TOKENS = 64
 """For a checkpoint that names no limit; transformers' own 20 is too short to see a model go wrong."""

@@ -1,7 +1,7 @@
 """The one writer of trips: what a guard saw or did, at which step of which row, before and after."""
 
 from qwen_precision.generate.rows import RowState
-from qwen_precision.record.generation import Kind, Poison, Trip
+from qwen_precision.record import Kind, Poison, Trip
 
 LOOKS_ONLY = "watch"
 """The guard that never changes anything."""

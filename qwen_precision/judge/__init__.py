@@ -1,1 +1,49 @@
-"""From a Run to findings, a verdict and an exit code. No torch."""
+"""From the facts of a Run to findings, causes, a verdict and an exit code; what to run next.
+
+Other folders import the names below, from here. No torch.
+May import: record, qwen3, settings.
+"""
+
+from qwen_precision.judge.causes import CAUSES
+from qwen_precision.judge.checks import CHECKS, Subject, judge
+from qwen_precision.judge.columns import Columns
+from qwen_precision.judge.compare import Changes, changes
+from qwen_precision.judge.controls import Candidate, asked, candidates
+from qwen_precision.judge.degenerate import at_the_end
+from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, rescue_exit_code
+from qwen_precision.judge.needs import FAR, HeadroomGain, Needs, headroom_gains, needs
+from qwen_precision.judge.nextcommand import next_command, next_rescue, same_again
+from qwen_precision.judge.precision import Precision, precision
+from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
+
+__all__ = [
+    "CAUSES",
+    "CHECKS",
+    "FAR",
+    "Candidate",
+    "Changes",
+    "Columns",
+    "Finding",
+    "Headroom",
+    "HeadroomGain",
+    "Limits",
+    "Needs",
+    "Precision",
+    "Report",
+    "Subject",
+    "asked",
+    "at_the_end",
+    "candidates",
+    "changes",
+    "closeup_of",
+    "headroom_gains",
+    "judge",
+    "massive_channels",
+    "needs",
+    "next_command",
+    "next_rescue",
+    "precision",
+    "rescue_exit_code",
+    "run_up",
+    "same_again",
+]

@@ -7,9 +7,8 @@ from typing import NamedTuple
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause
-from qwen_precision.qwen3.op import name_of, row_of
-from qwen_precision.record.explanation import Control
-from qwen_precision.record.run import Event, Pass, Run, Site, Weight
+from qwen_precision.qwen3 import name_of, row_of
+from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
 
 CAUSES: dict[str, str] = {
     "dead-in-fp32": "the reference itself is not finite",

@@ -17,10 +17,9 @@ from qwen_precision.judge.causes import advice_for, cause_of, weight_evidence
 from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
 from qwen_precision.judge.precision import precision
-from qwen_precision.qwen3.names import layer_of
-from qwen_precision.qwen3.op import name_of, row_of
-from qwen_precision.record.run import Event, Pass, Run, Weight
-from qwen_precision.settings.levels import SEVERITIES
+from qwen_precision.qwen3 import layer_of, name_of, row_of
+from qwen_precision.record import Event, Pass, Run, Weight
+from qwen_precision.settings import SEVERITIES
 
 Subject = Literal["prompt", "weights", "precision", "generation"]
 """What a check is about: a pass over one prompt, the weights alone, a whole dtype against fp32, a generated text."""

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest
 from qwen_precision.judge.findings import Headroom, Limits, Token
-from qwen_precision.record.run import Event, Pass, Run
+from qwen_precision.record import Event, Pass, Run
 
 Array = NDArray[Any]
 

@@ -6,7 +6,7 @@ A finding is the same one if kind, dtype and place are the same; the token, the 
 from dataclasses import dataclass
 
 from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.settings.levels import FAILING, SEVERITIES
+from qwen_precision.settings import FAILING, SEVERITIES
 
 _LEAST_CHANGE = 0.05
 """Share by which headroom must differ to count as changed: less is the noise of another machine's sums."""

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.qwen3.op import row_of
-from qwen_precision.record.explanation import ControlKind
-from qwen_precision.record.run import Row, Run
+from qwen_precision.qwen3 import row_of
+from qwen_precision.record import ControlKind, Row, Run
 
 KINDS = ("overflow", "nan")
 """Findings that controls can say something about."""

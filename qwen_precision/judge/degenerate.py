@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen_precision.settings.guards import Degenerate
+from qwen_precision.settings import Degenerate
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from qwen_precision.record.run import Run
+from qwen_precision.record import Run
 
 
 @dataclass(frozen=True)

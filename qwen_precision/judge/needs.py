@@ -7,11 +7,8 @@ from typing import NamedTuple
 from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Headroom, Limits
-from qwen_precision.qwen3.names import expert_of, layer_of
-from qwen_precision.qwen3.op import GATE_AND_UP, name_of, row_of
-from qwen_precision.qwen3.rescaling import Scale, powers_of
-from qwen_precision.record.rescue import Stuck
-from qwen_precision.record.run import Run, Site
+from qwen_precision.qwen3 import GATE_AND_UP, Scale, expert_of, layer_of, name_of, powers_of, row_of
+from qwen_precision.record import Run, Site, Stuck
 
 FAR = 120
 """More bits than any format has: stands for no need at all, and for room without end."""

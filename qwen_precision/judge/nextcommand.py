@@ -6,9 +6,8 @@ import unicodedata
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.findings import Report
-from qwen_precision.record.generation import Continuation
-from qwen_precision.record.run import Run
-from qwen_precision.settings.config import ProbeSettings, configs_folder, flag_of, read_yaml
+from qwen_precision.record import Continuation, Run
+from qwen_precision.settings import ProbeSettings, configs_folder, flag_of, read_yaml
 
 _LONGEST_PROMPT = 200  # characters; a longer one is taken from the record
 

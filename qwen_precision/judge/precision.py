@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.record.run import Pass, Run
+from qwen_precision.record import Pass, Run
 
 
 @dataclass(frozen=True)

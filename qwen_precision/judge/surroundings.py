@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.findings import Finding
-from qwen_precision.qwen3.op import name_of
-from qwen_precision.record.closeup import Closeup
-from qwen_precision.record.run import Pass, Run
+from qwen_precision.qwen3 import name_of
+from qwen_precision.record import Closeup, Pass, Run
 
 _BEFORE = 4
 

@@ -13,9 +13,8 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.degenerate import Symptom, symptoms
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
 from qwen_precision.judge.nextcommand import next_probe
-from qwen_precision.record.generation import FILTERED, MENDED, Continuation, Generation, Trip, bad_trips, mended_steps
-from qwen_precision.record.run import Run
-from qwen_precision.settings.guards import Advice, GuardSettings
+from qwen_precision.record import FILTERED, MENDED, Continuation, Generation, Run, Trip, bad_trips, mended_steps
+from qwen_precision.settings import Advice, GuardSettings
 
 
 def _finding(run: Run, kind: str, severity: str, dtype: str, text: str, advice: str, **place: Any) -> Finding:

@@ -1,1 +1,53 @@
-"""A checkpoint: found, checked, built without weights, its tensors read."""
+"""A checkpoint: found or fetched, checked, built without its weights, and its tensors read.
+
+Other folders import the names below, from here.
+May import: record, qwen3, settings.
+"""
+
+from qwen_precision.model.encode import Encoded, encode
+from qwen_precision.model.folder import FLOAT_TYPES, Checkpoint, TensorInfo, model_part, open_checkpoint
+from qwen_precision.model.hub import locate
+from qwen_precision.model.loaded import Models
+from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
+from qwen_precision.model.scratch import Scratch
+from qwen_precision.model.skeleton import (
+    LayerCall,
+    build,
+    decoder_layers,
+    finish,
+    layer_calls,
+    move_buffers,
+    path_of,
+    run_layer,
+)
+from qwen_precision.model.weightcheck import WeightCheck
+from qwen_precision.model.weights import WeightStore, read_tensor
+
+__all__ = [
+    "FLOAT_TYPES",
+    "Checkpoint",
+    "Encoded",
+    "LayerCall",
+    "Models",
+    "Scratch",
+    "TensorInfo",
+    "WeightCheck",
+    "WeightStore",
+    "attention_used",
+    "build",
+    "choose_device",
+    "choose_memory",
+    "decoder_layers",
+    "encode",
+    "environment",
+    "finish",
+    "layer_calls",
+    "locate",
+    "model_part",
+    "move_buffers",
+    "open_checkpoint",
+    "out_of_memory",
+    "path_of",
+    "read_tensor",
+    "run_layer",
+]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.model.folder import Checkpoint
-from qwen_precision.record.run import Prompt
+from qwen_precision.record import Prompt
 
 
 @dataclass(frozen=True)

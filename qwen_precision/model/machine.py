@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.record.run import Choice
+from qwen_precision.record import Choice
 
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_precision.record.run import Weight, WeightTotals
+from qwen_precision.record import Weight, WeightTotals
 from qwen_precision.torch_dtypes import short_name, torch_dtype
 
 _CHUNK = 1 << 24

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qwen_precision.errors import QprecError
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.weightcheck import WeightCheck
-from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Scale
+from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
 
 
 class WeightStore:

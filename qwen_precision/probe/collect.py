@@ -3,13 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
-from qwen_precision.qwen3.names import layer_of
-from qwen_precision.record.closeup import Massive
-from qwen_precision.record.parts import rounded
-from qwen_precision.record.run import Event, Pass, Reseed, Site
+from qwen_precision.qwen3 import layer_of
+from qwen_precision.record import Event, Massive, Pass, Reseed, Site, rounded
 from qwen_precision.torch_dtypes import short_name
-from qwen_precision.watcher.inspector import Located
-from qwen_precision.watcher.readings import Reading
+from qwen_precision.watcher import Located, Reading
 
 _STEPS_A_PART = 1_000_000  # more operations than any part (a layer, the head) of a model has
 

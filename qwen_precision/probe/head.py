@@ -14,14 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.model.encode import Encoded
-from qwen_precision.model.scratch import Scratch
-from qwen_precision.model.skeleton import path_of
-from qwen_precision.model.weights import WeightStore
+from qwen_precision.model import Encoded, Scratch, WeightStore, path_of
 from qwen_precision.probe.logprobs import LogProbs
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import WatchedRun
-from qwen_precision.record.parts import rounded
+from qwen_precision.record import rounded
 from qwen_precision.torch_dtypes import torch_dtype
 
 LOGITS_BYTES = 1 << 30

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.model.encode import Encoded
-from qwen_precision.record.parts import rounded
+from qwen_precision.model import Encoded
+from qwen_precision.record import rounded
 
 _AT_ONCE = 16  # positions upcast to fp32 at a time: logits of a long prompt are never held twice
 

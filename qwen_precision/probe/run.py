@@ -12,20 +12,30 @@ from torch import nn
 from qwen_precision import __version__
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.model.encode import Encoded, encode
-from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
-from qwen_precision.model.hub import locate
-from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
-from qwen_precision.model.skeleton import build, decoder_layers, move_buffers
-from qwen_precision.model.weightcheck import WeightCheck
-from qwen_precision.model.weights import WeightStore
+from qwen_precision.model import (
+    Checkpoint,
+    Encoded,
+    WeightCheck,
+    WeightStore,
+    attention_used,
+    build,
+    choose_device,
+    choose_memory,
+    decoder_layers,
+    encode,
+    environment,
+    locate,
+    model_part,
+    move_buffers,
+    open_checkpoint,
+    out_of_memory,
+)
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.progress import Progress, silent
-from qwen_precision.record.run import Choice, Prompt, Run
-from qwen_precision.settings.config import ProbeSettings
-from qwen_precision.settings.prompts import PromptSpec, tokenise
+from qwen_precision.record import Choice, Prompt, Run
+from qwen_precision.settings import ProbeSettings, PromptSpec, tokenise
 
 SLICE_BYTES = 256 * 1024 * 1024
 """Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""

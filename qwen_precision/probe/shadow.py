@@ -20,20 +20,25 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
-from qwen_precision.model.encode import Encoded
-from qwen_precision.model.scratch import Scratch
-from qwen_precision.model.skeleton import LayerCall, decoder_layers, finish, layer_calls, path_of, run_layer
-from qwen_precision.model.weights import WeightStore
+from qwen_precision.model import (
+    Encoded,
+    LayerCall,
+    Scratch,
+    WeightStore,
+    decoder_layers,
+    finish,
+    layer_calls,
+    path_of,
+    run_layer,
+)
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import WatchedRun
 from qwen_precision.progress import Progress, silent
-from qwen_precision.record.closeup import Massive
-from qwen_precision.record.parts import rounded
-from qwen_precision.record.run import Reseed
+from qwen_precision.record import Massive, Reseed, rounded
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher.mode import Watcher, attached
+from qwen_precision.watcher import Watcher, attached
 
 
 @dataclass

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.probe.collect import Collector
-from qwen_precision.watcher.inspector import Inspector, storages
-from qwen_precision.watcher.mode import Watcher
-from qwen_precision.watcher.readings import Reading
+from qwen_precision.watcher import Inspector, Reading, Watcher, storages
 
 
 class WatchedRun:

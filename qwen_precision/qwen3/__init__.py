@@ -1,1 +1,22 @@
-"""What is known of Qwen3: names of its operations, and which tensor takes which factor. No torch."""
+"""What is known of Qwen3 alone: names and roles of its operations, and which tensor takes which factor.
+
+Other folders import the names below, from here. No torch.
+May import: record.
+"""
+
+from qwen_precision.qwen3.names import expert_of, layer_of, placed
+from qwen_precision.qwen3.op import GATE_AND_UP, name_of, row_of
+from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Scale, powers_of
+
+__all__ = [
+    "EMBEDDING",
+    "GATE_AND_UP",
+    "HEAD",
+    "Scale",
+    "expert_of",
+    "layer_of",
+    "name_of",
+    "placed",
+    "powers_of",
+    "row_of",
+]

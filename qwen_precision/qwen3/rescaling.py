@@ -11,7 +11,7 @@ import re
 
 from qwen_precision.qwen3.names import expert_of, layer_of
 from qwen_precision.qwen3.op import row_of
-from qwen_precision.record.rescue import Rescaling
+from qwen_precision.record import Rescaling
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 """The two tensors that may be one; the embedding's name without the model's prefix."""

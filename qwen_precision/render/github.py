@@ -5,8 +5,8 @@ Syntax: https://docs.github.com/actions/reference/workflow-commands-for-github-a
 
 from collections.abc import Iterator
 
-from qwen_precision.judge.findings import Finding
-from qwen_precision.qwen3.names import placed
+from qwen_precision.judge import Finding
+from qwen_precision.qwen3 import placed
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 

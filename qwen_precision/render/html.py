@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_precision.judge.findings import Report
-from qwen_precision.judge.needs import HeadroomGain, headroom_gains
-from qwen_precision.judge.nextcommand import same_again
-from qwen_precision.judge.precision import Precision, precision
+from qwen_precision.judge import HeadroomGain, Precision, Report, headroom_gains, precision, same_again
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View

@@ -5,13 +5,17 @@ import unicodedata
 from dataclasses import asdict
 from typing import Any
 
-from qwen_precision.judge.compare import Changes
-from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.judge.needs import headroom_gains
-from qwen_precision.judge.precision import precision
-from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
-from qwen_precision.record.generation import Generation
-from qwen_precision.record.parts import in_words, rounded
+from qwen_precision.judge import (
+    Changes,
+    Finding,
+    Report,
+    closeup_of,
+    headroom_gains,
+    massive_channels,
+    precision,
+    run_up,
+)
+from qwen_precision.record import Generation, in_words, rounded
 from qwen_precision.render.schema import flat
 from qwen_precision.render.view import View
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.checks import CHECKS, Subject
-from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.qwen3.names import placed
+from qwen_precision.judge import CHECKS, Finding, Report, Subject
+from qwen_precision.qwen3 import placed
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
-from qwen_precision.settings.levels import FAILING
+from qwen_precision.settings import FAILING
 
 
 def render_junit(view: View) -> str:

@@ -10,11 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.judge.needs import headroom_gains
-from qwen_precision.judge.nextcommand import same_again
-from qwen_precision.judge.precision import precision
-from qwen_precision.qwen3.op import name_of
+from qwen_precision.judge import Finding, Report, headroom_gains, precision, same_again
+from qwen_precision.qwen3 import name_of
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words import rescue as words

@@ -11,9 +11,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge.findings import Report
-from qwen_precision.judge.precision import precision
-from qwen_precision.qwen3.op import name_of
+from qwen_precision.judge import Report, precision
+from qwen_precision.qwen3 import name_of
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from qwen_precision.judge.findings import Finding
-from qwen_precision.settings.levels import FAIL_ON
+from qwen_precision.judge import Finding
+from qwen_precision.settings import FAIL_ON
 
 _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from qwen_precision.judge.compare import Changes
-from qwen_precision.judge.findings import Report
+from qwen_precision.judge import Changes, Report
 
 
 @dataclass(frozen=True)

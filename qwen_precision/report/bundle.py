@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_precision.errors import QprecError
-from qwen_precision.record.file import MAX_BYTES, parse, to_json
-from qwen_precision.record.run import Run
+from qwen_precision.record import MAX_BYTES, Run, parse, to_json
 
 _RUN = re.compile(r"run(-\d{1,3})?\.json")
 _OTHERS = {"report.md", "report.html", "environment.json"}

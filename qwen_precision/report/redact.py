@@ -9,7 +9,7 @@ import hashlib
 import re
 from typing import Any
 
-from qwen_precision.record.run import Run
+from qwen_precision.record import Run
 
 _PATH = re.compile(r"""(?:(?<=[\s"'(=,;:])|^)(?:~|\.{1,2}|[A-Za-z]:)?[\\/](?:[^:;,"()\n]*[\\/])?([^\s:;,"()'\n]*)""")
 """From a root to the last separator before a sign that ends a sentence's part: folders may hold spaces."""

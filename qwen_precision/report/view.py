@@ -3,11 +3,8 @@
 from pathlib import Path
 
 from qwen_precision.errors import UsageError
-from qwen_precision.judge.checks import judge
-from qwen_precision.judge.compare import changes
-from qwen_precision.judge.findings import Report
-from qwen_precision.record.file import load
-from qwen_precision.record.run import Run
+from qwen_precision.judge import Report, changes, judge
+from qwen_precision.record import Run, load
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
 from qwen_precision.report.redact import redacted, without_paths
@@ -85,7 +82,7 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -
     return View(tuple(reports), fail_on, changes(older[0], reports[0]))
 
 
-def bundle(shown: View) -> bytes:
+def bundled(shown: View) -> bytes:
     """The zip of what is shown; paths are taken out of the runs, and the reports are of what is left."""
     runs = [without_paths(report.run) for report in shown.reports]
     clean: list[Report] = [judge(run, name=report.name) for run, report in zip(runs, shown.reports, strict=True)]

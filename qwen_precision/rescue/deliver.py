@@ -3,44 +3,26 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from qwen_precision import __version__
 from qwen_precision.dtypes import REFERENCE, RESCUED
-from qwen_precision.judge.checks import judge
-from qwen_precision.judge.findings import Headroom, Report
-from qwen_precision.probe.run import Job, encoded, measure, prepare, vocabulary_rows
+from qwen_precision.judge import Headroom, Report, judge
+from qwen_precision.probe import Job, encoded, measure, prepare, vocabulary_rows
 from qwen_precision.progress import Progress, said, silent
-from qwen_precision.qwen3.names import placed
-from qwen_precision.qwen3.op import name_of
-from qwen_precision.record.parts import in_words, rounded
-from qwen_precision.record.rescue import Exported, Rescue
-from qwen_precision.record.run import Run
+from qwen_precision.qwen3 import name_of, placed
+from qwen_precision.record import Exported, Rescue, Run, in_words, rounded
 from qwen_precision.rescue.export import NOTE, Exporter, beside
 from qwen_precision.rescue.plan import can_plan, with_plan
 from qwen_precision.rescue.proof import Finals, prove
-from qwen_precision.settings.prompts import PromptSpec
+from qwen_precision.settings import PromptSpec, Target
 
 _MOST_ERROR = 0.02
 """Relative error of the last logits, where bf16's was not measured: some ten times what fp16 has on a healthy model."""
 _SLACK = 0.99
 """Of the margin: rounding the weights to fp16 moves a magnitude a little."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the rescaled checkpoint shall go, and how."""
-
-    folder: Path
-    dtype: str = RESCUED
-    """Of ``config.RESCUE_DTYPES``."""
-    force: bool = False
-    """Replace an earlier export."""
-    keep: bool = False
-    """Keep it although it could not be verified."""
 
 
 def delivered(

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.model.folder import FLOAT_TYPES, Checkpoint, TensorInfo
+from qwen_precision.model import FLOAT_TYPES, Checkpoint, TensorInfo
 from qwen_precision.progress import Progress
-from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Scale
-from qwen_precision.record.rescue import Rescaling
+from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
+from qwen_precision.record import Rescaling
 from qwen_precision.torch_dtypes import torch_dtype
 
 NOTE = "qprec-rescue.json"

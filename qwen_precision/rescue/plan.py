@@ -7,13 +7,11 @@ logits must equal the first pass's bit for bit. How it is written to disk is ``e
 import torch
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge.findings import Report
-from qwen_precision.model.folder import Checkpoint
-from qwen_precision.model.weights import read_tensor
+from qwen_precision.judge import Report
+from qwen_precision.model import Checkpoint, read_tensor
 from qwen_precision.progress import Progress, silent
-from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, powers_of
-from qwen_precision.record.rescue import Rescaling, Rescue
-from qwen_precision.record.run import Run
+from qwen_precision.qwen3 import EMBEDDING, HEAD, powers_of
+from qwen_precision.record import Rescaling, Rescue, Run
 from qwen_precision.rescue.bits import WeightBits
 from qwen_precision.rescue.planner import Planner, Shape
 

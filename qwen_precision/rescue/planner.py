@@ -9,14 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge.columns import Columns
-from qwen_precision.judge.findings import Limits
-from qwen_precision.judge.needs import FAR, Needs, needs
+from qwen_precision.judge import FAR, Columns, Limits, Needs, needs
 from qwen_precision.progress import Progress, silent
-from qwen_precision.qwen3.names import expert_of, layer_of
-from qwen_precision.qwen3.rescaling import Scale, powers_of
-from qwen_precision.record.rescue import LayerPowers, Loss, Rescaling, Rescue, Stuck
-from qwen_precision.record.run import Run
+from qwen_precision.qwen3 import Scale, expert_of, layer_of, powers_of
+from qwen_precision.record import LayerPowers, Loss, Rescaling, Rescue, Run, Stuck
 from qwen_precision.rescue.bits import NOTHING_LOST, Lost, WeightBits
 
 

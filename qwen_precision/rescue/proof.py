@@ -8,17 +8,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.model.encode import Encoded
-from qwen_precision.model.folder import Checkpoint
-from qwen_precision.model.skeleton import build, move_buffers
-from qwen_precision.model.weightcheck import WeightCheck
-from qwen_precision.model.weights import WeightStore
-from qwen_precision.probe.collect import Collector
-from qwen_precision.probe.shadow import Shadow
-from qwen_precision.probe.task import Task
+from qwen_precision.model import Checkpoint, Encoded, WeightCheck, WeightStore, build, move_buffers
+from qwen_precision.probe import Collector, Shadow, Task
 from qwen_precision.progress import Progress
-from qwen_precision.qwen3.rescaling import Scale
-from qwen_precision.record.rescue import Rescaling
+from qwen_precision.qwen3 import Scale
+from qwen_precision.record import Rescaling
 
 
 def rescaled_config(config: PretrainedConfig, rescaling: Rescaling) -> PretrainedConfig:

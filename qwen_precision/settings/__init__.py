@@ -1,1 +1,65 @@
-"""What can be asked for: profiles, flags, guards, prompts. No torch."""
+"""What can be asked for: flags and profiles, guards, prompts, and the levels a run may fail on.
+
+Other folders import the names below, from here. No torch.
+May import: record.
+"""
+
+from qwen_precision.settings.config import (
+    ATTENTION,
+    MEMORY,
+    RESCUE_DTYPES,
+    SWEEPS,
+    GenerateSettings,
+    ProbeSettings,
+    Target,
+    configs_folder,
+    flag_of,
+    load_generate_settings,
+    load_settings,
+    load_target,
+    read_yaml,
+)
+from qwen_precision.settings.guards import ON_FAILURE, Advice, Clamp, Degenerate, GuardSettings, Watch, load_guards
+from qwen_precision.settings.levels import FAIL_ON, FAILING, SEVERITIES
+from qwen_precision.settings.prompts import (
+    PromptSpec,
+    as_batch,
+    as_text,
+    has_template,
+    read_prompts,
+    rendered,
+    tokenise,
+)
+
+__all__ = [
+    "ATTENTION",
+    "FAILING",
+    "FAIL_ON",
+    "MEMORY",
+    "ON_FAILURE",
+    "RESCUE_DTYPES",
+    "SEVERITIES",
+    "SWEEPS",
+    "Advice",
+    "Clamp",
+    "Degenerate",
+    "GenerateSettings",
+    "GuardSettings",
+    "ProbeSettings",
+    "PromptSpec",
+    "Target",
+    "Watch",
+    "as_batch",
+    "as_text",
+    "configs_folder",
+    "flag_of",
+    "has_template",
+    "load_generate_settings",
+    "load_guards",
+    "load_settings",
+    "load_target",
+    "read_prompts",
+    "read_yaml",
+    "rendered",
+    "tokenise",
+]

@@ -4,15 +4,16 @@ A profile is found by path or by name; names are the files of ``configs/``, whic
 """
 
 import difflib
+import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.dtypes import DTYPES, REFERENCE, RESCUED
 from qwen_precision.errors import UsageError
 from qwen_precision.settings.levels import FAIL_ON
 
@@ -69,6 +70,29 @@ class ProbeSettings(BaseModel):
         }[str(info.field_name)]
         return None if value is None else known(value, table, what)
 
+    @model_validator(mode="after")
+    def _agree(self, info: ValidationInfo) -> "ProbeSettings":
+        if self.explain is False and {"explain", "budget"} <= _flags_in(info):
+            raise ValueError("--budget: is for the control runs, which --no-explain leaves out; give one of the two")
+        if self.sweep != SWEEPS[0] and (self.sweep_limit or self.sweep_texts):
+            flag = "--sweep-limit" if self.sweep_limit else "--sweep-texts"
+            raise ValueError(f"{flag}: goes with --sweep {SWEEPS[0]}; add it")
+        return self
+
+
+class Target(BaseModel):
+    """Where a rescaled checkpoint shall go, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    dtype: str = RESCUE_DTYPES[0]
+    """Of ``RESCUE_DTYPES``."""
+    force: bool = False
+    """Replace an earlier export."""
+    keep: bool = False
+    """Keep it although it could not be verified."""
+
 
 class GenerateSettings(BaseModel):
     """What a generation can be told beside its guards; every field is also a flag. None: as the checkpoint says."""
@@ -98,6 +122,16 @@ class GenerateSettings(BaseModel):
         table, what = (DTYPES, "dtype") if info.field_name == "dtype" else (ATTENTION, "implementation")
         return None if value is None else known(value, table, what)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_guards(cls, data: Any) -> Any:
+        """``no_guards`` is no setting of its own: it is the profile ``off``."""
+        if not isinstance(data, dict) or not data.get("no_guards"):
+            return {key: value for key, value in data.items() if key != "no_guards"} if isinstance(data, dict) else data
+        if "guards" in data or "on_failure" in data:
+            raise ValueError("--no-guards: goes with neither --guards nor --on-failure; give one of them")
+        return {**{key: value for key, value in data.items() if key != "no_guards"}, "guards": "off"}
+
     @field_validator("temperature")
     @classmethod
     def _warm(cls, value: float | None) -> float | None:
@@ -106,17 +140,53 @@ class GenerateSettings(BaseModel):
         return value
 
 
-def load_generate_settings(flags: dict[str, Any]) -> GenerateSettings:
+def load_generate_settings(flags: dict[str, Any], no_guards: bool = False) -> GenerateSettings:
     """Settings from the flags that were given (None means not given).
 
     Raises:
-        UsageError: a wrong value; the flag is named.
+        UsageError: a wrong value, or flags that do not go together; the flag is named.
     """
+    given = {key: value for key, value in flags.items() if value is not None}
     try:
-        return GenerateSettings.model_validate({key: value for key, value in flags.items() if value is not None})
+        return GenerateSettings.model_validate({**given, "no_guards": no_guards})
     except ValidationError as error:
         key, message = first_error(error)
-        raise UsageError(f"{flag_of(key)}: {message}.") from error
+        raise UsageError(f"{flag_of(key)}: {message}." if key else f"{message}.") from error
+
+
+def load_target(
+    folder: Path | None, settings: ProbeSettings, output: Path, dtype: str | None, force: bool, keep: bool
+) -> Target | None:
+    """Where a rescaled checkpoint shall go; None where nobody asked for one.
+
+    Args:
+        folder: of ``--rescue-to``.
+        settings: of the probe; it must run what a rescue is made from.
+        output: where the run is saved.
+        dtype, force, keep: the flags that go with the folder.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
+    if folder is None:
+        flags = {"--rescue-dtype": dtype, "--force": force, "--keep-unverified": keep}
+        alone = next((flag for flag, value in flags.items() if value), None)
+        if alone is not None:
+            raise UsageError(f"{alone}: says how to write a rescued checkpoint; add --rescue-to FOLDER.")
+        return None
+    if RESCUED not in settings.dtypes:
+        raise UsageError("--rescue-to: makes a checkpoint safe in fp16, which --dtype leaves out; add --dtype fp16.")
+    if not settings.reference:
+        raise UsageError("--rescue-to: needs the fp32 reference; leave --no-reference out.")
+    real = Path(os.path.realpath(output))
+    if Path(os.path.realpath(folder)) in (real, *real.parents):
+        raise UsageError(f"-o {output}: lies in the folder of --rescue-to, which is written whole; choose another.")
+    return Target(folder=folder, dtype=dtype or RESCUE_DTYPES[0], force=force, keep=keep)
+
+
+def _flags_in(info: ValidationInfo) -> set[str]:
+    """Settings that were given as flags, and not by a profile or by default."""
+    return set((info.context or {}).get("flags", ()))
 
 
 def known(value: str, table: Iterable[str], what: str) -> str:
@@ -164,11 +234,11 @@ def load_settings(profile: str | None, flags: dict[str, Any]) -> ProbeSettings:
     if merged.get("reference") is False and "dtypes" not in merged:
         merged["dtypes"] = [name for name in DTYPES if name != REFERENCE]  # nobody asked for the costly one
     try:
-        return ProbeSettings.model_validate(merged)
+        return ProbeSettings.model_validate(merged, context={"flags": set(given)})
     except ValidationError as error:
         key, message = first_error(error)
         where = flag_of(key) if key in given else f"{source}{key}"
-        raise UsageError(f"{where}: {message}.") from error
+        raise UsageError(f"{where}: {message}." if key else f"{message}.") from error
 
 
 _FLAGS = {"dtypes": "--dtype", "attention": "--attn", "reference": "--no-reference"}

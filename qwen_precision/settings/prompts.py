@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.record.file import load
-from qwen_precision.record.run import Prompt, Row
+from qwen_precision.record import Prompt, Row, load
 from qwen_precision.settings.config import configs_folder, read_yaml
 
 _EXPECTED = (
@@ -48,12 +47,15 @@ class PromptSpec(BaseModel):
         return self.batch if self.batch is not None else [self.text if self.text is not None else self.chat or ""]
 
 
-def read_prompts(texts: Sequence[str], file: str | None) -> list[PromptSpec]:
-    """The prompts to run: those given as text, else those of a file, else the built-in set.
+def read_prompts(texts: Sequence[str] | None, file: str | None, instead: Sequence[str] = ()) -> list[PromptSpec]:
+    """The prompts to run: those given as text, else those of a file, else ``instead``, else the built-in set.
 
     Raises:
-        UsageError: an empty prompt, an unreadable file, or one of another form.
+        UsageError: both, an empty prompt, an unreadable file, or one of another form.
     """
+    if texts and file is not None:
+        raise UsageError("--prompt and --prompts: give one of the two.")
+    texts = texts or ([] if file is not None else instead)
     if texts:
         for text in texts:
             if not text:

@@ -1,1 +1,11 @@
-"""Every operation of a forward seen: where it ran and how large it was."""
+"""Every operation of a forward: where it ran, how large its output was, and who started what is not finite.
+
+Other folders import the names below, from here.
+May import: record, qwen3, settings.
+"""
+
+from qwen_precision.watcher.inspector import Inspector, Located, storages
+from qwen_precision.watcher.mode import Watcher, attached, watch
+from qwen_precision.watcher.readings import Reading
+
+__all__ = ["Inspector", "Located", "Reading", "Watcher", "attached", "storages", "watch"]

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_precision.record.closeup import Closeup, Contribution, Operand, Source
-from qwen_precision.record.parts import rounded
+from qwen_precision.record import Closeup, Contribution, Operand, Source, rounded
 from qwen_precision.torch_dtypes import short_name
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.record.run import Event
+from qwen_precision.record import Event
 from qwen_precision.watcher.closeup import closeup
 from qwen_precision.watcher.mode import Seen
 

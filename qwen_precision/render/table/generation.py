@@ -8,8 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qwen_precision.record.generation import Continuation, Generation, Trip
-from qwen_precision.record.run import Run
+from qwen_precision.record import Continuation, Generation, Run, Trip
 from qwen_precision.render.text import count, number, quoted, safe
 
 _ROWS = 8

@@ -7,8 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qwen_precision.judge.findings import Report
-from qwen_precision.judge.precision import precision
+from qwen_precision.judge import Report, precision
 from qwen_precision.render.text import number, spark
 from qwen_precision.render.words.why import nearer
 

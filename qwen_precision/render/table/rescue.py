@@ -6,8 +6,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qwen_precision.judge.findings import Report
-from qwen_precision.judge.needs import headroom_gains
+from qwen_precision.judge import Report, headroom_gains
 from qwen_precision.render.text import room, safe
 from qwen_precision.render.words import rescue as words
 

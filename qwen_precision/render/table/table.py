@@ -14,11 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.qwen3.names import placed
-from qwen_precision.qwen3.op import name_of
-from qwen_precision.record.generation import Generation
-from qwen_precision.record.run import Run
+from qwen_precision.judge import Finding, Report
+from qwen_precision.qwen3 import name_of, placed
+from qwen_precision.record import Generation, Run
 from qwen_precision.render.table.generation import summary, texts, trips
 from qwen_precision.render.table.precision import precision_parts
 from qwen_precision.render.table.rescue import rescue_parts

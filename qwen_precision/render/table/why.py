@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.text import Text
 
-from qwen_precision.judge.findings import Report
+from qwen_precision.judge import Report
 from qwen_precision.render.text import safe
 from qwen_precision.render.words import why as words
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
-from qwen_precision.judge.compare import Changes
-from qwen_precision.judge.findings import Finding
-from qwen_precision.qwen3.names import placed
+from qwen_precision.judge import Changes, Finding
+from qwen_precision.qwen3 import placed
 from qwen_precision.render.text import count, room, safe
 
 _MOST = 12

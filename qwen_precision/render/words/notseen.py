@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qwen_precision.judge.findings import Report
+from qwen_precision.judge import Report
 from qwen_precision.render.text import count
 
 _MOST = 4

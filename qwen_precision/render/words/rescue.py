@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge.findings import Report
-from qwen_precision.qwen3.names import placed
-from qwen_precision.record.rescue import Exported, LayerPowers, Rescue, Stuck
+from qwen_precision.judge import Report
+from qwen_precision.qwen3 import placed
+from qwen_precision.record import Exported, LayerPowers, Rescue, Stuck
 from qwen_precision.render.text import count, number, room
 
 _MOST = 6

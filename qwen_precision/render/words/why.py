@@ -3,12 +3,8 @@
 from collections.abc import Iterator
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge.causes import CAUSES
-from qwen_precision.judge.findings import Finding, Report
-from qwen_precision.judge.precision import precision
-from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
-from qwen_precision.record.closeup import Closeup
-from qwen_precision.record.explanation import Sweep
+from qwen_precision.judge import CAUSES, Finding, Report, closeup_of, massive_channels, precision, run_up
+from qwen_precision.record import Closeup, Sweep
 from qwen_precision.render.text import count, number, quoted
 
 _MOST = 5

@@ -1,0 +1,78 @@
+"""``qprec generate``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_precision.cli import options, outcome, terminal
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.files import check_writable
+from qwen_precision.judge import judge
+from qwen_precision.settings import ON_FAILURE, GenerateSettings, load_generate_settings, load_guards, read_prompts
+
+DEFAULT_PROMPT = "上海有个非常出名的地方，"
+"""What is continued when nothing else is given: the prompt of the first bug reports."""
+
+
+def generate(
+    context: typer.Context,
+    model: options.ModelArgument,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype to generate in. Default: fp16.",
+            metavar="|".join(DTYPES),
+            callback=options.choice_from(DTYPES, "dtype"),
+        ),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable: they make one batch.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Put each prompt into the chat template, or take it as it is.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None,
+    do_sample: Annotated[
+        bool | None, typer.Option("--do-sample/--greedy", help="Draw each token, or take the likeliest.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep so many of the likeliest tokens; 0 for all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens of this share of the likeliest's.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 for none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers. Default: 0.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    guards: Annotated[
+        str | None, typer.Option(help="A guard profile, by name (default, strict, observe, off) or file.")
+    ] = None,
+    no_guards: Annotated[bool, typer.Option("--no-guards", help="As transformers does it; the same as off.")] = False,
+    on_failure: Annotated[
+        str | None,
+        typer.Option(
+            help="What to do with a row that failed.",
+            metavar="|".join(ON_FAILURE),
+            callback=options.choice_from(ON_FAILURE, "way"),
+        ),
+    ] = None,
+    probe_run: Annotated[Path | None, typer.Option(help="A probe of the same checkpoint, for advice.")] = None,
+    device: options.DeviceOption = None,
+    attn: options.AttentionOption = None,
+    revision: options.RevisionOption = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-gen.json"),
+    fail_on: options.FailOnOption = "fail",
+) -> None:
+    """Generate text in one dtype, with guards against NaN and overflow; says what they saw and did.
+
+    Sampling options default to the checkpoint's generation_config.json.
+    """
+    settings = load_generate_settings(options.given(context, GenerateSettings), no_guards)
+    chosen = load_guards(settings.guards, settings.on_failure)
+    specs = read_prompts(prompt, prompts, instead=[DEFAULT_PROMPT])
+    inputs = [model, prompts, probe_run, *([guards] if guards and Path(guards).suffix else [])]
+    check_writable(output, [Path(each) for each in inputs if each])
+    from qwen_precision.generate import generate as decode  # torch
+
+    with terminal.streaming() if stream else terminal.progress() as (progress, on_token):
+        run = decode(model, settings, chosen, specs, revision, probe_run, progress, on_token)
+    outcome.save(run, output)
+    outcome.show(judge(run), output, fail_on)
