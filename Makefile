@@ -30,7 +30,7 @@ types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy
 
 docs: $(STAMP) ## README and help agree
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m pytest tests/house/test_docs.py
 
 check: lint types test docs ## all that CI runs
 

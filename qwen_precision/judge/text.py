@@ -13,7 +13,17 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.degenerate import Symptom, symptoms
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
 from qwen_precision.judge.nextcommand import next_probe
-from qwen_precision.record import FILTERED, MENDED, Continuation, Generation, Run, Trip, bad_trips, mended_steps
+from qwen_precision.record import (
+    FILTERED,
+    MENDED,
+    Continuation,
+    Generation,
+    Run,
+    SamplingError,
+    Trip,
+    bad_trips,
+    mended_steps,
+)
 from qwen_precision.settings import Advice, GuardSettings
 
 
@@ -79,47 +89,51 @@ def sampling_error(columns: Columns) -> Iterator[Finding]:
     if made is None:
         return
     if made.error is not None:
-        rows = ", ".join(str(row) for row in made.error.rows)
-        by_row = {row.row: row for row in made.rows}
-        row = by_row.get(made.error.rows[0]) if made.error.rows else None
-        dtype = row.stretches[-1].dtype if row and row.stretches else columns.run.dtypes[0]
-        yield _finding(
-            columns.run,
-            "sampling-error",
-            "error",
-            dtype,
-            f"Sampling ended at step {made.error.step} with torch's error for row {rows}: {made.error.message}.",
-            "Run it again with the guards on (--guards default), or look for the origin with a probe.",
-            row=row.row if row else None,
-            step=made.error.step,
-            name="sampling",
-            op="multinomial",
-        )
+        yield _refused(columns.run, made, made.error)
     for row in made.rows:
         # Unwatched, the guard epsilon is the only one that saw it.
         mine = [t for t in made.trips if t.row == row.row and (t.kind in FILTERED or t.guard == "epsilon")]
-        if not mine:
-            continue
-        steps, first = {trip.step for trip in mine}, mine[0]
-        mended = steps <= mended_steps(made.trips, row.row)
-        more = f", and so at {len(steps) - 1} later steps" if len(steps) > 1 else ""
-        remedy = (
-            "Bring temperature and repetition penalty nearer to 1."
-            if first.kind == "overflowed"
-            else ("Loosen the filters (top-k, top-p, min-p, suppressed tokens).")
-        )
-        yield _finding(
-            columns.run,
-            "sampling-error",
-            "warning" if mended else "error",
-            first.dtype,
-            f"At step {first.step} of row {row.row}, {first.why}{more}.",
-            remedy,
-            row=row.row,
-            step=first.step,
-            name="sampling",
-            op="softmax",
-        )
+        if mine:
+            yield _nothing_left(columns.run, made, row, mine)
+
+
+def _refused(run: Run, made: Generation, error: SamplingError) -> Finding:
+    rows = ", ".join(str(row) for row in error.rows)
+    row = next((row for row in made.rows if error.rows and row.row == error.rows[0]), None)
+    return _finding(
+        run,
+        "sampling-error",
+        "error",
+        row.stretches[-1].dtype if row and row.stretches else run.dtypes[0],
+        f"Sampling ended at step {error.step} with torch's error for row {rows}: {error.message}.",
+        "Run it again with the guards on (--guards default), or look for the origin with a probe.",
+        row=row.row if row else None,
+        step=error.step,
+        name="sampling",
+        op="multinomial",
+    )
+
+
+def _nothing_left(run: Run, made: Generation, row: Continuation, mine: list[Trip]) -> Finding:
+    """The processors took every token, or took the scores out of range, although the logits were healthy."""
+    steps, first = {trip.step for trip in mine}, mine[0]
+    more = f", and so at {len(steps) - 1} later steps" if len(steps) > 1 else ""
+    too_far, too_few = (
+        "Bring temperature and repetition penalty nearer to 1.",
+        "Loosen the filters (top-k, top-p, min-p, suppressed tokens).",
+    )
+    return _finding(
+        run,
+        "sampling-error",
+        "warning" if steps <= mended_steps(made.trips, row.row) else "error",
+        first.dtype,
+        f"At step {first.step} of row {row.row}, {first.why}{more}.",
+        too_far if first.kind == "overflowed" else too_few,
+        row=row.row,
+        step=first.step,
+        name="sampling",
+        op="softmax",
+    )
 
 
 def degenerate_text(columns: Columns) -> Iterator[Finding]:
@@ -142,14 +156,7 @@ def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, wa
     left = [trip for trip in bad if trip.step not in mended]
     ids = row.ids[symptom.start : symptom.end]
     looks = symptom.kind == "descending" or (symptom.kind == "run" and ids[0] == 0)
-    stop = symptom.start + (symptom.period or symptom.length)
-    shown = "".join(row.tokens[symptom.start : stop])[:40]
-    if not shown:  # redacted, or a token without text
-        shown = "ids " + " ".join(str(each) for each in row.ids[symptom.start : stop][:8])
-    tail = {"run": "over and over", "cycle": "again and again", "descending": "whose ids count down"}
-    what = f"{symptom.length} tokens from step {symptom.start} on are {shown!r} {tail[symptom.kind]}"
-    before = "".join(row.tokens[max(0, symptom.start - 8) : symptom.start])
-    what += f" after {before!r}" if before else ""
+    what = _described(row, symptom)
     stretch = [each.dtype for each in row.stretches if each.start <= symptom.start]
     if left:
         cause = f"{what}: the logits were not usable at {len(left)} of these steps, so the text means nothing."
@@ -178,6 +185,18 @@ def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, wa
         name="generated text",
         op=symptom.kind,
     )
+
+
+def _described(row: Continuation, symptom: Symptom) -> str:
+    """What the text does, with a sample of it and of what stands before."""
+    stop = symptom.start + (symptom.period or symptom.length)
+    shown = "".join(row.tokens[symptom.start : stop])[:40]
+    if not shown:  # redacted, or a token without text
+        shown = "ids " + " ".join(str(each) for each in row.ids[symptom.start : stop][:8])
+    tail = {"run": "over and over", "cycle": "again and again", "descending": "whose ids count down"}
+    before = "".join(row.tokens[max(0, symptom.start - 8) : symptom.start])
+    after = f" after {before!r}" if before else ""
+    return f"{symptom.length} tokens from step {symptom.start} on are {shown!r} {tail[symptom.kind]}{after}"
 
 
 def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings) -> Iterator[Finding]:

@@ -1,16 +1,18 @@
 """The house keeps its plan: imports point downward, no circles, torch stays where it belongs."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from support.checkpoints import ROOT
+
 PACKAGE = ROOT / "qwen_precision"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = {
-    # folder: rank. A folder imports lower ranks only, never another of its own rank.
+    # folder: rank; a folder imports lower ranks only, never another of its own rank
     "record": 1,
     "qwen3": 2,
     "settings": 2,
@@ -59,6 +61,33 @@ def imports(path: Path, at_import_time: bool = False) -> list[tuple[str, str]]:
     return found
 
 
+def tree_of(name: str) -> ast.Module:
+    return ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))
+
+
+def opening(name: str) -> str:
+    return ast.get_docstring(tree_of(name)) or ""
+
+
+def may_import(name: str) -> str:
+    return re.search(r"^May import: (.*)\.$", opening(name), flags=re.MULTILINE)[1]  # type: ignore[index]
+
+
+def exported(name: str) -> set[str]:
+    for node in tree_of(name).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def house() -> str:
+    """The table of CONTRIBUTING: a row a folder, the lowest first."""
+    rows = [f"| {RANKS[name]} | `{name}/` | {opening(name).splitlines()[0]} | {may_import(name)} |" for name in RANKS]
+    beside = ", ".join(f"`{path.stem}`" for path in sorted(PACKAGE.glob("*.py")) if not path.name.startswith("__"))
+    rows.insert(0, f"| 0 | {beside} | What everybody needs: number formats, errors, files, progress. | nothing |")
+    return "| rank | folder | what lives here | may import |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
 NAMED = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
@@ -74,6 +103,37 @@ def test_a_folder_imports_lower_ranks_only(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "qwen_precision" and len(parts) > 1 and parts[1] in RANKS and parts[1] != folder(path):
             assert RANKS[parts[1]] < mine, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@NAMED
+def test_a_folder_is_entered_by_its_front_door(path: Path) -> None:
+    """What another folder uses is what ``__init__`` exports; what is inside can move without anybody knowing."""
+    for name, item in imports(path):
+        parts = name.split(".")
+        if parts[0] == "qwen_precision" and len(parts) > 1 and parts[1] in RANKS and parts[1] != folder(path):
+            assert len(parts) == 2, f"{path.relative_to(ROOT)} imports {name}, not qwen_precision.{parts[1]}"
+            assert item in exported(parts[1]), f"{path.relative_to(ROOT)} imports {item} from {name}"
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_every_folder_opens_with_what_it_is_and_what_it_may_import(name: str) -> None:
+    assert opening(name).splitlines()[0] and exported(name)
+    lower = [other for other, rank in RANKS.items() if rank < RANKS[name]]
+    assert may_import(name) == (", ".join(lower) or "no other folder")
+
+
+def test_the_table_of_folders_in_contributing_is_this_one(request: pytest.FixtureRequest) -> None:
+    path = ROOT / "CONTRIBUTING.md"
+    text, wanted = path.read_text(encoding="utf-8"), f"<!-- begin:house -->\n{house()}\n<!-- end:house -->"
+    if request.config.getoption("--update-golden"):
+        text = re.sub("<!-- begin:house -->.*?<!-- end:house -->", lambda _: wanted, text, flags=re.DOTALL)
+        path.write_text(text, encoding="utf-8")
+    assert wanted in text, "run `make golden` and read the diff of CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.name)
+def test_no_test_file_imports_from_another(path: Path) -> None:
+    assert not [name for name, _ in imports(path) if name.split(".")[0].startswith(("test_", "conftest", "tests"))]
 
 
 def test_no_two_files_import_each_other_round_any_corner() -> None:
@@ -114,3 +174,8 @@ def test_no_function_is_too_long_to_read(path: Path) -> None:
 @NAMED
 def test_every_module_says_what_it_does(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@NAMED
+def test_code_looks_as_the_formatter_leaves_it(path: Path) -> None:
+    assert not re.search(r"# fmt: (skip|off)", path.read_text(encoding="utf-8"))

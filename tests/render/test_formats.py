@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import HOSTILE, RUNS, divergent_run, healthy_run, hostile_run, hostile_text_run, overflowing_run
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.compare import changes
@@ -19,8 +18,18 @@ from qwen_precision.render import FORMATS, View, one
 from qwen_precision.render.markdown import LONGEST
 from qwen_precision.report.bundle import unpack
 from qwen_precision.report.redact import redacted, without_paths
-from qwen_precision.report.view import bundle
+from qwen_precision.report.view import bundled
 from qwen_precision.settings.levels import FAIL_ON
+from support.builders import (
+    HOSTILE,
+    RUNS,
+    divergent_run,
+    healthy_run,
+    hostile_run,
+    hostile_text_run,
+    many_overflows_run,
+    overflowing_run,
+)
 
 TEXTS = [name for name, row in FORMATS.items() if not row.binary]
 SUFFIX = {"markdown": "md", "junit": "junit.xml", "github": "github.txt", "html": "html"}
@@ -84,12 +93,17 @@ def test_a_mention_or_a_fence_in_a_prompt_stays_text_in_markdown() -> None:
 
 
 def test_markdown_stays_below_what_github_takes_and_says_what_was_left_out() -> None:
-    from builders import a_prompt
+    from support.builders import a_prompt
 
     prompts = [a_prompt(f"prompt {n}", "word " * 500, ids=list(range(400)), tokens=["w"] * 400) for n in range(60)]
     text = shown(overflowing_run(prompts=prompts), "markdown")
     assert len(text) <= 65_536 and len(text) <= LONGEST + 100
     assert "Left out" in text and "prompts" in text.rsplit("Left out", 1)[1] and "## Findings" in text
+
+
+def test_github_is_given_ten_annotations_at_most_and_the_last_counts_the_rest() -> None:
+    lines = shown(many_overflows_run(40), "github").splitlines()
+    assert len(lines) == 10 and lines[-1].endswith("71 more findings of this severity")
 
 
 # -- junit ---------------------------------------------------------------------------------------------------------
@@ -116,7 +130,7 @@ def test_junit_fails_exactly_where_the_exit_code_says_so(name: str, level: str) 
 
 
 def test_junit_fails_a_risk_only_when_risks_fail() -> None:
-    from builders import HEALTHY, a_pass, a_run
+    from support.builders import HEALTHY, a_pass, a_run
 
     near = [*HEALTHY[:4], 40000.0, 31.0]
     run = a_run([a_pass("fp32", near), a_pass("fp16", near)])
@@ -171,7 +185,7 @@ def test_against_a_baseline_only_what_is_new_fails() -> None:
 
 
 def test_what_was_not_run_is_not_called_fixed() -> None:
-    from builders import HEALTHY, a_pass, a_run, stopped_run
+    from support.builders import HEALTHY, a_pass, a_run, stopped_run
 
     view = against(overflowing_run(), a_run([a_pass("bf16", HEALTHY)]))
     assert view.changes is not None and view.changes.fixed == () and "fp16" in view.changes.not_compared
@@ -181,7 +195,7 @@ def test_what_was_not_run_is_not_called_fixed() -> None:
 
 
 def test_an_operation_that_went_from_near_to_beyond_is_worse_and_no_format_disagrees() -> None:
-    from builders import HEALTHY, a_pass, a_run, an_event
+    from support.builders import HEALTHY, a_pass, a_run, an_event
 
     near, over = [*HEALTHY[:4], 40000.0, 31.0], [*HEALTHY[:4], 80000.0, 31.0]
     older = a_run([a_pass("fp32", near), a_pass("fp16", near)])
@@ -198,9 +212,8 @@ def test_an_operation_that_went_from_near_to_beyond_is_worse_and_no_format_disag
 
 
 def test_a_bf16_run_has_a_picture_too() -> None:
-    from builders import HEALTHY, a_pass, a_run
-
     from qwen_precision.render.pictures import headroom
+    from support.builders import HEALTHY, a_pass, a_run
 
     report = judge(a_run([a_pass("fp32", HEALTHY), a_pass("bf16", HEALTHY)], dtypes=["bf16"]))
     assert headroom(report) is None and headroom(report, wide=True) is not None
@@ -208,7 +221,7 @@ def test_a_bf16_run_has_a_picture_too() -> None:
 
 
 def test_a_headroom_that_moved_is_told_just_above_its_limit_and_not_below() -> None:
-    from builders import HEALTHY, a_pass, a_run
+    from support.builders import HEALTHY, a_pass, a_run
 
     def near(value: float) -> Run:
         column = [*HEALTHY[:4], value, 31.0]
@@ -228,13 +241,13 @@ def test_a_headroom_that_moved_is_told_just_above_its_limit_and_not_below() -> N
 
 def test_a_bundle_has_the_same_bytes_again_and_reads_back(tmp_path: Path) -> None:
     view = View((judge(overflowing_run()),))
-    assert bundle(view) == bundle(view)
-    (tmp_path / "report.zip").write_bytes(bundle(view))
+    assert bundled(view) == bundled(view)
+    (tmp_path / "report.zip").write_bytes(bundled(view))
     assert [to_json(run) for run in unpack(tmp_path / "report.zip")] == [to_json(overflowing_run())]
 
 
 def test_paths_and_user_names_never_go_into_a_bundle() -> None:
-    from builders import a_model
+    from support.builders import a_model
 
     run = overflowing_run(
         model=a_model(source="/home/alice/models/mine"),

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-from builders import RUNS, healthy_run, many_overflows_run, overflowing_run
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
 from qwen_precision.render import FORMATS, View, one
 from qwen_precision.render.table.table import render_table as rendered
+from support.builders import RUNS, healthy_run, many_overflows_run, overflowing_run
 
 
 def render_table(report: Report, width: int = 80, colour: bool = False) -> str:
@@ -53,7 +53,7 @@ def test_a_healthy_model_shows_where_it_is_tightest() -> None:
 
 
 def test_many_findings_of_one_kind_are_one_group_with_its_layers() -> None:
-    text = render_table(judge(many_overflows_run()))
+    text = render_table(judge(many_overflows_run(40)))
     assert "layers 0 to 39 (40): residual add after mlp" in text
     assert len(text.splitlines()) < 60
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from conftest import make_checkpoint, run_probe
 
 from qwen_precision.judge.checks import judge
+from support.checkpoints import make_checkpoint
+from support.runs import run_probe
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

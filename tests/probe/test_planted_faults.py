@@ -6,81 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, edit_json, make_checkpoint, run_probe
 from transformers import AutoTokenizer
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding, Limits, Report
+from support.checkpoints import DEMO, edit_json, make_checkpoint
+from support.plants import (
+    down_proj_output,
+    expert_product,
+    lm_head_output,
+    one_channel,
+    one_unit,
+    residual_add,
+    swiglu_product,
+)
+from support.runs import run_probe
 
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
-
-
-SIZE = 8.0
-"""One channel that dwarfs the others leaves a norm (weight 1) as sqrt(hidden_size) = 8."""
-
-
-def one_channel(model: Any, channel: int, size: float) -> None:
-    """Every token's stream is ``size`` in one channel and next to nothing elsewhere."""
-    model.model.embed_tokens.weight[:, channel] = size
-
-
-def one_unit(model: Any, layer: int, channel: int, gate: float, up: float) -> None:
-    """The mlp of one layer has one unit, driven by one channel: gate and up come out as given."""
-    block = model.model.layers[layer]
-    block.post_attention_layernorm.weight.zero_()
-    block.post_attention_layernorm.weight[channel] = 1.0
-    for part, size in ((block.mlp.gate_proj, gate), (block.mlp.up_proj, up)):
-        part.weight.zero_()
-        part.weight[0, channel] = size / SIZE
-    block.mlp.down_proj.weight.zero_()
-
-
-def down_proj_output(model: Any) -> None:
-    """A product of about 64 and a weight of 2,000: finite inputs, finite weights, an output beyond 65504."""
-    one_channel(model, 3, 100.0)
-    one_unit(model, 1, 3, 8.0, 8.0)
-    model.model.layers[1].mlp.down_proj.weight[9, 0] = 2000.0
-
-
-def residual_add(model: Any) -> None:
-    """Two finite parts of 40,000 each: the stream brings one, down_proj adds the other."""
-    one_channel(model, 9, 40000.0)
-    one_unit(model, 1, 9, 8.0, 1.0)
-    model.model.layers[1].mlp.down_proj.weight[9, 0] = 5000.0
-
-
-def swiglu_product(model: Any) -> None:
-    """Two finite factors of 400 each, whose product is beyond 65504."""
-    one_channel(model, 3, 100.0)
-    one_unit(model, 1, 3, 400.0, 400.0)
-
-
-def lm_head_output(model: Any) -> None:
-    """A logit beyond 65504 from finite hidden states."""
-    one_channel(model, 3, 100.0)
-    model.model.norm.weight.zero_()
-    model.model.norm.weight[3] = 100.0
-    model.lm_head.weight.zero_()
-    model.lm_head.weight[77, 3] = 10000.0
-
-
-def expert_product(model: Any) -> None:
-    """One expert's SwiGLU product; the router sends every token there."""
-    one_channel(model, 3, 100.0)
-    block = model.model.layers[1]
-    block.post_attention_layernorm.weight.zero_()
-    block.post_attention_layernorm.weight[3] = 1.0
-    block.mlp.gate.weight.zero_()
-    block.mlp.gate.weight[5, 3] = 10.0
-    experts = block.mlp.experts
-    if hasattr(experts, "gate_up_proj"):  # transformers 5 keeps all experts in one tensor
-        half = experts.gate_up_proj.shape[1] // 2
-        gate, up, down = experts.gate_up_proj[5, :half], experts.gate_up_proj[5, half:], experts.down_proj[5]
-    else:
-        gate, up, down = (getattr(experts[5], name).weight for name in ("gate_proj", "up_proj", "down_proj"))
-    for part in (gate, up, down):
-        part.zero_()
-    gate[0, 3] = up[0, 3] = 400.0 / SIZE
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, make_checkpoint, run_probe
-from rescues import TEXTS, export, load, logits, planned, powers, rescue
-from test_planted_faults import (
-    down_proj_output,
-    expert_product,
-    lm_head_output,
-    one_channel,
-    one_unit,
-    residual_add,
-    swiglu_product,
-)
 from transformers import AutoTokenizer
 
 from qwen_precision.errors import QprecError, UsageError
@@ -31,6 +20,18 @@ from qwen_precision.qwen3.op import name_of
 from qwen_precision.record.generation import Stretch
 from qwen_precision.rescue.export import NOTE, Exporter
 from qwen_precision.settings.guards import load_guards
+from support.checkpoints import DEMO, make_checkpoint
+from support.plants import (
+    down_proj_output,
+    expert_product,
+    lm_head_output,
+    one_channel,
+    one_unit,
+    residual_add,
+    swiglu_product,
+)
+from support.rescues import TEXTS, export, load, logits, planned, powers, rescue
+from support.runs import run_probe
 
 
 def embedding(model: Any) -> None:
@@ -300,11 +301,10 @@ def test_what_breaks_a_promise_is_not_verified(broken: str, tmp_path: Path, monk
 
 
 def test_a_sum_that_left_the_range_half_way_asks_for_the_whole_margin() -> None:
-    from builders import a_pass, a_run, an_event
-
     from qwen_precision.judge.columns import Columns
     from qwen_precision.judge.findings import Limits
     from qwen_precision.judge.needs import needs
+    from support.builders import a_pass, a_run, an_event
 
     values = [1.5, 20.0, 300.0, 400.0, 420.0, 31.0]
     fp16 = a_pass("fp16", [*values[:3], float("inf"), *values[4:]], [an_event(3)])
@@ -548,9 +548,8 @@ def test_the_next_command_makes_the_same_plan(tmp_path: Path) -> None:
 
 
 def test_generate_recovers_in_fp16_itself_and_loads_no_second_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    from generation import run as generated
-
     from qwen_precision.model.loaded import Models
+    from support.generations import run as generated
 
     loaded: list[str] = []
     original = Models._load

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, edit_json, sentence
-from generation import ANSWER, PROMPT
 
 from qwen_precision.cli.app import main
+from support.checkpoints import DEMO, edit_json
+from support.generations import ANSWER, PROMPT
+from support.runs import sentence
 
 Capture = pytest.CaptureFixture[str]
 

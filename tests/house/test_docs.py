@@ -13,8 +13,8 @@ from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.checks import CHECKS
 from qwen_precision.render import FORMATS
 from qwen_precision.settings.guards import GUARDS
+from support.checkpoints import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
@@ -132,13 +132,6 @@ def test_the_tested_versions_are_those_that_are_pinned() -> None:
     readme = README.read_text()
     assert pins["torch"] == "2.13.0" and f"torch {pins['torch']}" in readme
     assert pins["transformers"] in readme and pins["transformers"] in (ROOT / "pyproject.toml").read_text()
-
-
-def test_the_map_of_the_house_names_every_module() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    for path in (ROOT / "qwen_precision").rglob("*.py"):
-        if not path.name.startswith("__"):
-            assert f"{path.name}`" in text, path.name
 
 
 def test_nothing_points_at_a_place_a_user_does_not_have() -> None:

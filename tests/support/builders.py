@@ -273,8 +273,8 @@ def explained_run() -> Run:
     return a_run([a_pass("fp32", reference, massive=massive), fp16], explanation=made, sweep=sweep)
 
 
-def many_overflows_run() -> Run:
-    layers = 40
+def many_overflows_run(layers: int = 2) -> Run:
+    """The same two operations overflow in every layer."""
     sites = [Site(layer=n, module=f"model.layers.{n}", op="add", call=1) for n in range(layers)]
     sites += [Site(layer=n, module=f"model.layers.{n}.mlp", op="mul", call=0) for n in range(layers)]
     magnitudes = [70000.0 + n for n in range(layers)] + [90000.0] * layers

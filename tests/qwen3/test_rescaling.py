@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_checkpoint, run_probe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rescues import export, layer_powers, logits, powers
 
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.qwen3.op import row_of
 from qwen_precision.qwen3.rescaling import Scale, powers_of
 from qwen_precision.rescue.bits import WeightBits
+from support.checkpoints import make_checkpoint
+from support.rescues import export, layer_powers, logits, powers
+from support.runs import run_probe
 
 SMALL = st.integers(0, 12)
 MOVES = st.integers(-6, 6)

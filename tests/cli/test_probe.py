@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_json, make_checkpoint, sentence
 from safetensors.torch import load_file, save_file
 
 from qwen_precision.cli.app import main
+from support.checkpoints import edit_json, make_checkpoint
+from support.runs import sentence
 
 Capture = pytest.CaptureFixture[str]
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from generation import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plant, run, settings, trips_of
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
 from qwen_precision.record.file import load, save, to_json
 from qwen_precision.record.run import Run
+from support.generations import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plant, run, settings, trips_of
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 NAN = float("nan")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.dtypes import DTYPES
@@ -16,6 +15,7 @@ from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_generate_settings
 from qwen_precision.settings.guards import GuardSettings, load_guards
 from qwen_precision.settings.prompts import read_prompts
+from support.checkpoints import DEMO
 
 PROMPT, ANSWER = "上海有个非常出名的地方，", "叫做外滩，晚上灯光很美。"
 BATCH = ["The quick brown", "Hello", "上海有个非常出名的地方，"]

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, make_checkpoint, run_probe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.dtypes import DTYPES
+from support.checkpoints import DEMO, make_checkpoint
+from support.runs import run_probe
 
 SINGLE = ["The capital of France is", "上海有个非常出名的地方，"]
 BATCH = ["The capital of France is Paris", "1", "上海有个非常出名的地方，"]

@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_checkpoint, run_probe
-from rescues import load
-from test_causes import TEXTS, enough_of_them, explained, first_of, ids_of, loud_token
-from test_planted_faults import down_proj_output, expert_product, one_unit
 from transformers import AutoTokenizer
 
 from qwen_precision.diagnose.run import diagnose
@@ -18,6 +14,10 @@ from qwen_precision.judge.precision import precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
+from support.checkpoints import make_checkpoint
+from support.plants import down_proj_output, enough_of_them, expert_product, ids_of, loud_token, one_unit
+from support.rescues import load
+from support.runs import TEXTS, explained, first_of, run_probe
 
 # -- microscope and blame --------------------------------------------------------------------------------------
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import RUNS, a_model, exclamation_run, healthy_run, overflowing_run, stopped_run
-from conftest import sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +17,8 @@ from qwen_precision.record.file import load, parse, save, to_json
 from qwen_precision.render import FORMATS, one
 from qwen_precision.render.schema import report_schema
 from qwen_precision.settings.config import configs_folder
+from support.builders import RUNS, a_model, exclamation_run, healthy_run, overflowing_run, stopped_run
+from support.runs import sentence
 
 Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("scratch")

@@ -3,13 +3,13 @@
 import subprocess
 
 import pytest
-from builders import a_continuation, a_generation, a_trip, exclamation_run, generated, recovered_run
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.nextcommand import next_command, quoted_for_a_shell, same_again
 from qwen_precision.record.generation import ProbeSummary, Stretch
 from qwen_precision.record.run import Run
 from qwen_precision.settings.guards import GuardSettings
+from support.builders import a_continuation, a_generation, a_trip, exclamation_run, generated, recovered_run
 
 UNWATCHED = GuardSettings.model_validate({"watch": False, "clamp": False, "recover": False}).model_dump()
 SAME = [7, 9, 4, 2, 8, 5, 3, 6]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.checkpoints import DEMO
 
 PROMPT, ANSWER = "上海有个非常出名的地方，", "叫做外滩，晚上灯光很美。"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from conftest import DEMO
 
 from qwen_precision.cli.app import main
+from support.checkpoints import DEMO
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.checkpoints import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overflowing_run, stopped_run
 
 from qwen_precision.judge.checks import CHECKS, judge
 from qwen_precision.judge.findings import Limits, Token
 from qwen_precision.record.run import Reseed, Site, Weight
+from support.builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overflowing_run, stopped_run
 
 
 def test_there_are_checks_and_each_says_what_it_does() -> None:
@@ -151,7 +151,7 @@ def test_a_stopped_run_is_never_called_ok() -> None:
 
 
 def test_one_site_is_one_finding_that_names_all_prompts_it_fails_on() -> None:
-    from builders import a_prompt
+    from support.builders import a_prompt
 
     passes = []
     for number, size in enumerate((70000.0, 90000.0)):

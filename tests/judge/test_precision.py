@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_probe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.precision import precision
 from qwen_precision.record.run import Pass, Run
+from support.runs import run_probe
 
 TEXT = "The capital of France is Paris, and"
 BATCH = ["The capital of France is Paris", "1", "上海有个非常出名的地方，"]

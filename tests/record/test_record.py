@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import a_pass, a_run, exclamation_run, healthy_run, recovered_run
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
@@ -19,6 +18,8 @@ from qwen_precision.record.file import load, save, to_json
 from qwen_precision.record.packing import LARGE, pack_column
 from qwen_precision.record.run import SCHEMA, Run, Site
 from qwen_precision.record.upgrades import UPGRADES
+from support.builders import a_pass, a_run, exclamation_run, healthy_run, recovered_run
+from support.checkpoints import ROOT
 
 
 def test_a_run_survives_saving_and_loading_as_text(demo_run: Run, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_damaged_record_is_refused_with_the_key_named(
 TEXTS = ("table", "json", "markdown", "junit", "github")
 """Formats that are quick; all of them meet hostile records in render/test_formats.py."""
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def test_there_is_a_fixture_of_every_earlier_schema() -> None:

@@ -8,36 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from builders import a_pass, a_run, an_event
-from conftest import DEMO, make_checkpoint
 from safetensors.torch import load_file, save_file
-from test_planted_faults import down_proj_output, one_unit
 from transformers import AutoTokenizer
 from transformers.models.qwen3 import modeling_qwen3
 
 from qwen_precision.diagnose.run import diagnose
 from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.checks import judge
-from qwen_precision.judge.findings import Finding
 from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
-
-TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
-
-
-def ids_of(text: str) -> list[int]:
-    return list(AutoTokenizer.from_pretrained(DEMO)(text)["input_ids"])
-
-
-def explained(folder: Path | str, prompts: list[PromptSpec] | None = None, **settings: Any) -> Run:
-    specs = prompts or [PromptSpec(name=text[:9], text=text) for text in TEXTS]
-    return diagnose(str(folder), load_settings(None, settings), specs).run
-
-
-def first_of(run: Run, dtype: str = "fp16") -> Finding:
-    return next(each for each in judge(run).findings if each.dtype == dtype and each.severity != "info")
-
+from support.builders import a_pass, a_run, an_event
+from support.checkpoints import DEMO, make_checkpoint
+from support.plants import down_proj_output, enough_of_them, ids_of, loud_token, one_unit
+from support.runs import TEXTS, explained, first_of
 
 # -- the faults ------------------------------------------------------------------------------------------------
 
@@ -49,45 +33,6 @@ def loud_scores(size: float) -> Callable[[Any], None]:
         attention = model.model.layers[1].self_attn
         attention.q_norm.weight.fill_(size)
         attention.k_norm.weight.fill_(size)
-
-    return plant
-
-
-def loud_token(text: str, size: float) -> Callable[[Any], None]:
-    """One token has a large embedding in a channel, and layer 1 adds as much again: their sum is too much."""
-
-    def plant(model: Any) -> None:
-        (token,) = ids_of(text)
-        model.model.embed_tokens.weight[:, 9] = 0.0
-        model.model.embed_tokens.weight[token, 9] = size
-        one_unit(model, 1, 9, 8.0, 1.0)
-        model.model.layers[1].mlp.down_proj.weight[9, 0] = size / 8
-
-    return plant
-
-
-def enough_of_them(gain: float) -> Callable[[Any], None]:
-    """Attention of layer 1 averages a channel that is +1 everywhere and -1 at the token "Z"; an MLP unit multiplies the
-    average with a channel that only "Z" has. So "Z" is large only after enough other tokens."""
-
-    def plant(model: Any) -> None:
-        (mark,) = ids_of("Z")
-        embed = model.model.embed_tokens.weight
-        embed.zero_()
-        embed[:, 1] = 100.0  # what every norm divides by: sqrt(64) / 100
-        embed[:, 2], embed[mark, 2] = 12.5, -12.5
-        embed[mark, 3] = 12.5
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        block = model.model.layers[1]
-        block.self_attn.q_norm.weight.zero_()  # all scores equal: the plain average
-        block.self_attn.v_proj.weight.zero_()
-        block.self_attn.v_proj.weight[0, 2] = 1.0
-        block.self_attn.o_proj.weight[4, 0] = 12.5
-        for part, channel, size in ((block.mlp.gate_proj, 4, 400.0), (block.mlp.up_proj, 3, gain)):
-            part.weight.zero_()
-            part.weight[0, channel] = size
 
     return plant
 

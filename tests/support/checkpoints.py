@@ -1,0 +1,66 @@
+"""Tiny checkpoints with known faults."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+DEMO = ROOT / "qwen_precision" / "demo"
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    moe: bool = False,
+    tied: bool = False,
+    dtype: str = "bfloat16",
+    edit: Callable[[Any], None] | None = None,
+    shard: str | None = None,
+    **config: Any,
+) -> Path:
+    """A seeded tiny Qwen3 with the demo's tokenizer.
+
+    Args:
+        edit: called with the fp32 model before it is cast and saved: where faults are planted.
+        shard: safetensors shard size, for checkpoints of several files.
+    """
+    import torch
+    import transformers
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        **config,
+    }
+    if moe:
+        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts, **common))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**common))
+    if edit is not None:
+        with torch.no_grad():
+            edit(model)
+    # Saved in fp32 first where the values must survive: a weight of 70,000 is finite in bf16 and fp32.
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, folder / name)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    data = json.loads(path.read_text())
+    data.update(changes)
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))

@@ -1,0 +1,43 @@
+"""Probes in one line, and what a command printed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_precision.diagnose.run import diagnose
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.findings import Finding
+from qwen_precision.record.run import Run
+from qwen_precision.settings.config import load_settings
+from qwen_precision.settings.prompts import PromptSpec
+
+
+def run_probe(source: str | Path, texts: list[str] | None = None, file: str | None = None, **settings: Any) -> Any:
+    from qwen_precision.probe.run import probe
+    from qwen_precision.settings.config import load_settings
+    from qwen_precision.settings.prompts import read_prompts
+
+    on_final = settings.pop("on_final", None)
+    return probe(str(source), load_settings(None, settings), read_prompts(texts or [], file), on_final=on_final)
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr; stdout must be empty."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
+    return lines[0]
+
+
+TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
+
+
+def explained(folder: Path | str, prompts: list[PromptSpec] | None = None, **settings: Any) -> Run:
+    specs = prompts or [PromptSpec(name=text[:9], text=text) for text in TEXTS]
+    return diagnose(str(folder), load_settings(None, settings), specs).run
+
+
+def first_of(run: Run, dtype: str = "fp16") -> Finding:
+    return next(each for each in judge(run).findings if each.dtype == dtype and each.severity != "info")
