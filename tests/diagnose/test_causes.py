@@ -210,7 +210,7 @@ def test_what_nothing_shows_is_not_told(tmp_path: Path) -> None:
 
 def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen_precision.diagnose import explain as module
-    from qwen_precision.judge.controls import planned
+    from qwen_precision.judge.controls import candidates
     from qwen_precision.record.run import Choice
 
     flags = torch.backends.cuda.matmul
@@ -222,7 +222,7 @@ def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision(monkeypatch: pyte
     fp32 = a_pass("fp32", [1.5, 900.0, 1.0, 1.0, 1.0, 1.0])
     for device, wanted in (("cuda:0", True), ("cpu", False)):
         run = a_run([fp32, fp16], choices=[Choice(what="device", value=device, reason="asked for")])
-        assert any(each.what == "full reduction" for each in planned(judge(run))) == wanted
+        assert any(each.what == "full reduction" for each in candidates(judge(run))) == wanted
 
 
 # -- causes that no edit of a weight makes ---------------------------------------------------------------------
