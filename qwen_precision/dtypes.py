@@ -4,6 +4,8 @@ Each value is the IEEE 754 (fp16, fp32) or Google Brain (bf16) constant; a test 
 ``torch.finfo``. A new dtype is a row in ``DTYPES``: command-line choices, help, limits and tests read it.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -26,6 +28,11 @@ class Dtype:
     bytes: int
     """Bytes an element."""
 
+    @property
+    def overflows_from(self) -> float:
+        """The least magnitude that rounds to infinity: the largest number and half the step to the next (65520)."""
+        return self.max + self.eps * 2.0 ** (math.frexp(self.max)[1] - 2)
+
 
 DTYPES: dict[str, Dtype] = {
     row.name: row
@@ -44,6 +51,17 @@ RESCUED = "fp16"
 
 WIDER_MAX: dict[str, float] = {"fp64": (2 - 2.0**-52) * 2.0**1023}
 """Largest finite numbers of formats that operations may compute in although no pass runs in them."""
+
+
+def narrowest(names: Iterable[str]) -> str | None:
+    """Of these, the format whose range activations can leave; None where all are as wide as fp32."""
+    narrow = [name for name in names if DTYPES[name].max < 1e30]
+    return min(narrow, key=lambda name: DTYPES[name].max, default=None)
+
+
+def overflows_from(name: str) -> float:
+    """``Dtype.overflows_from`` by the short name; of a format beyond the table its largest number."""
+    return DTYPES[name].overflows_from if name in DTYPES else WIDER_MAX[name]
 
 
 def largest(name: str) -> float:

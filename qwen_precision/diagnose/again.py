@@ -48,4 +48,4 @@ def outcomes(run: Run) -> dict[int, bool]:
     """By row: whether every operation was finite; rows that were not finished are left out."""
     if run.stopped is not None:
         return {}
-    return {each.prompt: not any(event.nan or event.inf for event in each.events) for each in run.passes}
+    return {each.prompt: not each.failed for each in run.passes}

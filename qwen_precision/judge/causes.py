@@ -14,8 +14,10 @@ CAUSES: dict[str, str] = {
     "dead-in-fp32": "the reference itself is not finite",
     "damaged-weight": "a tensor holds NaN or infinity",
     "weight-range": "a weight is larger than the dtype's largest number",
+    "harmless-overflow": "with the lowest finite number for its -inf the layer gives the same bits",
     "masked-rows": "only pad positions, or only in a batch",
     "attention-scores": "scores of eager attention; sdpa is clean",
+    "rounding": "the operands as the dtype holds them are too large together; the reference's are not",
     "accumulation": "operands and reference in range, yet not finite: a sum left the range half-way",
     "silent-absorption": "an inner operation overflowed, and the output is finite and wrong",
     "length": "the token is harmless after a few others, and not after so many, whatever they are",
@@ -47,11 +49,8 @@ _Found = tuple[str, str, str] | None
 def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
     """The cause of one origin: an operation that gave something not finite from finite inputs."""
     site = columns.run.sites[event.site]
-    magnitude = columns.magnitude(each, event.site) if columns.run.reference and each.dtype != REFERENCE else None
-    magnitude = magnitude if magnitude is not None and math.isfinite(magnitude) else None
-    what, limit = name_of(site.module, site.op, site.call), columns.limit(each.dtype, event.site)
-    if magnitude is not None and magnitude <= limit and _clamped_before(each, event):
-        magnitude = None  # of other hidden states than those it failed on
+    magnitude, limit = reference_magnitude(columns, each, event), columns.limit(each.dtype, event.site)
+    what = name_of(site.module, site.op, site.call)
     case = _Case(columns, each, event, site, what, magnitude, limit, _controls(columns.run, each, event))
     evidence = _measured(case)
     kind, advice = "out-of-range" if magnitude is not None else "not-told", ""
@@ -62,12 +61,18 @@ def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
             evidence = [*evidence, why]
             break
     usual = advice_for(columns.run, each.dtype, magnitude, limit)
-    return Cause(
-        kind,
-        sentence(each.dtype, what, magnitude, limit, event.in_padding, columns.run.reference),
-        tuple(line for line in (*evidence, *_ran(case)) if line),
-        advice or usual,
-    )
+    said = sentence(each.dtype, what, magnitude, limit, event.in_padding, columns.run.reference)
+    shown = tuple(line for line in (*evidence, *_ran(case)) if line)
+    return Cause(kind, said, shown, advice or usual)
+
+
+def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | None:
+    """What the reference reaches where something began: at that place, if it was looked at, else at all of the site."""
+    if not columns.run.reference or each.dtype == REFERENCE:
+        return None
+    own = columns.foreseen(each.prompt).get(event.site)
+    magnitude = float(own.value) if own is not None else columns.magnitude(each, event.site)
+    return magnitude if magnitude is not None and math.isfinite(magnitude) else None
 
 
 def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
@@ -123,7 +128,7 @@ def _measured(case: _Case) -> list[str]:
 
 def _by_outcome(columns: Columns, dtype: str) -> tuple[list[str], list[str]]:
     """Names of the prompts on which a dtype failed, and of the others."""
-    bad = {each.prompt for each in columns.passes(dtype) if any(event.nan or event.inf for event in each.events)}
+    bad = {each.prompt for each in columns.passes(dtype) if each.failed}
     names = {each.prompt: columns.run.prompts[each.prompt].name for each in columns.passes(dtype)}
     return [names[n] for n in names if n in bad], [names[n] for n in names if n not in bad]
 
@@ -168,10 +173,19 @@ def _scores(case: _Case) -> _Found:
 
 
 def _accumulation(case: _Case) -> _Found:
-    if case.magnitude is None or case.magnitude > case.limit:
+    """The reference stays inside: what took the dtype out is told by doing it in exact arithmetic."""
+    edge = case.columns.edge(case.run_pass.dtype, case.event.site)
+    if case.magnitude is None or case.magnitude >= edge:
         return None
     full, dtype = case.controls.get("full reduction"), case.run_pass.dtype
+    look = case.event.closeup
+    exact = abs(float(look.exact)) if look is not None and look.exact is not None else None
+    if exact is not None and exact >= edge:
+        why = f"its operands, rounded to {dtype}, give {exact:.6g} exactly; the reference's {case.magnitude:.6g}"
+        return "rounding", why, f"There is no headroom here: keep this operation out of {dtype}, or rescale it."
     why = f"all operands are finite and the reference reaches only {case.magnitude:.6g}"
+    if exact is not None:
+        why += f"; in exact arithmetic the same operands give {exact:.6g}, so a partial sum left the range"
     if full is not None and full.clean:
         return (
             "accumulation",
@@ -181,9 +195,15 @@ def _accumulation(case: _Case) -> _Found:
     return "accumulation", why, f"Keep this operation out of {dtype}, or let it add up in fp32."
 
 
-def _clamped_before(each: Pass, event: Event) -> bool:
-    """Whether the row ran on hidden states that had to be clamped: then the reference says nothing about it."""
-    return any(seed.clamped and (event.row or 0) in seed.rows for seed in each.reseeded)
+def _harmless(case: _Case) -> _Found:
+    if not case.event.harmless:
+        return None
+    return (
+        "harmless-overflow",
+        "with the lowest finite number in place of -inf the layer gives the same bits",
+        "Nothing is lost on these prompts. It does harm where all scores of a token are as low, for then softmax gives "
+        "NaN, or where one is as high; sdpa attention keeps scores in fp32.",
+    )
 
 
 def _absorbed(case: _Case) -> _Found:
@@ -294,6 +314,7 @@ def _usual(case: _Case) -> str:
 
 _RULES: tuple[Callable[[_Case], _Found], ...] = (
     _dead,
+    _harmless,
     _masked,
     _scores,
     _accumulation,

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest
 from qwen_precision.judge import text
-from qwen_precision.judge.causes import advice_for, cause_of, weight_evidence
+from qwen_precision.judge.causes import advice_for, cause_of, reference_magnitude, weight_evidence
 from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
 from qwen_precision.judge.precision import precision
@@ -78,17 +78,17 @@ def _overflow(columns: Columns) -> Iterator[Finding]:
 
 
 def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
-    worst: dict[int, tuple[int, Finding, tuple[bool, float]]] = {}
+    worst: dict[int, tuple[int, Finding, tuple[bool, bool, float]]] = {}
     prompts: dict[int, list[str]] = {}
     for each in columns.passes(dtype):
-        events = sorted((e for e in each.events if e.nan or e.inf), key=lambda event: event.step)
-        origins = [number for number, e in enumerate(events) if e.clean_inputs and e.clean_weights]
-        for number, following in zip(origins, [*origins[1:], len(events)], strict=False):
-            event = events[number]
-            finding = _origin_finding(columns, each, event, following - number - 1)
+        bad = sorted(event.step for event in each.events if event.nan or event.inf)
+        origins = columns.origins(each)
+        for event, following in zip(origins, [*(later.step for later in origins[1:]), math.inf], strict=False):
+            carried = sum(event.step < step < following for step in bad)
+            finding = _origin_finding(columns, each, event, carried)
             prompts.setdefault(event.site, []).append(columns.run.prompts[each.prompt].name)
-            # A real token's says more than padding's.
-            size = (not event.in_padding, finding.magnitude.reference or 0.0)
+            # Harm says more than none, and a real token more than padding.
+            size = (not event.harmless, not event.in_padding, finding.magnitude.reference or 0.0)
             before = worst.get(event.site)
             if before is None or size > before[2]:
                 worst[event.site] = (event.step, finding, size)
@@ -98,13 +98,11 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
 
 
 def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) -> Finding:
-    magnitude = columns.magnitude(each, event.site) if columns.run.reference and each.dtype != REFERENCE else None
-    if magnitude is not None and not math.isfinite(magnitude):
-        magnitude = None
+    magnitude = reference_magnitude(columns, each, event)
     limit = columns.limit(each.dtype, event.site)
     return Finding(
         kind="overflow" if event.inf else "nan",
-        severity="error",
+        severity="warning" if event.harmless else "error",
         dtype=each.dtype,
         place=_place(columns, each, event.site, event),
         magnitude=Magnitude(magnitude, limit / magnitude if magnitude else None, event.nan, event.inf),
@@ -135,53 +133,61 @@ def _near_overflow(columns: Columns) -> Iterator[Finding]:
     for dtype in columns.run.dtypes:
         if dtype == REFERENCE:
             continue
-        events = [event for each in columns.passes(dtype) for event in each.events if event.nan or event.inf]
-        origins = {event.site for event in events if event.clean_inputs and event.clean_weights}
-        carried = {event.site for event in events} - origins
+        bad = {event.site for each in columns.passes(dtype) for event in each.events if event.nan or event.inf}
+        origins = {event.site for each in columns.passes(dtype) for event in columns.origins(each)}
+        yield from _foreseen(columns, dtype, origins)
         for row in columns.headroom(dtype):
             if row.headroom >= columns.limits.near_overflow:
                 break  # they are sorted
-            if row.headroom == 0 or row.site in origins:
+            # Not what only carries a number on that is too large already, or that went bad before.
+            inside = row.abs_max < columns.edge(dtype, row.site) or not _came_reseeded(columns, row)
+            if row.headroom > 0 and row.site not in bad and inside:
+                yield _near_finding(columns, row)
+
+
+def _foreseen(columns: Columns, dtype: str, origins: set[int]) -> Iterator[Finding]:
+    """Sites behind a failure at which the reference leaves the range by itself, though the dtype never got there.
+
+    By itself: everything that goes in is inside the range. What carries a number on that is too large already counts
+    with the place where it became so.
+    """
+    if dtype != narrowest(columns.run.dtypes):
+        return
+    found: dict[int, Finding] = {}
+    prompts: dict[int, list[str]] = {}
+    wider = columns.wider(dtype)
+    for each in columns.passes(dtype):
+        dead = {event.site for event in each.events if event.nan or event.inf}
+        for site, event in columns.foreseen(each.prompt).items():
+            if site in origins or each.abs_max[site] is None or site in wider:
                 continue
-            unreached = row.site in carried or _came_reseeded(columns, row)
-            if row.headroom >= 1 or not unreached:
-                if row.site not in carried:
-                    yield _near_finding(columns, row)
-            elif not _only_carries(columns, row):
-                yield _beyond(_near_finding(columns, row), columns.run)
+            if not (site in dead or any(seed.layer <= columns.depth(site) for seed in each.reseeded)):
+                continue
+            prompts.setdefault(site, []).append(columns.run.prompts[each.prompt].name)
+            if site not in found or float(event.value) > (found[site].magnitude.reference or 0.0):
+                found[site] = _beyond(columns, each, event)
+    for site, finding in found.items():
+        yield replace(finding, spread=Spread(prompts=tuple(dict.fromkeys(prompts[site]))))
 
 
 def _came_reseeded(columns: Columns, row: Headroom) -> bool:
     """Whether the dtype's own stream never reached this site: it had been replaced before."""
-    layer = columns.run.sites[row.site].layer
     each = columns.by_key[row.dtype, row.prompt]
-    return any(seed.layer <= (math.inf if layer is None else layer) for seed in each.reseeded)
+    return any(seed.layer <= columns.depth(row.site) for seed in each.reseeded)
 
 
-def _only_carries(columns: Columns, row: Headroom) -> bool:
-    """Whether a sum is beyond the range because one of its parts is: the stream, or the product just before."""
-    sites, reference = columns.run.sites, columns.by_key.get((REFERENCE, row.prompt))
-    if sites[row.site].op != "add" or reference is None:
-        return sites[row.site].op == "cast"
-    limit = columns.limit(row.dtype, row.site)
-    before = range(row.site - 1, -1, -1)
-    roles = {s: row_of(sites[s].module, sites[s].op, sites[s].call).role for s in before}
-    stream = next((s for s in before if roles[s] == "residual"), None)
-    product = next((s for s in before if roles[s] in ("product", "scores", "logits")), None)
-    return any(part is not None and (reference.abs_max[part] or 0) > limit for part in (stream, product))
-
-
-def _beyond(finding: Finding, run: Run) -> Finding:
+def _beyond(columns: Columns, each: Pass, event: Event) -> Finding:
     """Out of range by itself, had the stream got here."""
-    reached, dtype = f"{finding.magnitude.reference:.6g}", finding.dtype
+    place, dtype, value = _place(columns, each, event.site, event), each.dtype, float(event.value)
     cause = Cause(
         kind="out-of-range",
-        sentence=f"The {finding.place.name} reaches {reached} in fp32, beyond {dtype}; "
+        sentence=f"The {place.name} reaches {value:.6g} in fp32, beyond {dtype}; "
         f"the {dtype} stream itself had failed before and did not get here.",
-        evidence=(f"the reference reaches {reached} here",),
-        advice=advice_for(run, dtype, math.inf, 0.0),
+        evidence=(f"the reference reaches {value:.6g} here, and all that goes in is within {dtype}'s range",),
+        advice=advice_for(columns.run, dtype, math.inf, 0.0),
     )
-    return replace(finding, kind="overflow", severity="error", predicted=True, cause=cause)
+    size = Magnitude(value, columns.limit(dtype, event.site) / value)
+    return Finding("overflow", "error", dtype, place, size, cause, predicted=True)
 
 
 def _near_finding(columns: Columns, row: Headroom) -> Finding:
@@ -298,7 +304,7 @@ def _divergence(columns: Columns) -> Iterator[Finding]:
     """Finite everywhere, but the next token, its distribution and log-probabilities are too far from fp32's."""
     limits = columns.limits
     for dtype, found in precision(columns.run).items():
-        if any(event.nan or event.inf for each in columns.passes(dtype) for event in each.events):
+        if any(each.failed for each in columns.passes(dtype)):
             continue
         kl, logprob = found.kl or 0.0, found.logprob or 0.0
         if found.agree < found.rows and kl > limits.kl and logprob > limits.logprob:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_precision.dtypes import REFERENCE, largest
+from qwen_precision.dtypes import REFERENCE, largest, overflows_from
 from qwen_precision.judge.findings import Headroom, Limits, Token
+from qwen_precision.qwen3 import row_of
 from qwen_precision.record import Event, Pass, Run
 
 Array = NDArray[Any]
@@ -23,6 +24,15 @@ class Columns:
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
         self.sparse = {site.layer for site in run.sites if ".experts" in site.module}
         """Layers that have experts."""
+        self._foreseen = {
+            each.prompt: {
+                event.site: event
+                for event in each.events
+                if event.clean_inputs and event.clean_weights and not (event.nan or event.inf)
+            }
+            for each in run.passes
+            if each.dtype == REFERENCE
+        }
         self._headroom: dict[str, list[Headroom]] = {}
         self._columns: dict[tuple[str, int], Array] = {}
         self._known: dict[tuple[str, int], Array] = {}
@@ -34,6 +44,43 @@ class Columns:
     def limit(self, dtype: str, site: int) -> float:
         """The largest finite number of the format the site computes in."""
         return largest(self.run.wider.get(dtype, {}).get(site, dtype))
+
+    def wider(self, dtype: str) -> set[int]:
+        """Sites that compute in another format than the dtype."""
+        return {site for site, name in self.run.wider.get(dtype, {}).items() if name != dtype}
+
+    def edge(self, dtype: str, site: int) -> float:
+        """The least magnitude that overflows in the format the site computes in."""
+        return overflows_from(self.run.wider.get(dtype, {}).get(site, dtype))
+
+    def foreseen(self, prompt: int) -> dict[int, Event]:
+        """By site: where the reference leaves the narrowest dtype's range by itself; all that went in was inside."""
+        return self._foreseen.get(prompt, {})
+
+    def origins(self, each: Pass) -> list[Event]:
+        """Where something not finite began, in the order it ran.
+
+        Behind a clamp (the reference itself was beyond the range when a dead row was to be continued from it) the row
+        is nobody's, and what it does there is no evidence.
+        """
+        return [
+            event
+            for event in sorted(each.events, key=lambda event: event.step)
+            if (event.nan or event.inf)
+            and event.clean_inputs
+            and event.clean_weights
+            and not any(
+                seed.clamped and (event.row or 0) in seed.rows and seed.layer <= self.depth(event.site)
+                for seed in each.reseeded
+            )
+        ]
+
+    def depth(self, site: int) -> float:
+        """The layer of a site; before all layers for the embedding, behind them for what follows."""
+        place = self.run.sites[site]
+        if place.layer is not None:
+            return place.layer
+        return -1 if row_of(place.module, place.op, place.call).role == "embedding" else math.inf
 
     def magnitude(self, each: Pass, site: int) -> float | None:
         """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.

@@ -43,12 +43,12 @@ def needs(columns: Columns, margin: float, gate_channels: int) -> Needs:
     """
     found = Needs()
     _weights(columns, found)
-    failing = _failing(columns)
+    failing, harmless = _failing(columns)
     for row in columns.headroom(RESCUED):
         site, power = mover(columns, row, gate_channels)
         dead = row.headroom == 0
         if power is None or dead:
-            fails = dead or row.headroom < 1 or row.site in failing
+            fails = dead or ((row.headroom < 1 or row.site in failing) and row.site not in harmless)
             if row.headroom < margin or fails:
                 _stick(found, site, row, fails)
             continue
@@ -60,10 +60,11 @@ def needs(columns: Columns, margin: float, gate_channels: int) -> Needs:
     return found
 
 
-def _failing(columns: Columns) -> set[int]:
-    """Sites at which the fp16 pass itself left the range first."""
-    events = [event for each in columns.passes(RESCUED) for event in each.events if event.nan or event.inf]
-    return {event.site for event in events if event.clean_inputs and event.clean_weights}
+def _failing(columns: Columns) -> tuple[set[int], set[int]]:
+    """Sites at which the fp16 pass itself left the range first, and those at which that never did any harm."""
+    origins = [event for each in columns.passes(RESCUED) for event in columns.origins(each)]
+    failing = {event.site for event in origins if not event.harmless}
+    return failing, {event.site for event in origins} - failing
 
 
 def mover(columns: Columns, row: Headroom, gate_channels: int) -> tuple[Site, str | None]:

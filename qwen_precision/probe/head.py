@@ -17,7 +17,7 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.model import Encoded, Scratch, WeightStore, path_of
 from qwen_precision.probe.logprobs import LogProbs
 from qwen_precision.probe.task import FinalHook, Task
-from qwen_precision.probe.watched import WatchedRun
+from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.record import rounded
 from qwen_precision.torch_dtypes import torch_dtype
 
@@ -92,9 +92,12 @@ class Head:
         logits = states
         for begin in range(0, states.shape[1], step):
             piece = states[:, begin : begin + step]
-            logits = self._measure.run(
+            part = Section(
                 key, valid[:, begin : begin + step], self._head, partial(self._head, piece), slice_at=(begin, start)
             )
+            logits, readings = self._measure.run(part)
+            if key[0] == REFERENCE and self._measure.beyond(readings):
+                self._measure.foresee(part)
             self._logprobs.add(key, logits, begin, start)
         return logits
 

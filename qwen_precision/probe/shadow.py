@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.dtypes import DTYPES, REFERENCE
+from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest, overflows_from
 from qwen_precision.model import (
     Encoded,
     LayerCall,
@@ -34,11 +34,11 @@ from qwen_precision.model import (
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
 from qwen_precision.probe.task import FinalHook, Task
-from qwen_precision.probe.watched import WatchedRun
+from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Massive, Reseed, rounded
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Watcher, attached
+from qwen_precision.watcher import Reading, Watcher, attached
 
 
 @dataclass
@@ -111,7 +111,9 @@ class Shadow:
         self.model, self.store, self.prompts, self.task = model, store, prompts, task
         self.collector, self.progress, self.on_final = collector, progress, on_final
         self.watcher = Watcher()
-        self.measure = WatchedRun(self.watcher, collector, task.near)
+        self._narrow = narrowest(task.dtypes)
+        limit = overflows_from(self._narrow) if self._narrow is not None else None
+        self.measure = WatchedRun(self.watcher, collector, task.near, limit)
         self.scratch = Scratch()
         self.seconds: dict[str, float] = {"read and cast": 0.0, **dict.fromkeys(task.dtypes, 0.0)}
         self._streams: dict[tuple[str, int], _Stream] = {}
@@ -157,7 +159,7 @@ class Shadow:
         for name in self.task.dtypes:
             self.scratch.place(embed, {"weight": rows}, torch_dtype(name))
             for index, prompt in enumerate(self.prompts):
-                hidden = self._watched(name, index, path, embed, partial(embed, compact[index]))
+                hidden = self._watched(name, index, embed, partial(embed, compact[index]))
                 calls = layer_calls(self.model, hidden, prompt.mask)
                 self._streams[name, index] = _Stream(hidden, hidden, calls)
         self.scratch.release()
@@ -173,26 +175,47 @@ class Shadow:
         return torch.cat(found)
 
     def _layer(self, index: int) -> None:
-        layer, path = self._layers[index], f"{self._path}.{index}"
-        sources = self._read(index)
+        layer, sources = self._layers[index], self._read(index)
+        readings: dict[tuple[str, int], list[Reading]] = {}
         for name in self.task.dtypes:
             started = time.perf_counter()
             self.scratch.place(layer, sources, torch_dtype(name))
             placed = time.perf_counter()
             for prompt in range(len(self.prompts)):
                 stream = self._streams[name, prompt]
-                call = stream.calls[index]
                 stream.given = stream.hidden
-                stream.hidden = self._watched(
-                    name, prompt, path, layer, partial(run_layer, layer, stream.hidden, call), call
-                )
+                stream.hidden, readings[name, prompt] = self.measure.run(self._section(name, prompt, index))
                 self._compare(name, prompt)
                 self._massive(name, prompt, index)
-                self._local(name, prompt, layer, call)
+                self._local(name, prompt, layer, stream.calls[index])
                 self._reseed(name, prompt, index)
             self.seconds["read and cast"] += placed - started
             self.seconds[name] += time.perf_counter() - placed
+        self._foresee(index, sources, readings)
         self.scratch.release()
+
+    def _section(self, name: str, prompt: int, index: int) -> Section:
+        """One layer on what went into it; it can be run again after the next was."""
+        layer, stream = self._layers[index], self._streams[name, prompt]
+        call = stream.calls[index]
+        forward = partial(run_layer, layer, stream.given, call)
+        enter = partial(self._enter, f"{self._path}.{index}", call)
+        return Section((name, prompt), self.prompts[prompt].mask.bool(), layer, forward, enter)
+
+    def _foresee(self, index: int, sources: dict[str, Tensor], readings: dict[tuple[str, int], list[Reading]]) -> None:
+        """Look closely at the reference where it leaves the narrowest range: behind a failure nothing else tells."""
+        if self._narrow is None or REFERENCE not in self.task.dtypes:
+            return
+        dtype = torch_dtype(self._narrow)
+        beyond = [
+            prompt
+            for prompt in range(len(self.prompts))
+            if self.measure.beyond(readings[REFERENCE, prompt], readings[self._narrow, prompt], dtype)
+        ]
+        if beyond:
+            self.scratch.place(self._layers[index], sources, torch_dtype(REFERENCE))
+        for prompt in beyond:
+            self.measure.foresee(self._section(REFERENCE, prompt, index))
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's weights, read ahead of time; sends the reader for the next and the disk for the one after."""
@@ -207,22 +230,16 @@ class Shadow:
             self.store.prefetch(self._layers[index + 1], f"{self._path}.{index + 1}")
         return self.store.module(self._layers[index], f"{self._path}.{index}")
 
-    def _watched(
-        self,
-        name: str,
-        prompt: int,
-        path: str,
-        module: nn.Module,
-        forward: Callable[[], Tensor],
-        call: LayerCall | None = None,
-    ) -> Tensor:
-        valid = self.prompts[prompt].mask.bool()
-        return self.measure.run((name, prompt), valid, module, forward, partial(self._enter, path, call))
+    def _watched(self, name: str, prompt: int, module: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+        """A part outside the layers; the reference is looked at closely at once where it leaves the narrowest range."""
+        section = Section((name, prompt), self.prompts[prompt].mask.bool(), module, forward)
+        out, readings = self.measure.run(section)
+        if name == REFERENCE and self.measure.beyond(readings):
+            self.measure.foresee(section)
+        return out
 
-    def _enter(self, path: str, call: LayerCall | None) -> None:
+    def _enter(self, path: str, call: LayerCall) -> None:
         """Set the path of a part that is run by its forward, past its own hooks; declare its masks."""
-        if call is None:
-            return
         self.watcher.enter_module(path)
         for value in call.kwargs.values():
             if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
@@ -292,7 +309,6 @@ class Shadow:
                 hidden[name, prompt] = self._watched(
                     name,
                     prompt,
-                    "",
                     base,
                     partial(finish, self.model, stream.embedded, self.prompts[prompt].mask, stream.hidden),
                 )

@@ -1,12 +1,30 @@
 """Run a part of the model watched, and once more, closely, where something was not finite or near a limit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qwen_precision.probe.collect import Collector
-from qwen_precision.watcher import Inspector, Reading, Watcher, storages
+from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Watcher, storages
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the model, ready to be run; always with the same result."""
+
+    key: tuple[str, int]
+    """Dtype and prompt."""
+    valid: Tensor
+    """``[batch, tokens]`` bool, False at padding."""
+    module: nn.Module
+    """Whose weights are used."""
+    forward: Callable[[], Tensor]
+    enter: Callable[[], None] = lambda: None
+    """Sets the watcher's path and masks before each run."""
+    slice_at: tuple[int, int] | None = None
+    """For a part that is a slice of one operation, its first position and first channel."""
 
 
 class WatchedRun:
@@ -16,50 +34,76 @@ class WatchedRun:
         watcher: attached to the model.
         collector: takes what was measured.
         near: look closely at operations whose headroom is below this.
+        limit: magnitudes from which on the narrowest dtype of all passes overflows; None where none is narrow.
     """
 
-    def __init__(self, watcher: Watcher, collector: Collector, near: float) -> None:
-        self.watcher, self.collector, self.near = watcher, collector, near
+    def __init__(self, watcher: Watcher, collector: Collector, near: float, limit: float | None) -> None:
+        self.watcher, self.collector, self.near, self._limit = watcher, collector, near, limit
 
-    def run(
-        self,
-        key: tuple[str, int],
-        valid: Tensor,
-        module: nn.Module,
-        forward: Callable[[], Tensor],
-        enter: Callable[[], None] = lambda: None,
-        slice_at: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Run ``forward`` and give what it gives.
+    def run(self, section: Section) -> tuple[Tensor, list[Reading]]:
+        """Run a part; gives what it gives, and the reading of every operation."""
+        self.watcher.forget()
+        section.enter()
+        with self.watcher:
+            out = section.forward()
+        readings = self.watcher.take()
+        self.collector.add(*section.key, readings, fold=section.slice_at is not None)
+        if suspicious(readings, self.near):
+            inspector = Inspector(section.valid, self.near, storages(section.module))
+            self._again(section, inspector)
+            self._keep(section, [self._tried(section, each, out) for each in inspector.found])
+        return out, readings
+
+    def foresee(self, section: Section) -> None:
+        """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself."""
+        inspector = Inspector(section.valid, self.near, storages(section.module), self._limit)
+        self._again(section, inspector)
+        self._keep(section, inspector.found)
+
+    def beyond(self, reference: list[Reading], own: Iterable[Reading] = (), dtype: torch.dtype | None = None) -> bool:
+        """Whether the reference leaves the narrowest dtype's range where that dtype itself is computed in.
 
         Args:
-            key: dtype and prompt.
-            valid: ``[batch, tokens]`` bool, False at padding.
-            module: whose weights are used.
-            forward: the part; run a second time only if something is suspicious, with the same result.
-            enter: sets the watcher's path and masks before each run.
-            slice_at: for a part that is a slice of one operation, its first position and first channel.
+            reference: readings of the reference.
+            own: of the same part in the narrowest dtype; those in a wider format (norms) do not count.
+            dtype: that dtype.
         """
-        sliced = slice_at is not None
-        self.watcher.forget()
-        enter()
-        with self.watcher:
-            out = forward()
-        readings = self.watcher.take()
-        self.collector.add(*key, readings, fold=sliced)
-        if suspicious(readings, self.near):
-            inspector = Inspector(valid, self.near, storages(module))
-            enter()
-            self.watcher.inspect = inspector
-            try:
-                with self.watcher:
-                    forward()
-            finally:
-                self.watcher.inspect = None
-                self.watcher.take()
-            found = [each.shifted(*slice_at) for each in inspector.found] if slice_at else inspector.found
-            self.collector.add_located(*key, found, fold=sliced)
-        return out
+        if self._limit is None:
+            return False
+        wide = {(each.module, each.op, each.call) for each in own if each.dtype != dtype}
+        large = [each for each in reference if not each.abs_max < self._limit]
+        return any((each.module, each.op, each.call) not in wide for each in large)
+
+    def _again(self, section: Section, onlooker: Onlooker) -> Tensor:
+        section.enter()
+        self.watcher.inspect = onlooker
+        try:
+            with self.watcher:
+                return section.forward()
+        finally:
+            self.watcher.inspect = None
+            self.watcher.take()
+
+    def _tried(self, section: Section, each: Located, out: Tensor) -> Located:
+        """An origin that gave -inf alone, with whether that made any difference to what the part gives.
+
+        The functions that read scores (softmax, top-k) are monotonic in them. So if the lowest finite number and -inf
+        give the same bits, every number between them does, and the true one, which overflowed, is between them.
+        """
+        event = each.event
+        if not (each.only_low and event.clean_inputs and event.clean_weights):
+            return each
+        changed = self._again(section, Clamp({(each.path, each.op, each.call)}))
+        return replace(each, event=event.model_copy(update={"harmless": _same_bits(changed, out)}))
+
+    def _keep(self, section: Section, found: list[Located]) -> None:
+        moved = [each.shifted(*section.slice_at) for each in found] if section.slice_at else found
+        self.collector.add_located(*section.key, moved, fold=section.slice_at is not None)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))
 
 
 def suspicious(readings: list[Reading], near: float) -> bool:

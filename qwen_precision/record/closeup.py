@@ -42,6 +42,8 @@ class Closeup(Part):
 
     operands: list[Operand]
     source: Source | None
+    exact: Number | None
+    """The extreme element in fp64, from the operands as they were; null where the operation is no product or sum."""
     contributions: list[Contribution]
     """Largest first; empty where it is no matrix product."""
 

@@ -18,7 +18,7 @@ from qwen_precision.record.generation import Generation
 from qwen_precision.record.parts import Column, Number, Part
 from qwen_precision.record.rescue import Rescue
 
-Schema = Literal[3]
+Schema = Literal[4]
 """The schema this version writes; older ones are upgraded on loading, newer ones are refused."""
 
 SCHEMA: Schema = get_args(Schema)[0]
@@ -96,7 +96,8 @@ class Event(Part):
     value: Number
     """The largest magnitude (inf or nan where there is one)."""
     clean_inputs: bool
-    """Whether all activations that went in were finite."""
+    """Whether it began here: all that went in for this element was finite. In the reference, whose own numbers are
+    finite, an event tells where it leaves the narrowest dtype's range, and this whether all that went in was inside."""
     clean_weights: bool
     """Whether all weights that went in were finite in this dtype."""
     row: int | None
@@ -107,6 +108,9 @@ class Event(Part):
     expert: int | None
     in_padding: bool
     """Whether only pad positions are affected."""
+    harmless: bool | None
+    """Of an origin that gave -inf alone: whether its part of the model gives the same bits with the largest finite
+    number in its place, so that whatever stands there comes to nothing; null where that was not tried."""
     closeup: Closeup | None
     """Of an origin; null where it only passed something on, or was finite."""
 
@@ -145,6 +149,13 @@ class Pass(Part):
     reference's, each token given those before it."""
     kl: list[Number | None]
     """Of each row, the Kullback-Leibler divergence (nats) of the next token's distribution from the reference's."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether something was not finite, and made a difference."""
+        return any((each.nan or each.inf) and each.clean_inputs and not each.harmless for each in self.events) or any(
+            (each.nan or each.inf) and not each.clean_weights for each in self.events
+        )
 
 
 class Weight(Part):

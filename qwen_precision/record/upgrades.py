@@ -29,12 +29,7 @@ def _rescues_came_in(data: Record) -> Record:
 def _not_explained(each: Any) -> Any:
     if not isinstance(each, dict):
         return each
-    events = each.get("events")
-    if isinstance(events, list):
-        each = {
-            **each,
-            "events": [{**event, "closeup": None} if isinstance(event, dict) else event for event in events],
-        }
+    each = _events(each, lambda event: {**event, "closeup": None})
     return {**each, "massive": [], "local_error": [], "logprob_error": []}
 
 
@@ -45,7 +40,31 @@ def _not_rescaled(row: Any) -> Any:
     return {**row, "stretches": [{**s, "rescaled": False} if isinstance(s, dict) else s for s in stretches]}
 
 
-UPGRADES: list[Callable[[Record], Record]] = [_generations_and_precision_came_in, _rescues_came_in]
+def _harm_came_in(data: Record) -> Record:
+    """Schema 4 holds whether an overflow made a difference, and an extreme element in exact arithmetic."""
+    passes = data.get("passes")
+    if not isinstance(passes, list):
+        return data
+    return {**data, "passes": [_events(each, _with_harm) for each in passes]}
+
+
+def _events(each: Any, change: Callable[[Record], Record]) -> Any:
+    """A pass with every event changed; what is no pass stays as it is."""
+    if not isinstance(each, dict) or not isinstance(each.get("events"), list):
+        return each
+    return {**each, "events": [change(event) if isinstance(event, dict) else event for event in each["events"]]}
+
+
+def _with_harm(event: Record) -> Record:
+    look = event.get("closeup")
+    return {**event, "harmless": None, "closeup": {**look, "exact": None} if isinstance(look, dict) else look}
+
+
+UPGRADES: list[Callable[[Record], Record]] = [
+    _generations_and_precision_came_in,
+    _rescues_came_in,
+    _harm_came_in,
+]
 """The step at index 0 makes schema 2 of schema 1, and so on: a new schema is a function and a row here."""
 
 

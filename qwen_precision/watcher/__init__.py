@@ -4,8 +4,8 @@ Other folders import the names below, from here.
 May import: record, qwen3, settings.
 """
 
-from qwen_precision.watcher.inspector import Inspector, Located, storages
-from qwen_precision.watcher.mode import Watcher, attached, watch
+from qwen_precision.watcher.inspector import Clamp, Inspector, Located, storages
+from qwen_precision.watcher.mode import Onlooker, Watcher, attached, watch
 from qwen_precision.watcher.readings import Reading
 
-__all__ = ["Inspector", "Located", "Reading", "Watcher", "attached", "storages", "watch"]
+__all__ = ["Clamp", "Inspector", "Located", "Onlooker", "Reading", "Watcher", "attached", "storages", "watch"]

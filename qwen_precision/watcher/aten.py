@@ -53,6 +53,13 @@ _FILLS = frozenset(["where", "masked_fill", "masked_fill_"])
 _IGNORES = frozenset("topk argmax argmin histc _local_scalar_dense item is_nonzero equal all any".split())
 
 
+ELEMENTWISE = frozenset("add sub mul div neg cast pow silu gelu relu sigmoid tanh exp where clamp".split())
+"""Every element of the output comes from the elements of the inputs in the same place."""
+
+WITHIN_A_TOKEN = frozenset("linear mean rsqrt softmax".split())
+"""Every token of the output comes from the same token of the inputs."""
+
+
 def name_of_operator(func: Any) -> str:
     """The operation's public name: ``aten._to_copy.default`` is ``cast``."""
     name: str = func.overloadpacket.__name__

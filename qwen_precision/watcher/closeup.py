@@ -28,10 +28,18 @@ def closeup(inputs: list[tuple[Tensor, bool]], out: Tensor, op: str, index: list
         expert: that the element belongs to, where a weight holds those of all experts.
     """
     operands = [_operand(tensor, "weight" if weight else "input") for tensor, weight in inputs]
+    tensors = [tensor for tensor, _ in inputs]
+    product = _against_a_weight(inputs, op, index, expert) or _of_activations(tensors, op, index)
+    exact = (
+        float((product[0] * product[1]).sum()) + product[2]
+        if product is not None
+        else _of_two(tensors, op, index, out.shape)
+    )
     return Closeup(
         operands=[*operands, _operand(out, "output")],
         source=_source(),
-        contributions=_contributions(inputs, op, index, expert),
+        exact=rounded(exact) if exact is not None else None,
+        contributions=_contributions(*product[:2]) if product is not None and op in ("linear", "grouped_mm") else [],
     )
 
 
@@ -63,24 +71,59 @@ def _source() -> Source | None:
     return None
 
 
-def _contributions(
+Product = tuple[Tensor, Tensor, float]
+"""Two fp64 vectors whose products are summed up to the extreme element, and what is added to that."""
+
+
+def _against_a_weight(
     inputs: list[tuple[Tensor, bool]], op: str, index: list[int], expert: int | None
-) -> list[Contribution]:
-    """Input channels of a product with a weight, by how much of the extreme element each makes up."""
+) -> Product | None:
+    """The operands of one element of a product with a weight, and its bias."""
     weights = [tensor for tensor, weight in inputs if weight and tensor.dim() >= 2]
-    states = [tensor for tensor, weight in inputs if not weight and tensor.is_floating_point()]
+    biases = [tensor for tensor, weight in inputs if weight and tensor.dim() == 1]
+    states = [tensor for tensor, weight in inputs if not weight]
     if op not in ("linear", "grouped_mm") or len(weights) != 1 or len(states) != 1:
-        return []
+        return None
     weight, values = weights[0], states[0][tuple(index[:-1])]
     if weight.dim() == 3:
         if expert is None:
-            return []
+            return None
         weight = weight[expert]
         weight = weight if weight.shape[-1] == values.shape[-1] and weight.shape[0] > index[-1] else weight.mT
     if values.dim() != 1 or weight.shape[-1] != values.shape[0]:
-        return []
-    row = weight[index[-1]].double()
-    parts = values.double() * row
+        # addmm has its weight transposed
+        if values.dim() != 1 or weight.shape[0] != values.shape[0]:
+            return None
+        weight = weight.mT
+    bias = float(biases[0][index[-1]]) if biases else 0.0
+    return values.double(), weight[index[-1]].double(), bias
+
+
+def _of_activations(tensors: list[Tensor], op: str, index: list[int]) -> Product | None:
+    """The operands of one element of a product of two activations, like q and k."""
+    if op != "matmul" or len(tensors) != 2 or any(tensor.dim() != len(index) for tensor in tensors):
+        return None
+    ours, theirs = tensors
+    lead = tuple(index[:-2])
+    if ours.shape[:-2] != theirs.shape[:-2]:
+        return None
+    return ours[lead][index[-2]].double(), theirs[lead][:, index[-1]].double(), 0.0
+
+
+def _of_two(tensors: list[Tensor], op: str, index: list[int], shape: torch.Size) -> float | None:
+    """The exact sum or product of two elements."""
+    if op not in ("add", "mul") or len(tensors) != 2:
+        return None
+    try:
+        ours, theirs = (float(each.expand(shape)[tuple(index)]) for each in tensors)
+    except (RuntimeError, IndexError):
+        return None
+    return ours + theirs if op == "add" else ours * theirs
+
+
+def _contributions(values: Tensor, row: Tensor) -> list[Contribution]:
+    """Input channels of a product with a weight, by how much of the extreme element each makes up."""
+    parts = values * row
     total = float(parts.sum())
     order = parts.abs().topk(min(_MOST, len(parts))).indices.tolist()
     return [

@@ -8,12 +8,14 @@ passes a NaN on.
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qwen_precision.record import Event
+from qwen_precision.watcher.aten import ELEMENTWISE, WITHIN_A_TOKEN
 from qwen_precision.watcher.closeup import closeup
 from qwen_precision.watcher.mode import Seen
 
@@ -27,6 +29,8 @@ class Located:
     call: int
     event: Event
     """As it goes into the record, but for the number of its site."""
+    only_low: bool = False
+    """Whether all that is bad is -inf."""
 
     def shifted(self, position: int, channel: int) -> "Located":
         """A place within a slice as a place in the whole."""
@@ -46,11 +50,14 @@ class Inspector:
         valid: ``[batch, tokens]`` bool on the compute device, False at pad positions.
         ratio: locate a finite output too when its headroom is below this.
         weights: storages (data pointers) of the weights; all other tensors that go in are activations.
+        limit: in a pass that is finite, what a narrower dtype would not hold counts as not finite: magnitudes from
+            here on.
     """
 
     valid: Tensor
     ratio: float
     weights: set[int]
+    limit: float | None = None
     found: list[Located] = field(default_factory=list)
     # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
     _picked: Tensor | None = None
@@ -61,31 +68,39 @@ class Inspector:
         """Look at one operation."""
         self._step += 1
         out = seen.out
-        bad = ~torch.isfinite(out)
-        if seen.keep is not None:
-            bad = bad & seen.keep
-        magnitude = out.abs() if seen.keep is None else torch.where(seen.keep, out, torch.zeros_like(out)).abs()
+        bad = self._bad(out) if seen.keep is None else self._bad(out) & seen.keep
         failed = bool(bad.any())
-        if not failed and float(magnitude.max()) * self.ratio < torch.finfo(out.dtype).max:
+        magnitude = out.abs() if seen.keep is None else torch.where(seen.keep, out, torch.zeros_like(out)).abs()
+        near = self.limit is None and float(magnitude.max()) * self.ratio >= torch.finfo(out.dtype).max
+        if not failed and not near:
             return
-        clean_rows = self._clean_rows(seen)
-        own = bad & clean_rows.view(-1, *[1] * (out.dim() - 1)) if out.dim() else bad
+        own = bad & self._clean(seen)
         clean = not failed or (bool(own.any()) and not seen.spoiled)
         hits = (own if clean else bad) if failed else magnitude == magnitude.max()
-        nan, count = int((torch.isnan(out) & hits).sum()), int(hits.sum()) if failed else 0
+        if failed and self.limit is not None:
+            hits &= magnitude == magnitude[hits].max()  # all are finite: the largest is the one to name
+        low = failed and bool((out[hits] == -math.inf).all())
+        self.found.append(Located(seen.path, seen.op, seen.call, self._event(seen, hits, failed, clean), low))
+
+    def _event(self, seen: Seen, hits: Tensor, failed: bool, clean: bool) -> Event:
+        """What is to be told of an operation whose elements ``hits`` are the ones that count."""
+        out = seen.out
+        infinite = failed and self.limit is None
+        nan, count = int((torch.isnan(out) & hits).sum()), int(hits.sum()) if infinite else 0
         index, in_padding = self._extreme(hits, seen)
         row, position, channel, head, expert = self._place(index, seen)
         look = None
-        if failed and clean:
+        if infinite and clean:
             inputs = [(arg, self._is_weight(arg)) for arg in _tensors(seen.args) if arg.is_floating_point()]
             look = closeup(inputs, out, seen.op, index, expert)
-        event = Event(
+        extreme = float(out[tuple(index)].abs()) if out.dim() else float(out.abs())
+        return Event(
             site=0,
             step=self._step,
-            nan=nan if failed else 0,
-            inf=count - nan if failed else 0,
+            nan=nan if infinite else 0,
+            inf=count - nan if infinite else 0,
             elements=out.numel(),
-            value=(math.nan if nan else math.inf) if failed else float(magnitude.max()),
+            value=(math.nan if nan else math.inf) if infinite else extreme,
             clean_inputs=clean,
             clean_weights=self._clean_weights(seen),
             row=row,
@@ -94,9 +109,9 @@ class Inspector:
             head=head,
             expert=expert,
             in_padding=in_padding,
+            harmless=None,
             closeup=look,
         )
-        self.found.append(Located(seen.path, seen.op, seen.call, event))
 
     def note_sort(self, values: Tensor) -> None:
         """Remember which expert each row goes to, where fused experts sort their rows."""
@@ -109,21 +124,29 @@ class Inspector:
             if index is not None and index.dim() == 1 and source.shape[axis] == self.valid.numel():
                 self._picked = index
 
-    def _clean_rows(self, seen: Seen) -> Tensor:
-        """By leading index of the output (a row of the batch, a token, an expert's row): were its inputs finite?
+    def _bad(self, tensor: Tensor) -> Tensor:
+        """What is not finite, or, with a limit, what the narrower dtype would not hold."""
+        return ~torch.isfinite(tensor) if self.limit is None else ~(tensor.abs() < self.limit)
 
-        One row's NaN does not excuse another row's overflow. An input that is not split in the same rows
-        (a position table, a score of all) counts for all of them.
+    def _clean(self, seen: Seen) -> Tensor:
+        """Where all that went in was fine, broadcastable to the output: whatever is bad there began here.
+
+        One token's NaN does not excuse another's overflow, where an operation stays within a token; of all others the
+        leading index counts (a row of the batch, an expert's row). An input that is not split in the same way (a
+        position table, a score of all) counts for all of them.
         """
-        count = seen.out.shape[0] if seen.out.dim() else 1
-        clean = torch.ones(count, dtype=torch.bool, device=seen.out.device)
+        out, layout = seen.out, self._layout(seen)
+        if seen.op in ELEMENTWISE and layout in _REST:
+            reduce = partial(_over, shape=out.shape, axes=[axis for axis in _REST[layout] if axis < out.dim()])
+        else:
+            depth = min(out.dim(), 2 if seen.op in WITHIN_A_TOKEN and layout == "btx" else 1)
+            reduce = partial(_split_alike, lead=out.shape[:depth], dims=out.dim())
+        clean = torch.ones([1] * out.dim(), dtype=torch.bool, device=out.device)
         for arg in _tensors(seen.args):
-            if not arg.is_floating_point() or arg is seen.out or self._is_weight(arg):
+            if not arg.is_floating_point() or arg is out or self._is_weight(arg):
                 continue
             # Infinities in a mask or in masked scores are intended.
-            fine = torch.isfinite(arg if seen.keep is None else _only(arg, seen.keep))
-            same_rows = arg.dim() > 0 and arg.shape[0] == count
-            clean &= fine.flatten(1).all(dim=1) if same_rows and arg.dim() > 1 else fine if same_rows else fine.all()
+            clean = clean & reduce(~self._bad(arg if seen.keep is None else _only(arg, seen.keep)))
         return clean
 
     def _clean_weights(self, seen: Seen) -> bool:
@@ -131,7 +154,7 @@ class Inspector:
         for arg in _tensors(seen.args):
             if arg.is_floating_point() and self._is_weight(arg):
                 used = arg[torch.unique(self._experts)] if arg.dim() == 3 and self._experts is not None else arg
-                if not bool(torch.isfinite(used).all()):
+                if bool(self._bad(used).any()):
                     return False
         return True
 
@@ -209,6 +232,28 @@ class Inspector:
         return row, position, channel, head, expert
 
 
+_REST = {"btx": [2, 3], "bhtx": [1, 3]}
+"""By layout: the axes that are neither rows nor tokens."""
+
+
+def _over(fine: Tensor, shape: torch.Size, axes: list[int]) -> Tensor:
+    """An input of an elementwise operation, fine at all of ``axes``; broadcastable to the output of that shape."""
+    try:
+        whole = fine.expand(shape)
+    except RuntimeError:
+        return fine.all()
+    return whole.all(dim=axes, keepdim=True) if axes else whole
+
+
+def _split_alike(fine: Tensor, lead: torch.Size, dims: int) -> Tensor:
+    """``fine`` reduced to the leading axes that it shares with an output of ``dims`` axes, broadcastable to it."""
+    for depth in range(min(len(lead), fine.dim()), 0, -1):
+        if fine.shape[:depth] == lead[:depth]:
+            alike = fine.flatten(depth).all(dim=-1) if fine.dim() > depth else fine
+            return alike.view(*lead[:depth], *[1] * (dims - depth))
+    return fine.all()
+
+
 def _tensors(args: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for arg in args:
@@ -244,3 +289,26 @@ def storages(module: nn.Module) -> set[int]:
         for tensor in part._parameters.values()
         if tensor is not None and tensor.device.type != "meta"
     }
+
+
+@dataclass
+class Clamp:
+    """Puts the lowest finite number in place of every -inf that some operations give, where it is not a mask.
+
+    Args:
+        wanted: path, operation and call of each.
+    """
+
+    wanted: set[tuple[str, str, int]]
+
+    def __call__(self, seen: Seen) -> None:
+        """Write into the fresh output of one operation, before anything reads it."""
+        if (seen.path, seen.op, seen.call) in self.wanted:
+            low = seen.out == -math.inf if seen.keep is None else (seen.out == -math.inf) & seen.keep
+            seen.out.masked_fill_(low, torch.finfo(seen.out.dtype).min)
+
+    def note_sort(self, values: Tensor) -> None:
+        """Nothing depends on it."""
+
+    def note_index(self, args: tuple[Any, ...]) -> None:
+        """Nothing depends on it."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_precision.cli.app import main
+from qwen_precision.record.run import SCHEMA
 from support.checkpoints import edit_json, make_checkpoint
 from support.runs import sentence
 
@@ -26,7 +27,7 @@ def test_the_demo_fails_in_fp16_and_the_table_names_the_planted_layer_and_operat
     out, err = capsys.readouterr()
     assert "FAIL  first: layer 3, down_proj output (overflow)" in out
     assert "qprec report" in err and "saved" in err
-    assert json.loads(Path("qprec-run.json").read_text())["schema"] == 3
+    assert json.loads(Path("qprec-run.json").read_text())["schema"] == SCHEMA
 
 
 def test_report_shows_the_same_table_again_from_the_saved_run(capsys: Capture) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from qwen_precision.judge.checks import CHECKS, judge
 from qwen_precision.judge.findings import Limits, Token
+from qwen_precision.record.closeup import Closeup
 from qwen_precision.record.run import Reseed, Site, Weight
 from support.builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overflowing_run, stopped_run
 
@@ -90,8 +91,33 @@ def test_a_place_beyond_the_range_after_a_clamped_reseeding_is_an_overflow_by_it
     values = [*HEALTHY[:4], 70000.0, HEALTHY[5]]
     seeds = [Reseed(layer=31, rows=[0], clamped=True)]
     fp16 = a_pass("fp16", [*HEALTHY[:4], 65504.0, HEALTHY[5]], reseeded=seeds)
-    (finding,) = judge(a_run([a_pass("fp32", values), fp16], dtypes=["fp16"])).findings
+    fp32 = a_pass("fp32", values, [an_event(4, inf=0, value=70000.0)])
+    (finding,) = judge(a_run([fp32, fp16], dtypes=["fp16"])).findings
     assert finding.kind == "overflow" and finding.predicted and "did not get here" in finding.cause.sentence
+
+
+def test_what_only_carries_a_number_on_behind_a_clamp_is_no_finding() -> None:
+    seeds = [Reseed(layer=31, rows=[0], clamped=True)]
+    fp16 = a_pass("fp16", [*HEALTHY[:4], 65504.0, HEALTHY[5]], reseeded=seeds)
+    fp32 = a_pass("fp32", [*HEALTHY[:4], 70000.0, HEALTHY[5]], [an_event(4, inf=0, value=70000.0, clean_inputs=False)])
+    assert judge(a_run([fp32, fp16], dtypes=["fp16"])).findings == []
+
+
+def test_what_began_behind_a_clamp_is_no_evidence() -> None:
+    seeds = [Reseed(layer=31, rows=[0], clamped=True)]
+    fp16 = a_pass("fp16", [*HEALTHY[:4], float("inf"), HEALTHY[5]], [an_event(4)], reseeded=seeds)
+    assert judge(a_run([a_pass("fp32", HEALTHY), fp16], dtypes=["fp16"])).findings == []
+
+
+@pytest.mark.parametrize(
+    ("exact", "cause"), [(65_530.0, "rounding"), (6.55e4, "accumulation"), (None, "accumulation")]
+)
+def test_rounded_operands_and_partial_sums_are_told_apart_by_exact_arithmetic(exact: float | None, cause: str) -> None:
+    look = Closeup(operands=[], source=None, exact=exact, contributions=[])
+    fp16 = a_pass("fp16", [*HEALTHY[:3], float("inf"), *HEALTHY[4:]], [an_event(3, closeup=look)])
+    fp32 = a_pass("fp32", [*HEALTHY[:3], 65_500.0, *HEALTHY[4:]])
+    (finding,) = [each for each in judge(a_run([fp32, fp16], dtypes=["fp16"])).findings if each.severity == "error"]
+    assert finding.cause.kind == cause
 
 
 def test_a_dtype_that_survives_just_beyond_its_range_is_only_near_it() -> None:

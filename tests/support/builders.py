@@ -59,6 +59,7 @@ def an_event(site: int, **changes: Any) -> Event:
             "head": None,
             "expert": None,
             "in_padding": False,
+            "harmless": None,
             "closeup": None,
             **changes,
         }
@@ -88,7 +89,7 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
     dtypes = list(dict.fromkeys(each.dtype for each in passes))
     return Run(
         **{
-            "schema_": 3,
+            "schema_": 4,
             "tool": "qprec 0.1.0",
             "verb": "probe",
             "created": "2026-01-01T00:00:00+00:00",
@@ -214,6 +215,7 @@ def explained_run() -> Run:
             Operand(role="output", shape=[1, 2, 4096], dtype="fp16", low=-4000.0, high=60000.0, bad=12),
         ],
         source=Source(file="transformers/models/qwen3/modeling_qwen3.py", line=81, text="down = self.down_proj(x)"),
+        exact=74945.8,
         contributions=[Contribution(channel=7, value=12.5, weight=1800.0, share=0.93)],
     )
     controls = [
@@ -497,6 +499,7 @@ def hostile_run(text: str) -> Run:
     look = Closeup(
         operands=[Operand(role="input", shape=[1], dtype=text, low=0.0, high=1.0, bad=0)],
         source=Source(file=text, line=1, text=text),
+        exact=None,
         contributions=[],
     )
     passes = [run.passes[0], run.passes[1].model_copy(update={"events": [an_event(0, closeup=look), an_event(1)]})]

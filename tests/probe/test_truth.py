@@ -1,0 +1,264 @@
+"""As many findings as places that would have to change: consequences, harmless overflow, clamped streams, limits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.findings import Finding, Report
+from support.checkpoints import make_checkpoint
+from support.plants import SIZE, ids_of, one_channel, one_unit
+from support.runs import run_probe
+
+Plant = Callable[[Any], None]
+WAYS = pytest.mark.parametrize(("attention", "memory"), [("sdpa", "resident"), ("eager", "streamed")])
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "another head ratio": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4},
+    "moe": {"moe": True},
+}
+
+
+def places(report: Report, dtype: str = "fp16") -> list[tuple[int | None, str, bool]]:
+    found = [each for each in report.findings if each.dtype == dtype and each.severity == "error"]
+    return [(each.place.layer, each.place.name, each.predicted) for each in found]
+
+
+def probed(folder: Path, texts: list[str], attention: str = "sdpa", memory: str = "resident", **more: Any) -> Report:
+    return judge(run_probe(folder, texts, attention=attention, memory=memory, **more))
+
+
+# -- what only carries a number on ---------------------------------------------------------------------------------
+
+
+def gate_too_large(model: Any) -> None:
+    """The gate's output is beyond the range; SiLU and the product only carry it on."""
+    one_channel(model, 3, 100.0)
+    one_unit(model, 1, 3, 80000.0, 1.0)
+
+
+def expert_output_too_large(model: Any) -> None:
+    """One expert's down projection; the product with the routing weight and the sum only carry it on."""
+    one_channel(model, 3, 100.0)
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight.zero_()
+    block.post_attention_layernorm.weight[3] = 1.0
+    block.mlp.gate.weight.zero_()
+    block.mlp.gate.weight[5, 3] = 10.0
+    experts = block.mlp.experts
+    if hasattr(experts, "gate_up_proj"):
+        half = experts.gate_up_proj.shape[1] // 2
+        gate, up, down = experts.gate_up_proj[5, :half], experts.gate_up_proj[5, half:], experts.down_proj[5]
+    else:
+        gate, up, down = (getattr(experts[5], name).weight for name in ("gate_proj", "up_proj", "down_proj"))
+    for part in (gate, up, down):
+        part.zero_()
+    gate[0, 3] = up[0, 3] = 8.0 / SIZE
+    down[9, 0] = 2000.0
+
+
+def query_norm_too_large(model: Any) -> None:
+    """q points along one channel, which q_norm's weight makes too large; the rest of rotary only carries it on."""
+    model.model.embed_tokens.weight[:, 1] = 10.0
+    attention, width = model.model.layers[1].self_attn, model.config.head_dim
+    attention.q_proj.weight.zero_()
+    attention.q_proj.weight[width // 2 - 1 :: width, 1] = 1.0
+    attention.q_norm.weight.fill_(60000.0)
+    attention.k_norm.weight.fill_(1e-3)
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("plant", "name", "shape"),
+    [
+        (gate_too_large, "gate_proj output", "dense"),
+        (gate_too_large, "gate_proj output", "another head ratio"),
+        (query_norm_too_large, "q_norm output", "dense"),
+        (query_norm_too_large, "q_norm output", "another head ratio"),
+        (query_norm_too_large, "q_norm output", "moe"),
+        (expert_output_too_large, "down projection of the experts", "moe"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_what_carries_a_number_on_counts_with_the_place_where_it_became_too_large(
+    plant: Plant, name: str, shape: str, attention: str, memory: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, edit=plant, **SHAPES[shape])
+    report = probed(folder, ["The capital of France"], attention, memory)
+    ((layer, what, foreseen),) = places(report)
+    one_by_one = what.replace("down_proj output", "down projection of the experts") if shape == "moe" else what
+    assert (layer, one_by_one, foreseen) == (1, name, False) and report.verdict["bf16"] == "ok"
+
+
+def two_tokens(model: Any) -> None:
+    """In one layer "Y" overflows in the SwiGLU product, "Z" only in down_proj, which "Y" never reaches alive."""
+    (early,), (late,) = ids_of("Y"), ids_of("Z")
+    embed = model.model.embed_tokens.weight
+    embed.zero_()
+    embed[:, 0] = 100.0
+    embed[early, 5], embed[late, 6] = 100.0, 100.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight.zero_()
+    block.post_attention_layernorm.weight[5:7] = 1.0
+    gate, up, down = (getattr(block.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
+    gate.zero_()
+    up.zero_()
+    gate[0, 5] = up[0, 5] = 80.0
+    gate[1, 6] = up[1, 6] = 8.0
+    down[9, 1] = 60.0
+
+
+@WAYS
+def test_two_tokens_that_fail_at_two_operations_of_one_layer_are_two_findings(
+    attention: str, memory: str, tmp_path: Path
+) -> None:
+    report = probed(make_checkpoint(tmp_path, edit=two_tokens), ["abYcZd"], attention, memory)
+    assert places(report) == [(1, "SwiGLU product", False), (1, "down_proj output", False)]
+    assert [each.place.token.text for each in report.findings if each.place.token] == ["Y", "Z"]
+
+
+# -- behind a failure ----------------------------------------------------------------------------------------------
+
+
+def two_layers(second: float) -> Plant:
+    """down_proj of layer 0 gives 128,000, and that of layer 2 gives ``second`` in another channel."""
+
+    def plant(model: Any) -> None:
+        one_channel(model, 3, 100.0)
+        one_unit(model, 0, 3, 8.0, 8.0)
+        model.model.layers[0].mlp.down_proj.weight[9, 0] = 2000.0
+        one_unit(model, 2, 9, 8.0, 8.0)
+        model.model.layers[2].mlp.down_proj.weight[11, 0] = second / 63.9785
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+
+    return plant
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize(("second", "more"), [(6e4, []), (65_510.0, []), (66_500.0, [(2, "down_proj output", True)])])
+def test_behind_a_failure_a_place_is_foreseen_only_where_rounding_would_take_it_out(
+    second: float, more: list[Any], memory: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, edit=two_layers(second), dtype="float32")
+    report = probed(folder, ["The capital"], memory=memory)
+    assert places(report) == [(0, "down_proj output", False), *more]
+
+
+def test_what_a_clamped_stream_does_is_no_evidence(tmp_path: Path) -> None:
+    """Clamped from 128,000 to 65,504, the large channel divides the others by half as much: their product is four
+    times what it is in fp32, and beyond the range, where fp32 has 2.5 times headroom."""
+
+    def plant(model: Any) -> None:
+        two_layers(0.0)(model)
+        model.model.layers[0].mlp.down_proj.weight[20, 0] = 1000.0 / 64
+        block = model.model.layers[2]
+        block.post_attention_layernorm.weight.zero_()
+        block.post_attention_layernorm.weight[20] = 1.0
+        for part in (block.mlp.gate_proj, block.mlp.up_proj):
+            part.weight.zero_()
+            part.weight[0, 20] = 160.0 / (SIZE * 1000.0 / 128_000.0)
+
+    report = probed(make_checkpoint(tmp_path, edit=plant), ["The capital"])
+    assert places(report) == [(0, "down_proj output", False)]
+    assert any(seed.clamped for each in report.run.passes for seed in each.reseeded)
+
+
+# -- harmless ------------------------------------------------------------------------------------------------------
+
+
+def low_score(size: float) -> Plant:
+    """In layer 1 every query meets the key of "Z" with minus ``size``, and every other key with next to nothing."""
+
+    def plant(model: Any) -> None:
+        (mark,) = ids_of("Z")
+        config = model.config
+        width, slow = config.head_dim, config.head_dim // 2 - 1  # the pair of channels that rotary turns least
+        embed = model.model.embed_tokens.weight
+        embed.zero_()
+        embed[:, 1] = 10.0
+        embed[:, 2], embed[mark, 2], embed[mark, 3] = 10.0, 0.0, 10.0
+        attention = model.model.layers[1].self_attn
+        attention.q_proj.weight.zero_()
+        attention.k_proj.weight.zero_()
+        for head in range(config.num_attention_heads):
+            attention.q_proj.weight[head * width + slow, 1] = 1.0
+        for head in range(config.num_key_value_heads):
+            attention.k_proj.weight[head * width + slow, 3] = -1.0
+            attention.k_proj.weight[head * width + slow - 1, 2] = 1.0
+        weight = (abs(size) / width) ** 0.5
+        attention.q_norm.weight.fill_(weight)
+        attention.k_norm.weight.fill_(weight if size > 0 else -weight)
+
+    return plant
+
+
+def warned(report: Report) -> list[Finding]:
+    return [each for each in report.findings if each.dtype == "fp16"]
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("shape", ["dense", "another head ratio", "moe"])
+def test_a_score_that_overflows_where_softmax_gives_nothing_is_a_risk_and_no_failure(
+    shape: str, memory: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, edit=low_score(70_000.0), **SHAPES[shape])
+    report = probed(folder, ["abZcd"], "eager", memory)
+    (finding,) = [each for each in warned(report) if each.kind == "overflow"]
+    assert (finding.severity, finding.cause.kind, finding.place.name) == (
+        "warning",
+        "harmless-overflow",
+        "attention scores",
+    )
+    assert "does harm where" in finding.cause.advice
+    assert report.verdict["fp16"] == "risk" and report.exit_code("fail") == 0 and report.exit_code("risk") == 1
+
+
+def test_the_same_score_does_harm_where_a_token_has_no_other_key(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, edit=low_score(70_000.0))
+    report = probed(folder, ["Zabcd"], "eager")
+    assert report.verdict["fp16"] == "fail"
+    assert places(report)[0] == (1, "attention scores", False)
+
+
+def test_a_score_beyond_the_range_upwards_is_a_failure(tmp_path: Path) -> None:
+    report = probed(make_checkpoint(tmp_path, edit=low_score(-70_000.0)), ["abZcd"], "eager")
+    assert places(report)[0] == (1, "attention scores", False)
+
+
+def test_a_low_score_inside_the_range_is_nothing(tmp_path: Path) -> None:
+    report = probed(make_checkpoint(tmp_path, edit=low_score(30_000.0)), ["abZcd"], "eager")
+    assert warned(report) == []
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_router_logit_that_overflows_for_an_expert_nobody_takes_is_a_risk(memory: str, tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        one_channel(model, 3, 100.0)
+        block = model.model.layers[1]
+        block.post_attention_layernorm.weight[3] = 100.0
+        block.mlp.gate.weight[6, 3] = -200.0
+
+    report = probed(make_checkpoint(tmp_path, edit=plant, moe=True), ["The capital"], memory=memory)
+    found = [each for each in warned(report) if each.kind == "overflow"]
+    assert [(each.severity, each.place.name) for each in found] == [("warning", "router logits")]
+    assert report.verdict["fp16"] == "risk"
+
+
+# -- the very limit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_overflow_begins_where_rounding_to_nearest_reaches_infinity(name: str) -> None:
+    row = DTYPES[name]
+    dtype, edge = getattr(torch, row.torch_name), torch.tensor(row.overflows_from, dtype=torch.float64)
+    edge = edge if row.bytes == 4 else edge.float()  # torch casts a double to 16 bits by way of fp32
+    below = torch.nextafter(edge, torch.zeros_like(edge))
+    assert torch.isinf(edge.to(dtype)) and below.to(dtype) == row.max
