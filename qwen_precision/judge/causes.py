@@ -247,7 +247,8 @@ def _length(case: _Case) -> _Found:
         return None
     ids, many = _row_ids(case), case.controls.get("as many first tokens")
     same = [ids[0]] * place == ids[:place]  # then that control was the row itself
-    if (many is None and not same) or (many is not None and many.clean):
+    others = case.controls.get("as many other tokens")
+    if (many is None and not same) or any(each is not None and each.clean for each in (many, others)):
         return None
     why = f"the token is clean alone and after one other, and fails after {place} times the first token"
     return "length", why, f"Find the length with --sweep length. {_usual(case)}"
@@ -301,8 +302,8 @@ def _template(case: _Case) -> _Found:
 
 def _together(case: _Case) -> _Found:
     other, alone = case.controls.get("with the template"), case.controls.get("token alone")
-    many = case.controls.get("as many first tokens")
-    if alone is not None and alone.clean and many is not None and many.clean:
+    filled = [case.controls.get("as many first tokens"), case.controls.get("as many other tokens")]
+    if alone is not None and alone.clean and any(each is not None and each.clean for each in filled):
         why = "the token is clean alone, and after as many others: it takes what stands before it"
         return "trigger-prompt", why, _usual(case)
     return ("trigger-prompt", f"{other.detail} is clean", _usual(case)) if other is not None and other.clean else None

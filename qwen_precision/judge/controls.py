@@ -127,18 +127,30 @@ def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Cand
     yield control("without the token", others, f"the row without {text}, wherever it stands")
     yield from templates
     if place > 0:
-        yield from _before(control, ids, place, text)
+        yield from _before(control, ids, place, text, _other(run, ids, place))
 
 
 def _before(
-    control: Callable[[ControlKind, list[int], str], Candidate], ids: list[int], place: int, text: str
+    control: Callable[[ControlKind, list[int], str], Candidate],
+    ids: list[int],
+    place: int,
+    text: str,
+    other: int | None,
 ) -> Iterator[Candidate]:
     """What tells a length from what stands before the token."""
     yield control("before the token", ids[:place], f"what stands before {text}")
     yield control("token after the first", [ids[0], ids[place]], f"{text} right after the first token")
     many = [ids[0]] * place + [ids[place]]
     yield control("as many first tokens", many, f"{text} after {place} times the first token")
+    if many == ids[: place + 1] and other is not None:  # that was the row itself: the first may be half of the fault
+        yield control("as many other tokens", [other] * place + [ids[place]], f"{text} after {place} times id {other}")
     yield control("up to the token", ids[: place + 1], f"the row up to {text}")
+
+
+def _other(run: Run, ids: list[int], place: int) -> int | None:
+    """A token of any prompt that is neither the row's first nor the one asked about."""
+    everything = chain(ids, *(row.ids for prompt in run.prompts for row in prompt.rows))
+    return next((each for each in everything if each not in (ids[0], ids[place])), None)
 
 
 def _on_cuda(run: Run) -> bool:

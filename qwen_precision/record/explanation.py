@@ -15,6 +15,7 @@ ControlKind = Literal[
     "before the token",
     "token after the first",
     "as many first tokens",
+    "as many other tokens",
     "up to the token",
 ]
 

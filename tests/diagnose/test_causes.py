@@ -202,6 +202,19 @@ def test_two_tokens_that_only_overflow_together_are_no_length(tmp_path: Path) ->
     assert "it takes what stands before it" in " ".join(finding.cause.evidence)
 
 
+def test_a_pair_whose_first_stands_first_in_the_row_is_no_mere_range(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        enough_of_them(1500.0)(model)
+        embed = model.model.embed_tokens.weight
+        embed[:, 2] = 0.0
+        embed[ids_of("b")[0], 2], embed[ids_of("Z")[0], 2] = 100.0, 0.0
+
+    specs = [PromptSpec(name="pair", text="bZc"), PromptSpec(name="other", text="acde")]
+    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"), specs))
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("trigger-prompt", 1, "SwiGLU product")
+    assert "it takes what stands before it" in " ".join(finding.cause.evidence)
+
+
 def test_what_nothing_shows_is_not_told(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", edit=down_proj_output)
     finding = first_of(explained(folder, dtypes=["fp16"], reference=False, explain=False))

@@ -109,9 +109,7 @@ def test_what_began_behind_a_clamp_is_no_evidence() -> None:
     assert judge(a_run([a_pass("fp32", HEALTHY), fp16], dtypes=["fp16"])).findings == []
 
 
-@pytest.mark.parametrize(
-    ("exact", "cause"), [(65_530.0, "rounding"), (6.55e4, "accumulation"), (None, "accumulation")]
-)
+@pytest.mark.parametrize(("exact", "cause"), [(65_530.0, "rounding"), (6.55e4, "accumulation"), (None, "accumulation")])
 def test_rounded_operands_and_partial_sums_are_told_apart_by_exact_arithmetic(exact: float | None, cause: str) -> None:
     look = Closeup(operands=[], source=None, exact=exact, contributions=[])
     fp16 = a_pass("fp16", [*HEALTHY[:3], float("inf"), *HEALTHY[4:]], [an_event(3, closeup=look)])
