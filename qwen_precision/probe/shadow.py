@@ -206,16 +206,16 @@ class Shadow:
         """Look closely at the reference where it leaves the narrowest range: behind a failure nothing else tells."""
         if self._narrow is None or REFERENCE not in self.task.dtypes:
             return
-        dtype = torch_dtype(self._narrow)
-        beyond = [
-            prompt
-            for prompt in range(len(self.prompts))
-            if self.measure.beyond(readings[REFERENCE, prompt], readings[self._narrow, prompt], dtype)
-        ]
-        if beyond:
-            self.scratch.place(self._layers[index], sources, torch_dtype(REFERENCE))
-        for prompt in beyond:
-            self.measure.foresee(self._section(REFERENCE, prompt, index))
+        own = torch_dtype(self._narrow)
+        placed = False
+        for prompt in range(len(self.prompts)):
+            narrow = readings[self._narrow, prompt]
+            wide = {(each.module, each.op, each.call) for each in narrow if each.dtype != own}
+            if self.measure.beyond(readings[REFERENCE, prompt], wide):
+                if not placed:
+                    self.scratch.place(self._layers[index], sources, torch_dtype(REFERENCE))
+                    placed = True
+                self.measure.foresee(self._section(REFERENCE, prompt, index), wide)
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's weights, read ahead of time; sends the reader for the next and the disk for the one after."""

@@ -1,6 +1,6 @@
 """Run a part of the model watched, and once more, closely, where something was not finite or near a limit."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from qwen_precision.probe.collect import Collector
 from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Watcher, storages
+
+Place = tuple[str, str, int]
+"""Module, operation and call."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,21 @@ class WatchedRun:
             self._keep(section, [self._tried(section, each, out) for each in inspector.found])
         return out, readings
 
-    def foresee(self, section: Section) -> None:
-        """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself."""
-        inspector = Inspector(section.valid, self.near, storages(section.module), self._limit)
-        self._again(section, inspector)
-        self._keep(section, inspector.found)
-
-    def beyond(self, reference: list[Reading], own: Iterable[Reading] = (), dtype: torch.dtype | None = None) -> bool:
-        """Whether the reference leaves the narrowest dtype's range where that dtype itself is computed in.
+    def foresee(self, section: Section, wide: Container[Place] = ()) -> None:
+        """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself.
 
         Args:
-            reference: readings of the reference.
-            own: of the same part in the narrowest dtype; those in a wider format (norms) do not count.
-            dtype: that dtype.
+            section: the part.
+            wide: operations that the narrowest dtype computes in a wider format.
         """
+        inspector = Inspector(section.valid, self.near, storages(section.module), self._limit)
+        self._again(section, inspector)
+        self._keep(section, [each for each in inspector.found if (each.path, each.op, each.call) not in wide])
+
+    def beyond(self, reference: list[Reading], wide: Container[Place] = ()) -> bool:
+        """Whether the reference leaves the narrowest dtype's range; ``wide`` as for ``foresee``."""
         if self._limit is None:
             return False
-        wide = {(each.module, each.op, each.call) for each in own if each.dtype != dtype}
         large = [each for each in reference if not each.abs_max < self._limit]
         return any((each.module, each.op, each.call) not in wide for each in large)
 
