@@ -67,7 +67,7 @@ def generate(
     """
     settings = load_generate_settings(options.given(context, GenerateSettings), no_guards)
     chosen = load_guards(settings.guards, settings.on_failure)
-    specs = read_prompts(prompt, prompts, instead=[DEFAULT_PROMPT])
+    specs = read_prompts(prompt, prompts, instead=[DEFAULT_PROMPT], again=True)
     inputs = [model, prompts, probe_run, *([guards] if guards and Path(guards).suffix else [])]
     check_writable(output, [Path(each) for each in inputs if each])
     from qwen_precision.generate import generate as decode  # torch

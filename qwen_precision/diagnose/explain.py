@@ -77,6 +77,8 @@ def _templates(job: Job, report: Report) -> list[Candidate]:
         return found
     for each in asked(report):
         row = each.row
+        if not row.text:
+            continue  # ids that no text gives
         plain, chat = PromptSpec(name="x", text=row.text), PromptSpec(name="x", chat=row.text)
         kinds: tuple[tuple[PromptSpec, ControlKind], ...] = (
             (plain, "without the template"),

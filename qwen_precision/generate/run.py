@@ -131,7 +131,7 @@ def _prepare(
     checkpoint = open_checkpoint(folder, source, commit)
     _check_rescale(guards, settings.dtype, checkpoint)
     if settings.chat:
-        specs = [PromptSpec(name=spec.name, chat=text) for spec in specs for text in spec.texts()]
+        specs = [each for spec in specs for each in _turns(spec)]
     tokenizer = checkpoint.tokenizer
     without = [spec.name for spec in specs if spec.chat is not None] if not has_template(tokenizer) else []
     if without:
@@ -140,13 +140,25 @@ def _prepare(
     context = getattr(checkpoint.config, "max_position_embeddings", None)
     prompts, _ = tokenise(specs, tokenizer, checkpoint.config.vocab_size, context, None, cut_with=None)
     prompt = as_batch(prompts)
-    inputs = [rendered(spec, text, tokenizer) for spec in specs for text in spec.texts()]
+    inputs = [each for spec, made in zip(specs, prompts, strict=True) for each in _inputs(spec, made, tokenizer)]
     width = len(prompt.rows[0].ids) + prompt.rows[0].padding
     config, choices = generation_config(checkpoint, settings, width)
     summary = _summary(probed, probe_run, checkpoint, settings.dtype) if probed and probe_run else None
     return _Job(
         checkpoint, source, settings, guards, device, prompt, inputs, config, [device_choice, *choices], summary
     )
+
+
+def _turns(spec: PromptSpec) -> list[PromptSpec]:
+    """Its texts as chat turns, under its name; ids of a saved run have the template in them already."""
+    return [spec] if spec.rows is not None else [PromptSpec(name=spec.name, chat=text) for text in spec.texts()]
+
+
+def _inputs(spec: PromptSpec, made: Prompt, tokenizer: Any) -> list[str]:
+    """The texts that were tokenised; where ids were given, or cut, what those left spell."""
+    if spec.rows is None and spec.max_tokens is None:
+        return [rendered(spec, text, tokenizer) for text in spec.texts()]
+    return [str(tokenizer.decode(row.ids)) for row in made.rows]
 
 
 def _check_rescale(guards: GuardSettings, dtype: str, checkpoint: Checkpoint) -> None:

@@ -6,27 +6,50 @@ import unicodedata
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.findings import Report
-from qwen_precision.record import Continuation, Run
+from qwen_precision.record import Continuation, Row, Run, failing_step
 from qwen_precision.settings import ProbeSettings, configs_folder, flag_of, read_yaml
 
-_LONGEST_PROMPT = 200  # characters; a longer one is taken from the record
+_LONGEST_PROMPT = 200  # characters; a longer one is read from the record
 
 
 def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
-    """The command that leads from the symptom to its origin: a probe of what the failing step was given.
+    """The command that leads from the symptom to its origin: a probe of what the failing step was given, id for id.
 
     Args:
         run: the generation.
         row: the row that failed.
-        record: where the run is saved; a prompt too long for a command line is read from there.
+        record: where the run is saved, as a word of a command line. Ids, mask and row are read from there, unless the
+            row failed on nothing but a text that fits a command line.
     """
-    text = row.input + (row.clean_text or "")
-    prompt = f"--prompt {quoted_for_a_shell(text)}"
     parts = _start("probe", run)
-    attention, asked = run.settings.get("attention"), run.settings.get("dtype")
-    parts += [f"--attn {quoted_for_a_shell(attention)}"] if isinstance(attention, str) else []
+    for key in ("attention", "device"):
+        told = run.settings.get(key)
+        parts += [f"{flag_of(key)} {quoted_for_a_shell(told)}"] if isinstance(told, str) and told != "auto" else []
+    asked = run.settings.get("dtype")
     dtype = asked if isinstance(asked, str) and asked in DTYPES else run.dtypes[0] if run.dtypes else "fp16"
-    return " ".join([*parts, f"--dtype {dtype}", prompt if len(text) <= _LONGEST_PROMPT else f"--prompts {record}"])
+    plain = _prompt_alone(run, row) and len(row.input) <= _LONGEST_PROMPT
+    return " ".join([*parts, f"--dtype {dtype}", _prompt(row.input) if plain else f"--prompts {record}"])
+
+
+def _prompt(text: str) -> str:
+    return f"--prompt {quoted_for_a_shell(text)}"
+
+
+def _prompt_alone(run: Run, row: Continuation) -> bool:
+    """Whether a row's text, tokenised, is what its failing step was given.
+
+    Not after a step: a token that was drawn may merge with what stands before it, or be a part of a character. Not
+    where a chat turn or a shorter prompt stands for the text, and not where padding belonged to the batch.
+    """
+    given = run.prompts[0].rows if run.prompts else []
+    if run.generation is None or failing_step(run.generation, row.row) or any(each.padding for each in given):
+        return False
+    return row.row < len(given) and _as_given(row, given[row.row])
+
+
+def _as_given(row: Continuation, given: Row) -> bool:
+    """Whether nothing was put around a prompt's text, or cut off it, before it was tokenised."""
+    return bool(row.input) and row.input == given.text
 
 
 _TOLD = (
@@ -50,7 +73,7 @@ _TOLD = (
 
 
 def same_again(run: Run, record: str = "RUN") -> str:
-    """The command that makes this run again; prompts that do not fit a command line are read from the record."""
+    """The command that makes this run again; prompts that no text on a command line gives are read from the record."""
     told = run.settings
     parts = _start(run.verb, run)
     if run.verb == "probe" and run.dtypes != list(DTYPES):
@@ -65,15 +88,25 @@ def same_again(run: Run, record: str = "RUN") -> str:
     for key, (on, off) in switches.items():
         if isinstance(told.get(key), bool):
             parts.append(on if told[key] else off)
-    texts = [row.text for prompt in run.prompts for row in prompt.rows]
-    batched = run.verb == "probe" and any(len(prompt.rows) > 1 for prompt in run.prompts)
     if run.verb == "probe" and {prompt.name for prompt in run.prompts} == _built_in():
         pass  # the prompts that a probe takes when it is given none
-    elif sum(map(len, texts)) > _LONGEST_PROMPT or batched:
-        parts.append(f"--prompts {record}")
+    elif _texts_will_do(run):
+        parts += [_prompt(row.text) for prompt in run.prompts for row in prompt.rows]
     else:
-        parts += [f"--prompt {quoted_for_a_shell(text)}" for text in texts]
+        parts.append(f"--prompts {record}")
     return " ".join(part for part in parts if part)
+
+
+def _texts_will_do(run: Run) -> bool:
+    """Whether the prompts fit a command line as texts, and these texts give their ids as far as the record tells."""
+    rows = [row for prompt in run.prompts for row in prompt.rows]
+    if sum(len(row.text) for row in rows) > _LONGEST_PROMPT or not all(row.text for row in rows):
+        return False
+    if run.generation is not None and run.generation.rows:
+        made = [row for row in run.generation.rows if row.row < len(rows)]
+        return all(_as_given(row, rows[row.row]) for row in made)
+    alone = run.verb == "generate" or all(len(prompt.rows) == 1 for prompt in run.prompts)
+    return alone and all("".join(row.tokens) == row.text for row in rows)
 
 
 def next_rescue(report: Report, record: str = "RUN") -> str | None:

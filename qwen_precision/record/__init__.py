@@ -22,6 +22,7 @@ from qwen_precision.record.generation import (
     Stretch,
     Trip,
     bad_trips,
+    failing_step,
     mended_steps,
 )
 from qwen_precision.record.parts import in_words, rounded
@@ -72,6 +73,7 @@ __all__ = [
     "Weight",
     "WeightTotals",
     "bad_trips",
+    "failing_step",
     "in_words",
     "load",
     "mended_steps",

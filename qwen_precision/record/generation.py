@@ -4,6 +4,7 @@ Columns only, as everywhere in the record. Steps count generated tokens from 0; 
 run. A column (``top1``, ``margin``, ``entropy``) has one number a step, null where nothing was watched.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -63,6 +64,24 @@ class Trip(Part):
 def bad_trips(trips: Iterable[Trip], row: int) -> list[Trip]:
     """Trips that say a row could not be used as it was."""
     return [trip for trip in trips if trip.row == row and trip.kind in BAD_LOGITS]
+
+
+def failing_step(made: "Generation", row: int) -> int | None:
+    """The first step at which a row went wrong, or None if it never did.
+
+    Logits that could not be used tell it, else that nothing was left to draw from; where nobody watched, the step from
+    which on the text says nothing.
+    """
+    bad = bad_trips(made.trips, row)
+    steps = [trip.step for trip in bad if trip.kind not in FILTERED] or [trip.step for trip in bad]
+    if not steps and made.error is not None and row in made.error.rows:
+        steps = [made.error.step]
+    watch = made.guards.get("watch")
+    if not steps and isinstance(watch, dict) and watch.get("enabled") is False:
+        said = [trip.before.get("start") for trip in made.trips if trip.row == row and trip.guard == "degenerate"]
+        steps = [int(start) for start in said if start is not None and math.isfinite(start) and start >= 0]
+    lengths = [len(each.ids) for each in made.rows if each.row == row]
+    return min([*steps, *lengths]) if steps else None  # a record from elsewhere may name any step
 
 
 def mended_steps(trips: Iterable[Trip], row: int) -> set[int]:

@@ -28,6 +28,7 @@ from qwen_precision.settings.prompts import (
     has_template,
     read_prompts,
     rendered,
+    text_of,
     tokenise,
 )
 
@@ -61,5 +62,6 @@ __all__ = [
     "read_prompts",
     "read_yaml",
     "rendered",
+    "text_of",
     "tokenise",
 ]

@@ -1,7 +1,7 @@
 """Prompts: from the command line, a file or the built-in set, to what the model takes.
 
-A prompt is a text, a chat turn (where the tokenizer has a template) or a batch of texts, padded on the left
-as for generation.
+A prompt is a text, a chat turn (where the tokenizer has a template), a batch of texts, padded on the left as for
+generation, or what a saved run holds: token ids, which are not made from text a second time.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.record import Prompt, Row, load
+from qwen_precision.record import Generation, Prompt, Row, failing_step, load
 from qwen_precision.settings.config import configs_folder, read_yaml
 
 _EXPECTED = (
@@ -21,7 +21,7 @@ _EXPECTED = (
 
 
 class PromptSpec(BaseModel):
-    """A prompt before it is tokenised: exactly one of text, chat and batch."""
+    """A prompt before it is tokenised: exactly one of text, chat and batch; or rows of ready token ids."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -29,14 +29,16 @@ class PromptSpec(BaseModel):
     text: str | None = None
     chat: str | None = None
     batch: list[str] | None = None
+    rows: list[Row] | None = None
+    """Of a saved run: their ids are taken as they are, padded on the left where they are not of one length."""
     max_tokens: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one_kind(self) -> "PromptSpec":
-        given = [each for each in (self.text, self.chat, self.batch) if each is not None]
+        given = [each for each in (self.text, self.chat, self.batch, self.rows) if each is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of text, chat and batch")
-        if not all(self.texts()):
+        if self.rows is None and not all(self.texts()):
             raise ValueError("is empty; a prompt needs at least one character")
         if not self.texts():
             raise ValueError("is empty; a batch needs at least one text")
@@ -44,11 +46,21 @@ class PromptSpec(BaseModel):
 
     def texts(self) -> list[str]:
         """The texts of all rows."""
+        if self.rows is not None:
+            return [row.text for row in self.rows]
         return self.batch if self.batch is not None else [self.text if self.text is not None else self.chat or ""]
 
 
-def read_prompts(texts: Sequence[str] | None, file: str | None, instead: Sequence[str] = ()) -> list[PromptSpec]:
+def read_prompts(
+    texts: Sequence[str] | None, file: str | None, instead: Sequence[str] = (), again: bool = False
+) -> list[PromptSpec]:
     """The prompts to run: those given as text, else those of a file, else ``instead``, else the built-in set.
+
+    Args:
+        texts: each a prompt.
+        file: YAML, a prompt a line, or a saved run.
+        instead: texts, where neither is given.
+        again: whether a saved generation stands for its prompts; else for what its failing steps were given.
 
     Raises:
         UsageError: both, an empty prompt, an unreadable file, or one of another form.
@@ -67,8 +79,8 @@ def read_prompts(texts: Sequence[str] | None, file: str | None, instead: Sequenc
     if file is not None and not file:
         raise UsageError(f"--prompts: is empty; expected {_EXPECTED}.")
     path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
-    if file and path.suffix.lower() == ".json":
-        return _from_record(path)
+    if file and (path.suffix.lower() == ".json" or _opens_as_a_record(path)):
+        return _from_record(path, again)
     if file and path.suffix.lower() not in {".yaml", ".yml"}:
         return _from_lines(path)
     items = read_yaml(path, "--prompts", _EXPECTED)
@@ -82,15 +94,49 @@ def read_prompts(texts: Sequence[str] | None, file: str | None, instead: Sequenc
     return specs
 
 
-def _from_record(path: Path) -> list[PromptSpec]:
-    """What a generation was given at the step at which it failed, row by row; of a probe, its prompts."""
+def _opens_as_a_record(path: Path) -> bool:
+    """Whether it is a saved run, whatever its name: the next command names the file that -o named."""
+    if not path.is_file():
+        return False  # what is read from a pipe is gone
+    try:
+        with path.open("rb") as file:
+            return file.read(10) == b'{"schema":'
+    except OSError:
+        return False
+
+
+def _from_record(path: Path, again: bool) -> list[PromptSpec]:
+    """Token ids of a saved run: its prompts; of a generation that failed, what each failing step was given."""
     run = load(path)
-    if run.generation is None:
-        texts = [(prompt.name, [row.text for row in prompt.rows]) for prompt in run.prompts]
-        return [_spec({"name": name, "batch": rows}, number, path) for number, (name, rows) in enumerate(texts, 1)]
-    rows = [row for row in run.generation.rows if row.clean_text is not None] or run.generation.rows
-    items = [{"name": f"row {row.row}", "text": row.input + (row.clean_text or "")} for row in rows]
-    return [_spec(item, number, path) for number, item in enumerate(items, 1)]
+    if any(row.ids and not any(row.tokens) for prompt in run.prompts for row in prompt.rows):
+        raise UsageError(f"--prompts: {path} is redacted, its token ids are made up; give the record as it was saved.")
+    items = [(prompt.name, prompt.rows) for prompt in run.prompts]
+    if run.generation is not None and not again:
+        items = _failing(run.generation, run.prompts[0].rows) or items
+    return [_valid({"name": name, "rows": rows}, number, path) for number, (name, rows) in enumerate(items, 1)]
+
+
+def _failing(made: Generation, given: list[Row]) -> list[tuple[str, list[Row]]]:
+    """What the failing steps of a generation were given: the row, or the batch with its padding where it had some."""
+    steps = {row.row: failing_step(made, row.row) for row in made.rows if row.row < len(given)}
+    failed = {row: step for row, step in steps.items() if step is not None}
+    if not any(row.padding for row in given):
+        return [(f"row {row}", [_at(made, given[row], row, step)]) for row, step in failed.items()]
+    return [
+        (f"batch at step {step}", [_at(made, given[row], row, step) for row in steps])
+        for step in sorted(set(failed.values()))
+    ]
+
+
+def _at(made: Generation, given: Row, row: int, step: int) -> Row:
+    """A row as it was before a step; one that was over by then was filled up, unmasked, as transformers does it."""
+    if not step:
+        return given
+    pad = made.options.get("pad_token_id")
+    pad = next((each for each in (pad if isinstance(pad, list) else [pad]) if isinstance(each, int)), 0)
+    own = next(each.ids for each in made.rows if each.row == row)[:step]
+    ids = [*given.ids, *own, *[pad] * (step - len(own))]
+    return given.model_copy(update={"text": "", "ids": ids})
 
 
 def _from_lines(path: Path) -> list[PromptSpec]:
@@ -109,6 +155,12 @@ def _spec(item: Any, number: int, path: Path) -> PromptSpec:
         item = {"name": f"prompt {number}", "text": item}
     if isinstance(item, dict) and "name" not in item:
         item = {"name": f"prompt {number}", **item}
+    if isinstance(item, dict) and "rows" in item:
+        raise UsageError(f"--prompts: {path}, prompt {number} rows: only a saved run (.json) holds token ids.")
+    return _valid(item, number, path)
+
+
+def _valid(item: Any, number: int, path: Path) -> PromptSpec:
     try:
         return PromptSpec.model_validate(item)
     except ValidationError as error:
@@ -147,16 +199,21 @@ def tokenise(
             left_out.append(spec.name)
             continue
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
-        rows = [_ids(spec, text, tokenizer)[:cut] for text in spec.texts()]
-        for ids in rows:
+        rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer)]
+        for _, ids in rows:
             _check(spec.name, ids, vocabulary, context, cut_with)
-        longest = max(len(ids) for ids in rows)
+        longest = max(len(ids) for _, ids in rows)
         prompts.append(
             Prompt(
                 name=spec.name,
                 rows=[
-                    Row(text=text, ids=ids, tokens=[as_text(i, tokenizer) for i in ids], padding=longest - len(ids))
-                    for text, ids in zip(spec.texts(), rows, strict=True)
+                    Row(
+                        text=text if spec.rows is None or text else text_of(ids, tokenizer),
+                        ids=ids,
+                        tokens=[as_text(i, tokenizer) for i in ids],
+                        padding=longest - len(ids),
+                    )
+                    for text, ids in rows
                 ],
             )
         )
@@ -191,8 +248,21 @@ def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
         ) from error
 
 
-def _ids(spec: PromptSpec, text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(rendered(spec, text, tokenizer), add_special_tokens=spec.chat is None)["input_ids"])
+def _ids(spec: PromptSpec, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """Text and token ids of each row."""
+    if spec.rows is not None:
+        return [(row.text, row.ids) for row in spec.rows]
+    plain = spec.chat is None
+    return [
+        (text, list(tokenizer(rendered(spec, text, tokenizer), add_special_tokens=plain)["input_ids"]))
+        for text in spec.texts()
+    ]
+
+
+def text_of(ids: list[int], tokenizer: Any) -> str:
+    """The text that gives these very ids, or none: half a character, or tokens that would merge, have no such text."""
+    text = str(tokenizer.decode(ids))
+    return text if list(tokenizer(text)["input_ids"]) == ids else ""
 
 
 def as_batch(prompts: Sequence[Prompt]) -> Prompt:
@@ -209,6 +279,8 @@ def _check(name: str, ids: list[int], vocabulary: int, context: int | None, cut_
     if context is not None and len(ids) > context:
         remedy = f"shorten it or add {cut_with} {context}" if cut_with else "shorten it"
         raise UsageError(f"prompt {name!r}: has {len(ids)} tokens, the model's context is {context}; {remedy}.")
+    if min(ids) < 0:
+        raise UsageError(f"prompt {name!r}: holds the token id {min(ids)}; the saved run is damaged.")
     if max(ids) >= vocabulary:
         raise UsageError(
             f"prompt {name!r}: the tokenizer gives id {max(ids)}, the embedding has {vocabulary} rows; "

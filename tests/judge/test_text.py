@@ -84,9 +84,10 @@ def test_settings_are_advised_against_just_beyond_their_limit(options: dict, fou
 
 
 def test_the_next_command_probes_what_the_failing_step_was_given() -> None:
-    command = next_command(judge(exclamation_run()), "gen.json")
-    revision = "--revision 0123456789abcdef"
-    assert command == f"qprec probe Qwen/Qwen3-8B {revision} --dtype fp16 --prompt 'Hello there general'"
+    start = "qprec probe Qwen/Qwen3-8B --revision 0123456789abcdef --dtype fp16"
+    assert next_command(judge(exclamation_run()), "gen.json") == f"{start} --prompts gen.json"
+    at_once = generated(a_generation([a_continuation([0], ["!"], clean_text="")], [a_trip(0)]), ["fp16"])
+    assert next_command(judge(at_once), "gen.json") == f"{start} --prompt 'Hello there'"
     long = a_continuation([1], ["a"], input="word " * 100, clean_text="")
     assert str(next_command(judge(generated(a_generation([long], [a_trip(0)]), ["fp16"])), "gen.json")).endswith(
         "--dtype fp16 --prompts gen.json"
