@@ -7,6 +7,7 @@ output straight to the next layer; this is checked, not assumed, and a model tha
 refused. Nothing of the architecture is written again here.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -116,6 +117,17 @@ def _replaced(layers: nn.ModuleList, stubs: list[Callable[..., Any]]) -> Iterato
             layer.__dict__.pop("forward", None)
 
 
+def _forward(model: nn.Module, embedded: Tensor, mask: Tensor) -> Any:
+    """The model's own forward around whatever stands for its layers now.
+
+    A plain forward counts padding in the position of a token; ``generate`` does not, and it is what a row alone gets.
+    """
+    base: Any = model.base_model
+    takes = "position_ids" in inspect.signature(base.forward).parameters
+    positions = {"position_ids": (mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)} if takes else {}
+    return base(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **positions)
+
+
 def layer_calls(model: nn.Module, embedded: Tensor, mask: Tensor) -> list[LayerCall]:
     """What each decoder layer would be called with.
 
@@ -141,7 +153,7 @@ def layer_calls(model: nn.Module, embedded: Tensor, mask: Tensor) -> list[LayerC
         return state["out"]
 
     with _replaced(layers, [stub] * len(layers)), suppress(_AllCalled):
-        model.base_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)  # type: ignore[operator]
+        _forward(model, embedded, mask)
     if len(calls) != len(layers):
         raise QprecError(f"{type(model).__name__}: does not run each of its layers once; it is not supported.")
     return calls
@@ -162,6 +174,6 @@ def finish(model: nn.Module, embedded: Tensor, mask: Tensor, hidden: Tensor) -> 
         return hidden
 
     with _replaced(layers, [stub] * len(layers)):
-        out = model.base_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)  # type: ignore[operator]
+        out = _forward(model, embedded, mask)
     final: Tensor = out.last_hidden_state
     return final

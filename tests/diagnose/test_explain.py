@@ -103,10 +103,11 @@ def test_padding_counts_for_no_log_probability(healthy: Path) -> None:
         specs[0].batch, return_tensors="pt", padding=True
     )
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
     def chosen(dtype: torch.dtype) -> torch.Tensor:
         with torch.inference_mode():
-            wide = load(healthy, dtype)(ids, attention_mask=mask).logits.float().log_softmax(-1)
+            wide = load(healthy, dtype)(ids, attention_mask=mask, position_ids=positions).logits.float().log_softmax(-1)
         return wide[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].double()
 
     difference = (chosen(torch.bfloat16) - chosen(torch.float32))[1][-1:]

@@ -22,6 +22,8 @@ def plain(folder: Path, dtype: str, attention: str, texts: list[str]) -> tuple[t
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, DTYPES[dtype].torch_name), attn_implementation=attention
     ).eval()
+    # As ``generate`` counts: padding has no position of its own.
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).masked_fill(inputs["attention_mask"] == 0, 0)
     with torch.no_grad():
         hidden = model.model(**inputs).last_hidden_state
         return hidden, model(**inputs).logits
@@ -54,6 +56,40 @@ def test_hidden_states_and_logits_are_bit_identical_to_transformers(
         hidden, logits = plain(folder, dtype, attention, texts)
         assert torch.equal(seen[dtype][0], hidden), dtype
         assert seen[dtype][1] is not None and torch.equal(seen[dtype][1], logits), dtype
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_padded_row_is_given_to_the_layers_as_generate_gives_it(
+    attention: str, healthy: Path, tmp_path: Path
+) -> None:
+    """The first logits that ``generate`` draws from, bit for bit, with no help in what positions are."""
+    tokenizer = AutoTokenizer.from_pretrained(healthy)
+    inputs = tokenizer(BATCH, return_tensors="pt", padding=True, padding_side="left")
+    seen = shadowed(healthy, attention, BATCH, tmp_path, memory="resident")
+    for dtype in DTYPES:
+        model = AutoModelForCausalLM.from_pretrained(
+            healthy, dtype=getattr(torch, DTYPES[dtype].torch_name), attn_implementation=attention
+        ).eval()
+        drawn: list[torch.Tensor] = []
+        model.register_forward_hook(lambda module, args, out, drawn=drawn: drawn.append(out.logits[:, -1].clone()))
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False, pad_token_id=0)
+        hidden = seen[dtype][0]
+        with torch.inference_mode():
+            assert torch.equal(model.lm_head(hidden[:, -1:])[:, 0], drawn[0]), dtype
+
+
+def test_the_tokens_of_a_padded_row_stand_at_the_positions_they_have_alone(healthy: Path) -> None:
+    from transformers import AutoConfig
+
+    from qwen_precision.model.skeleton import build, layer_calls
+
+    model = build(AutoConfig.from_pretrained(healthy), "sdpa")
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    batch = layer_calls(model, torch.zeros(2, 5, 64), mask)[1].kwargs["position_embeddings"]
+    alone = layer_calls(model, torch.zeros(1, 3, 64), mask[:1, :3])[1].kwargs["position_embeddings"]
+    for ours, wanted in zip(batch, alone, strict=True):
+        assert torch.equal(ours[1, 2:], wanted[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
