@@ -155,12 +155,11 @@ def _dead(case: _Case) -> _Found:
 
 def _masked(case: _Case) -> _Found:
     alone = case.controls.get("row alone")
+    if alone is None or not alone.clean:
+        return None  # where bad elements lie does not tell who made them
+    why = "without the batch and its padding the row is clean"
     if case.event.in_padding:
-        why = "every bad element lies at a pad position"
-    elif alone is not None and alone.clean:
-        why = "without the batch and its padding the row is clean"
-    else:
-        return None
+        why = f"every bad element lies at a pad position, and {why}"
     return "masked-rows", why, "Run this prompt without padding; its real tokens are not the cause."
 
 

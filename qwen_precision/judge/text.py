@@ -229,21 +229,25 @@ def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings)
 
 
 def masked_rows(columns: Columns) -> Iterator[Finding]:
-    """Only pad positions of a row's KV cache are not finite: its padding was masked in a way that gave NaN."""
+    """Only pad positions of a row's KV cache are not finite: what was made of its padding went bad, not its tokens."""
     made = columns.run.generation
     if made is None:
         return
     for trip in made.trips:
         if trip.poisoned is not None and trip.poisoned.in_padding:
             mended = trip.step in mended_steps(made.trips, trip.row)
+            row = next((each for each in made.rows if each.row == trip.row), None)
+            find = f" Find the origin: {next_probe(columns.run, row)}" if row is not None else ""
+            before = f"layers up to {trip.poisoned.layer - 1}" if trip.poisoned.layer else "the embedding"
             yield _finding(
                 columns.run,
                 "masked-row",
                 "warning" if mended else "error",
                 trip.dtype,
                 f"In row {trip.row} only pad positions of the KV cache are not finite, from the {trip.poisoned.part} "
-                f"of layer {trip.poisoned.layer} on: fully masked rows of left padding gave NaN.",
-                "Give this prompt alone, without padding, or try the other attention implementation (--attn).",
+                f"of layer {trip.poisoned.layer} on: what {before} made of the left padding is where it starts. A "
+                "generation does not tell an operation that overflowed there from a fully masked row that gave NaN.",
+                f"Give this prompt alone, without padding.{find}",
                 row=trip.row,
                 step=trip.step,
                 name="KV cache",

@@ -410,6 +410,15 @@ def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
     assert finding.cause.kind == "masked-rows" and "the row is clean" in " ".join(finding.cause.evidence)
 
 
+def test_bad_padding_is_not_blamed_without_a_control_that_shows_it(tmp_path: Path) -> None:
+    """Told apart from a row that fails by itself, too: alone, it fails as well."""
+    folder = make_checkpoint(tmp_path / "model", edit=CASES["masked-rows"].plant)
+    unasked = first_of(explained(folder, BATCH, explain=False))
+    assert unasked.cause.kind == "out-of-range" and "Only pad positions" in unasked.cause.sentence
+    finding = first_of(explained(folder, BATCH))
+    assert finding.cause.kind == "masked-rows" and "the row is clean" in " ".join(finding.cause.evidence)
+
+
 def test_an_overflow_that_changes_nothing_is_no_silent_absorption() -> None:
     fp32 = a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0], top1=[5])
     for kl, top1, cause in ((1e-5, 5, "out-of-range"), (0.5, 5, "silent-absorption"), (1e-5, 6, "silent-absorption")):

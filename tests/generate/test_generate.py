@@ -11,7 +11,9 @@ from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
 from qwen_precision.record.file import load, save, to_json
 from qwen_precision.record.run import Run
+from support.checkpoints import make_checkpoint
 from support.generations import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plant, run, settings, trips_of
+from support.plants import loud_token
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 NAN = float("nan")
@@ -295,8 +297,18 @@ def test_padding_that_gives_nan_is_told_apart_and_the_row_recovers_without_it(
     made = run(healthy, texts, max_new_tokens=6)
     kinds = {finding.kind: finding for finding in judge(made).findings}
     assert kinds["masked-row"].place.row == 0 and kinds["masked-row"].place.layer == 1
-    assert "left padding" in kinds["masked-row"].cause.sentence
+    cause = kinds["masked-row"].cause
+    assert "layers up to 0 made of the left padding" in cause.sentence and "--prompts" in cause.advice
     assert len(ids_of(made)[0]) == 6 and len(ids_of(made)[1]) == 6
+
+
+def test_an_overflow_at_pad_tokens_is_not_called_a_fault_of_the_mask(tmp_path: Path) -> None:
+    """The pad token's embedding is what overflows; masked attention is as it should be."""
+    folder = make_checkpoint(tmp_path / "model", edit=loud_token("<|endoftext|>", 40_000.0))
+    findings = judge(run(folder, ["a", "abcdef"], max_new_tokens=2)).findings
+    said = [each.cause.sentence for each in findings if each.kind == "masked-row"]
+    assert said and all("does not tell an operation that overflowed" in each for each in said)
+    assert not any("masked rows of left padding gave NaN" in each.cause.sentence for each in findings)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
