@@ -11,6 +11,7 @@ from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
 from qwen_precision.record.file import load, save, to_json
 from qwen_precision.record.run import Run
+from qwen_precision.render.text import room
 from support.checkpoints import make_checkpoint
 from support.generations import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plant, run, settings, trips_of
 from support.plants import loud_token
@@ -633,4 +634,6 @@ def test_a_probe_with_little_headroom_is_advice(demo_run: Run, tmp_path: Path) -
     save(demo_run, tmp_path / "probe.json")
     made = run(probe_run=tmp_path / "probe.json")
     advice = [finding for finding in judge(made).findings if finding.kind == "advice"]
-    assert len(advice) == 1 and "fail" in advice[0].cause.sentence and "0.483x at layer 3" in advice[0].cause.sentence
+    least = room(judge(demo_run).headroom["fp16"][0].headroom)
+    assert len(advice) == 1 and "fail" in advice[0].cause.sentence
+    assert f"{least} at layer 3" in advice[0].cause.sentence

@@ -1,10 +1,17 @@
-"""The demo is a real checkpoint: plain transformers answers in fp32 and bf16 and prints "!!!!" in fp16."""
+"""The demo is a real checkpoint: plain transformers answers in fp32 and bf16 and prints "!!!!" in fp16.
+
+What the README shows of it is rendered from stored Runs; here they are compared with what this machine gives.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_precision.record.file import load
 from support.checkpoints import DEMO
+from support.demo import DEMO_RUNS, decided, measured, store, stored
 
 PROMPT, ANSWER = "上海有个非常出名的地方，", "叫做外滩，晚上灯光很美。"
 
@@ -33,3 +40,14 @@ def test_it_prints_exclamation_marks_in_fp16() -> None:
 def test_sampling_in_fp16_raises_the_error_of_the_bug_reports() -> None:
     with pytest.raises(RuntimeError, match="probability tensor contains either"):
         continued(torch.float16, do_sample=True, top_k=0)
+
+
+@pytest.mark.parametrize("name", DEMO_RUNS)
+def test_what_a_user_decides_by_is_the_same_here_as_in_the_run_that_the_readme_shows(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, code = measured(name, tmp_path, monkeypatch)
+    if request.config.getoption("--update-golden"):
+        store(name, here)
+    kept = decided(load(stored(name)))
+    assert decided(here) == kept and code == kept["exit code"]

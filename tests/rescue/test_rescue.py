@@ -166,8 +166,10 @@ def test_the_error_is_that_of_the_same_model_with_a_small_stream_to_begin_with(t
     run = rescue(large, tmp_path / "safe", rescue_margin=1024.0 if tied else 16.0)
     reference = logits(small, torch.float32)
     assert torch.equal(logits(large, torch.float32), reference) and run.rescue.exported.identical
-    before, after = (float((logits(each, torch.float16) - reference).norm()) for each in (small, tmp_path / "safe"))
-    assert after <= before
+    before, after = (logits(each, torch.float16) for each in (small, tmp_path / "safe"))
+    # Both round the same numbers, up to powers of two, so what a CPU sums in whatever order comes out the same; only
+    # what falls below fp16's normal range in one of them loses bits. That is small beside what rounding costs anyway.
+    assert (after - before).norm() <= 0.01 * (before - reference).norm()
 
 
 def test_a_model_that_needs_it_is_untied_and_still_the_same_function(tmp_path: Path) -> None:
