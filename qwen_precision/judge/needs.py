@@ -72,7 +72,8 @@ def mover(columns: Columns, row: Headroom, gate_channels: int) -> tuple[Site, st
     source = columns.run.casts.get(row.site)
     site = columns.run.sites[row.site if source is None else source]
     power: str | None = row_of(site.module, site.op, site.call, site.layer in columns.sparse).power
-    if power is not None and (site.op, site.call) == GATE_AND_UP and not _in_up(columns, row, gate_channels):
+    shared = name_of(site.module, site.op, site.call) == GATE_AND_UP
+    if power is not None and shared and not _in_up(columns, row, gate_channels):
         power = None
     return site, power
 

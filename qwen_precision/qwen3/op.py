@@ -34,7 +34,12 @@ class Row(NamedTuple):
     """Why, where no power does."""
     sparse: bool | None = None
     """Only in layers with experts, only in those without, or in both."""
+    every: int | None = None
+    """A Python loop, over experts say, repeats the calls after so many: ``call`` is the number within one round."""
 
+
+GATE_AND_UP = "gate and up projection of the experts"
+"""Name of the product whose first half of the channels is the gate, which no power moves."""
 
 _LAYER, _ATTENTION, _EXPERTS = r"layers\.\d+$", r"self_attn$", r"mlp\.experts$"
 _SCORES = "the attention softmax depends on how large the scores are"
@@ -74,11 +79,15 @@ ROWS: tuple[Row, ...] = (
     Row(r"mlp\.gate$", "linear", None, "router logits", "product", stuck=_ROUTER),
     Row(r"mlp\.gate$", "softmax", None, "router softmax", stuck=_ROUTER),
     Row(r"mlp\.experts\.\d+$", "mul", 0, "SwiGLU product of an expert", power="product"),
-    Row(_EXPERTS, "grouped_mm", 0, "gate and up projection of the experts", "product", "product", _SILU),
+    Row(_EXPERTS, "grouped_mm", 0, GATE_AND_UP, "product", "product", _SILU),
     Row(_EXPERTS, "grouped_mm", 1, "down projection of the experts", "product", "stream"),
-    Row(_EXPERTS, "mul", 0, "SwiGLU product of the experts", power="product"),
-    Row(_EXPERTS, "mul", 1, "expert output times routing weight", power="stream"),
+    # where one module runs them in a loop, each in its slice of the weights, an expert has two calls of each
+    Row(_EXPERTS, "linear", 0, GATE_AND_UP, "product", "product", _SILU, every=2),
+    Row(_EXPERTS, "linear", 1, "down projection of the experts", "product", "stream", every=2),
+    Row(_EXPERTS, "mul", 0, "SwiGLU product of the experts", power="product", every=2),
+    Row(_EXPERTS, "mul", 1, "expert output times routing weight", power="stream", every=2),
     Row(_EXPERTS, "sum", None, "sum over the experts", "product", "stream"),
+    Row(_EXPERTS, "index_add_", None, "sum over the experts", "product", "stream"),
     Row(r"input_layernorm$", "mul", 1, "output", power="input_norm"),
     Row(r"post_attention_layernorm$", "mul", 1, "output", power="post_norm"),
     Row(r"^(.*\.)?norm$", "mul", 1, "output", power="final_norm"),
@@ -104,9 +113,6 @@ ROWS: tuple[Row, ...] = (
     Row(r"", "sum", role="product"),
 )
 
-GATE_AND_UP = ("grouped_mm", 0)
-"""Operation and call of the product whose first half of the channels is the gate, which no power moves."""
-
 _COMPILED = tuple((re.compile(row.module), row) for row in ROWS)
 _NOTHING_KNOWN = Row("", "*")
 _SELF_NAMED = ("norm", "layernorm")
@@ -121,7 +127,8 @@ def row_of(module: str, op: str, call: int, sparse: bool = False) -> Row:
         sparse: whether its layer has experts.
     """
     for pattern, row in _COMPILED:
-        if row.op not in (op, "*") or row.call not in (None, call) or not pattern.search(module):
+        number = call % row.every if row.every else call
+        if row.op not in (op, "*") or row.call not in (None, number) or not pattern.search(module):
             continue
         if row.sparse in (None, sparse):
             return row

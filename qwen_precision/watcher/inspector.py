@@ -49,24 +49,27 @@ class Inspector:
     Args:
         valid: ``[batch, tokens]`` bool on the compute device, False at pad positions.
         ratio: locate a finite output too when its headroom is below this.
-        weights: storages (data pointers) of the weights; all other tensors that go in are activations.
+        weights: what ``storages`` gives; all tensors that lie elsewhere are activations.
         limit: in a pass that is finite, what a narrower dtype would not hold counts as not finite: magnitudes from
             here on.
     """
 
     valid: Tensor
     ratio: float
-    weights: set[int]
+    weights: dict[int, int | None]
     limit: float | None = None
     found: list[Located] = field(default_factory=list)
     # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
     _picked: Tensor | None = None
     _experts: Tensor | None = None
+    # Where a Python loop runs one expert after the other: the one whose slice of the weights went in last.
+    _expert: int | None = None
     _step: int = 0
 
     def __call__(self, seen: Seen) -> None:
         """Look at one operation."""
         self._step += 1
+        self._note_slice(seen)
         out = seen.out
         bad = self._bad(out) if seen.keep is None else self._bad(out) & seen.keep
         failed = bool(bad.any())
@@ -118,11 +121,37 @@ class Inspector:
         self._experts = values
 
     def note_index(self, args: tuple[Any, ...]) -> None:
-        """Remember which token each row is, where rows are picked from all tokens."""
+        """Remember which token each row is, where rows are picked from all tokens, and in which order they stand."""
         source, indices = args[0], args[1]
+        self._note_order(source, indices)
         for axis, index in enumerate(indices):
             if index is not None and index.dim() == 1 and source.shape[axis] == self.valid.numel():
                 self._picked = index
+                return  # the routing weights' second axis may be as long
+
+    def _note_order(self, source: Tensor, indices: Any) -> None:
+        """Early transformers 5 picks rows in the order of the tokens, then brings both experts and rows into another.
+
+        The numbers of the experts are the one list of integers that is reordered; rows are as wide as the model.
+        """
+        index = indices[0]
+        if index is None or len(indices) != 1 or index.dim() != 1 or source.shape[0] != index.shape[0]:
+            return
+        rows = source.dim() == 2 and source.shape[1] > 1 and source.shape[0] != self.valid.numel()
+        if source.dim() == 1 and not source.is_floating_point():
+            self._experts = source[index]
+        elif rows and self._picked is not None and self._picked.shape == index.shape:
+            self._picked = self._picked[index]
+
+    def _note_slice(self, seen: Seen) -> None:
+        """Remember which expert is at work, where each has its own slice of a weight that holds all of them."""
+        if "experts" not in seen.path:
+            self._expert = None
+            return
+        for arg in _tensors(seen.args):
+            start = self.weights.get(arg.untyped_storage().data_ptr())
+            if start is not None and arg.dim() == 2:
+                self._expert = (arg.storage_offset() - start) // arg.numel()
 
     def _bad(self, tensor: Tensor) -> Tensor:
         """What is not finite, or, with a limit, what the narrower dtype would not hold."""
@@ -207,7 +236,7 @@ class Inspector:
                 return "bhtx"
         if len(shape) >= 2 and shape[:2] == (rows, length):
             return "btx"
-        if len(shape) >= 1 and shape[0] == rows * length and "experts" not in seen.path:
+        if len(shape) >= 1 and shape[0] == rows * length and ("experts" not in seen.path or seen.op in _ADD_UP):
             return "flat"
         if "experts" in seen.path and self._picked is not None and shape[:1] == self._picked.shape:
             return "picked"
@@ -226,6 +255,8 @@ class Inspector:
             head = index[1] if layout == "bhtx" else index[2]
         if layout == "picked" and self._experts is not None and self._experts.shape == seen.out.shape[:1]:
             expert = int(self._experts[index[0]])
+        elif layout == "picked" and self._expert is not None:
+            expert = self._expert
         elif (parts := seen.path.split(".experts.")) and len(parts) == 2:
             number = parts[1].split(".")[0]
             expert = int(number) if number.isdigit() else None
@@ -252,6 +283,10 @@ def _split_alike(fine: Tensor, lead: torch.Size, dims: int) -> Tensor:
             alike = fine.flatten(depth).all(dim=-1) if fine.dim() > depth else fine
             return alike.view(*lead[:depth], *[1] * (dims - depth))
     return fine.all()
+
+
+_ADD_UP = ("sum", "index_add_")
+"""How experts become one output, a row a token again."""
 
 
 def _tensors(args: Any) -> list[Tensor]:
@@ -281,10 +316,13 @@ def _only(arg: Tensor, keep: Tensor) -> Tensor:
         return arg
 
 
-def storages(module: nn.Module) -> set[int]:
-    """Where this module's weights lie right now; a view of a weight (one expert's part) lies there too."""
+def storages(module: nn.Module) -> dict[int, int | None]:
+    """Where this module's weights lie right now; a view of a weight (one expert's part) lies there too.
+
+    By data pointer: where in the storage the weight begins if it holds all experts (three axes), else None.
+    """
     return {
-        tensor.untyped_storage().data_ptr()
+        tensor.untyped_storage().data_ptr(): int(tensor.storage_offset()) if tensor.dim() == 3 else None
         for part in module.modules()
         for tensor in part._parameters.values()
         if tensor is not None and tensor.device.type != "meta"

@@ -184,6 +184,26 @@ def test_an_expert_is_named_also_when_only_a_later_prompt_uses_it(experts: str, 
     assert first.place.op == "mul" and "experts" in first.place.module and first.spread.prompts == ("prompt 2",)
 
 
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("text", ["ab7c", "7", "a7", "7ab"])
+def test_the_expert_and_the_token_are_named_however_transformers_runs_the_experts(
+    experts: str, text: str, tmp_path: Path
+) -> None:
+    """Only one token is sent to the expert that overflows; the others have experts of their own."""
+    token = AutoTokenizer.from_pretrained(DEMO)("7")["input_ids"][0]
+
+    def plant(model: Any) -> None:
+        expert_product(model)
+        model.model.embed_tokens.weight[:, 3] = 0.0
+        model.model.embed_tokens.weight[token, 3] = 100.0
+
+    folder = make_checkpoint(tmp_path, moe=True, edit=plant)
+    edit_json(folder / "config.json", experts_implementation=experts)
+    first = errors(judge(run_probe(folder, [text])), "fp16")[0]
+    assert (first.place.expert, first.place.channel, first.place.token.position) == (5, 0, text.index("7"))
+    assert first.place.name.startswith("SwiGLU product of ")
+
+
 def test_a_bad_weight_of_an_expert_that_nobody_uses_hides_nothing(tmp_path: Path) -> None:
     def plant(model: Any) -> None:
         expert_product(model)
