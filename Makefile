@@ -32,7 +32,7 @@ test: $(STAMP) ## set up, then the full test suite
 	$(BIN)/python -m pytest
 
 portable: $(STAMP) ## what measures, under four arithmetics (two at a time); see ARITHMETICS
-	@printf '%s\n' $(ARITHMETICS) | tr , ' ' | xargs -P 2 -I {} sh -c 'said=$$(env {} $(BIN)/python -m pytest \
+	@printf '%s\n' $(ARITHMETICS) | tr , ' ' | xargs -P 2 -I {} sh -c 'said=$$(env OMP_WAIT_POLICY=passive {} $(BIN)/python -m pytest \
 		-p no:cacheprovider $(ARITHMETIC) 2>&1); code=$$?; printf "== %s\n%s\n" "{}" "$$said"; exit $$code'
 
 lint: $(STAMP) ## ruff: lint and format
