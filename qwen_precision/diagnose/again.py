@@ -29,6 +29,11 @@ def run_again(
         Prompt(name=str(n), rows=[Row(text="", ids=list(row), tokens=[as_text(i, tokenizer) for i in row], padding=0)])
         for n, row in enumerate(ids)
     ]
+    return run_prompts(job, dtype, prompts, progress, attention)
+
+
+def run_prompts(job: Job, dtype: str, prompts: list[Prompt], progress: Progress, attention: str | None = None) -> Run:
+    """The same of whole prompts, batches with their padding; arguments and errors as for ``run_again``."""
     settings = job.settings.model_copy(
         update={
             "dtypes": [dtype],

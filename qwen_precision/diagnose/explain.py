@@ -10,10 +10,10 @@ from itertools import groupby
 
 import torch
 
-from qwen_precision.diagnose.again import outcomes, run_again
+from qwen_precision.diagnose.again import outcomes, run_again, run_prompts
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.judge import Candidate, Report, asked, candidates
+from qwen_precision.judge import Candidate, Report, asked, candidates, starts_at
 from qwen_precision.model import Models, encode, out_of_memory
 from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress, said
@@ -55,7 +55,10 @@ def explained(job: Job, report: Report, run: Run, progress: Progress, announce: 
     try:
         if affordable:
             announce(_told(affordable))
-        _run_controls(job, affordable, made, progress)
+        for each in affordable:
+            if each.what == "same again":
+                _run_same(job, each, report.run, made, progress)
+        _run_controls(job, [each for each in affordable if each.what != "same again"], made, progress)
         made.hashes.update({file: _hash(job, file, progress) for file in damaged})
         if wish:
             made.continuations.extend(_continuations(job, made.left_out, progress))
@@ -109,6 +112,33 @@ def _ids_of(job: Job, spec: PromptSpec) -> list[int]:
     except QprecError:
         return []
     return prompts[0].rows[0].ids
+
+
+def _run_same(job: Job, each: Candidate, before: Run, made: Explanation, progress: Progress) -> None:
+    """Run a failing prompt as it was, and note whether it fails at the same place again."""
+    prompts = [prompt for prompt in job.prompts if prompt.name == each.prompt]
+    try:
+        run = run_prompts(job, each.dtype, prompts, said("controls", progress))
+    except QprecError as error:
+        made.left_out.append(f"{each.dtype}: {each.what}: {error}")
+        return
+    if run.stopped is not None:
+        made.left_out.append(f"{each.dtype}: {each.what}: {run.stopped}")
+        return
+    was, now = (starts_at(one, each.dtype, each.prompt) for one in (before, run))
+    differs = "is clean" if now is None else f"first fails in {now[1]} of {now[0]}, row {now[3]}, position {now[4]}"
+    made.controls.append(
+        Control(
+            what=each.what if was == now else "same again, otherwise",
+            dtype=each.dtype,
+            prompt=each.prompt,
+            row=each.row,
+            tokens=len(each.ids),
+            position=None,
+            clean=now is None,
+            detail=each.detail if was == now else f"{each.detail}, {differs}",
+        )
+    )
 
 
 def _run_controls(job: Job, controls: Sequence[Candidate], made: Explanation, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.checks import CHECKS, Subject, judge
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
-from qwen_precision.judge.controls import Candidate, asked, candidates
+from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
 from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, rescue_exit_code
 from qwen_precision.judge.needs import FAR, HeadroomGain, Needs, headroom_gains, needs
@@ -46,4 +46,5 @@ __all__ = [
     "rescue_exit_code",
     "run_up",
     "same_again",
+    "starts_at",
 ]

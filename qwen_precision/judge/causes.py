@@ -153,6 +153,14 @@ def _dead(case: _Case) -> _Found:
     return "dead-in-fp32", "fp32 is not finite here either", advice_for(case.columns.run, REFERENCE, None, 0.0)
 
 
+def _chance(case: _Case) -> _Found:
+    again = case.controls.get("same again, otherwise")
+    if again is None:
+        return None
+    why = f"{again.detail}: its outcome is a matter of chance, so no control tells a cause"
+    return "not-told", why, "Run it again, and with deterministic kernels: until two runs agree, no cause can be named."
+
+
 def _masked(case: _Case) -> _Found:
     alone = case.controls.get("row alone")
     if alone is None or not alone.clean:
@@ -315,6 +323,7 @@ def _usual(case: _Case) -> str:
 _RULES: tuple[Callable[[_Case], _Found], ...] = (
     _dead,
     _harmless,
+    _chance,
     _masked,
     _scores,
     _accumulation,

@@ -80,14 +80,16 @@ def _asked(run: Run, finding: Finding) -> Asked | None:
 
 
 def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Candidate]:
-    """Controls of every failing row, the most telling of each first; none of them is the failing run itself again.
+    """Controls of every failing row, the most telling of each first; before them the first that failed, as it was.
 
     Args:
         report: of the run.
         templates: the same texts with the chat template, or without it, where there is one.
     """
     lots: list[list[Candidate]] = []
+    again: dict[str, Candidate] = {}
     for each in asked(report):
+        again.setdefault(each.finding.dtype, _same(each))
         about = (each.finding.dtype, each.finding.place.prompt, each.number)
         mine = [template for template in templates if (template.dtype, template.prompt, template.row) == about]
         lot: dict[tuple[object, ...], Candidate] = {}
@@ -96,7 +98,31 @@ def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Cand
             if control.ids and not known:
                 lot.setdefault((control.ids, control.job), control)
         lots.append(list(lot.values()))
-    return [control for control in chain(*zip_longest(*lots)) if control is not None]
+    return [*again.values(), *(control for control in chain(*zip_longest(*lots)) if control is not None)]
+
+
+def _same(each: Asked) -> Candidate:
+    """The cheapest control: where chance is at work, what a change does tells nothing."""
+    detail = "the same batch, run again" if each.batched else "the same row, run again"
+    return Candidate(
+        "same again", each.finding.dtype, str(each.finding.place.prompt), each.number, tuple(each.row.ids), detail
+    )
+
+
+def starts_at(run: Run, dtype: str, prompt: str) -> tuple[str, str, int, int | None, int | None] | None:
+    """Where a dtype first fails on a prompt: module, operation, call, row and position; None where it does not."""
+    found = [
+        event
+        for each in run.passes
+        if each.dtype == dtype and run.prompts[each.prompt].name == prompt
+        for event in each.events
+        if event.nan or event.inf
+    ]
+    if not found:
+        return None
+    first = min(found, key=lambda event: event.step)
+    site = run.sites[first.site]
+    return site.module, site.op, site.call, first.row, first.position
 
 
 def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Candidate]:

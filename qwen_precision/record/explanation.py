@@ -5,6 +5,8 @@ from typing import Literal
 from qwen_precision.record.parts import Count, Number, Part
 
 ControlKind = Literal[
+    "same again",
+    "same again, otherwise",
     "sdpa",
     "row alone",
     "full reduction",
@@ -21,7 +23,7 @@ ControlKind = Literal[
 
 
 class Control(Part):
-    """A prompt of a failing pass, changed in one way and run again in the same dtype."""
+    """A prompt of a failing pass, changed in one way (or in none) and run again in the same dtype."""
 
     what: ControlKind
     dtype: str

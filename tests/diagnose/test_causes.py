@@ -387,7 +387,7 @@ def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, mon
     run_shadow = Shadow.run
     monkeypatch.setattr(Shadow, "run", lambda self: (runs.append(len(self.prompts)), run_shadow(self))[1])
     explained(folder, TOKEN, memory="streamed")
-    assert len(runs) == 2 and runs[0] == 3
+    assert runs == [3, 1, runs[-1]]  # what was asked, its first failing prompt again, all controls
 
 
 def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
@@ -417,6 +417,27 @@ def test_bad_padding_is_not_blamed_without_a_control_that_shows_it(tmp_path: Pat
     assert unasked.cause.kind == "out-of-range" and "Only pad positions" in unasked.cause.sentence
     finding = first_of(explained(folder, BATCH))
     assert finding.cause.kind == "masked-rows" and "the row is clean" in " ".join(finding.cause.evidence)
+
+
+@pytest.mark.parametrize("specs", [TOKEN, [PromptSpec(name="batch", batch=["abcZdef", "aZ"])]], ids=["row", "batch"])
+def test_what_fails_in_one_run_of_two_has_no_cause(
+    specs: list[PromptSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is there the first time only: with the checkpoint's values mended for whatever runs later."""
+    from qwen_precision.diagnose import explain as module
+    from qwen_precision.probe.run import measure, prepare
+
+    case = CASES["trigger-token"]
+    bad = make_checkpoint(tmp_path / "bad", edit=case.plant)
+    good = make_checkpoint(tmp_path / "good", edit=case.healthy)
+    steady = first_of(explained(bad, specs))
+    assert steady.cause.kind != "not-told" and "run again: fails" in " ".join(steady.cause.evidence)
+    job = prepare(str(bad), load_settings(None, {}), specs)
+    report = judge(measure(job))
+    job.checkpoint = prepare(str(good), load_settings(None, {}), specs).checkpoint
+    run = module.explained(job, report, report.run, lambda *_: None, lambda _: None)
+    finding = first_of(run)
+    assert finding.cause.kind == "not-told" and "a matter of chance" in " ".join(finding.cause.evidence)
 
 
 def test_an_overflow_that_changes_nothing_is_no_silent_absorption() -> None:
