@@ -3,18 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Ways in which one CPU can be told to sum, threads last. A commit that is green in one of them only is not done.
-ARITHMETICS := ATEN_CPU_CAPABILITY=default,OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2,OMP_NUM_THREADS=2 \
-	ONEDNN_MAX_CPU_ISA=SSE41,MKL_CBWR=COMPATIBLE,OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=AVX2,OMP_NUM_THREADS=1
-# What depends on it: everything that measures. Judging, rendering and the command line do not.
-ARITHMETIC := tests/house/test_demo.py tests/judge/test_precision.py tests/probe tests/qwen3 tests/watcher \
-	tests/generate/test_generate.py tests/diagnose/test_explain.py \
-	tests/diagnose/test_causes.py::test_the_cause_the_layer_and_the_operation_are_named_exactly \
-	tests/rescue/test_rescue.py::test_the_demo_is_rescued_and_nearer_to_fp32_than_a_quarter_of_bf16 \
-	tests/rescue/test_rescue.py::test_the_error_is_that_of_the_same_model_with_a_small_stream_to_begin_with
+# The oldest transformers of pyproject.toml, in a venv that takes all else from the other one.
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test portable lint types docs check bench format golden clean
+.PHONY: help demo test portable oldest lint types docs check bench format golden clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +25,18 @@ demo: $(STAMP) ## set up, then probe the demo checkpoint (fp16 fails, as it must
 test: $(STAMP) ## set up, then the full test suite
 	$(BIN)/python -m pytest
 
-portable: $(STAMP) ## what measures, under four arithmetics (two at a time); see ARITHMETICS
-	@printf '%s\n' $(ARITHMETICS) | tr , ' ' | xargs -P 2 -I {} sh -c 'said=$$(env OMP_WAIT_POLICY=passive {} $(BIN)/python -m pytest \
-		-p no:cacheprovider $(ARITHMETIC) 2>&1); code=$$?; printf "== %s\n%s\n" "{}" "$$said"; exit $$code'
+portable: $(STAMP) ## the tests marked arithmetic, as several processors would sum
+	$(BIN)/python scripts/portable.py
+
+$(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > \
+	  "$$($(OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth"
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-oldest.txt
+	@touch $(OLDEST_STAMP)
+
+oldest: $(OLDEST_STAMP) ## the tests marked transformers, with the oldest version that is allowed
+	$(OLDEST)/bin/python -m pytest -m transformers
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .
@@ -45,7 +48,7 @@ types: $(STAMP) ## mypy --strict
 docs: $(STAMP) ## README and help agree
 	$(BIN)/python -m pytest tests/house/test_docs.py
 
-check: lint types test docs ## all that CI runs
+check: lint types test docs ## lint, types, tests, docs; CI runs portable and oldest too
 
 bench: $(STAMP) ## speed and memory, as ratios (minutes; set QPREC_BENCH_DIR for room on another disk)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
@@ -59,4 +62,4 @@ golden: $(STAMP) ## write the expected outputs of the tests anew; read the diff
 	$(BIN)/python -m pytest --update-golden
 
 clean: ## remove what was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qprec-demo.json qprec-run.json
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qprec-demo.json qprec-run.json

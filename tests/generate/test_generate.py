@@ -507,7 +507,8 @@ def test_the_length_of_the_generation_config_counts_the_prompt(healthy: Path, tm
     folder = Path(shutil.copytree(healthy, tmp_path / "model"))
     (folder / "generation_config.json").write_text('{"max_length": 17, "eos_token_id": 503}')
     made = run(folder, ["The quick brown"])
-    assert ids_of(made) == plain(folder, ["The quick brown"], "fp16", do_sample=False)
+    # Said again: transformers 5.0 takes the file's length for that of the new tokens alone, as no other version does.
+    assert ids_of(made) == plain(folder, ["The quick brown"], "fp16", do_sample=False, max_length=17)
     assert len(ids_of(made)[0]) == 17 - len(made.prompts[0].rows[0].ids)
 
 

@@ -13,6 +13,8 @@ from qwen_precision.record.file import load
 from support.checkpoints import DEMO
 from support.demo import DEMO_RUNS, decided, measured, store, stored
 
+pytestmark = pytest.mark.arithmetic
+
 PROMPT, ANSWER = "上海有个非常出名的地方，", "叫做外滩，晚上灯光很美。"
 
 

@@ -12,6 +12,8 @@ from qwen_precision.judge.precision import precision
 from qwen_precision.record.run import Pass, Run
 from support.runs import run_probe
 
+pytestmark = pytest.mark.arithmetic
+
 TEXT = "The capital of France is Paris, and"
 BATCH = ["The capital of France is Paris", "1", "上海有个非常出名的地方，"]
 

@@ -8,6 +8,8 @@ from qwen_precision.judge.checks import judge
 from support.checkpoints import make_checkpoint
 from support.runs import run_probe
 
+pytestmark = pytest.mark.transformers
+
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["healthy", "healthy_tied", "healthy_moe"])

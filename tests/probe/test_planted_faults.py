@@ -22,6 +22,8 @@ from support.plants import (
 )
 from support.runs import run_probe
 
+pytestmark = [pytest.mark.arithmetic, pytest.mark.transformers]
+
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
 
 

@@ -10,6 +10,8 @@ from qwen_precision.dtypes import DTYPES
 from support.checkpoints import DEMO, make_checkpoint
 from support.runs import run_probe
 
+pytestmark = [pytest.mark.arithmetic, pytest.mark.transformers]
+
 SINGLE = ["The capital of France is", "上海有个非常出名的地方，"]
 BATCH = ["The capital of France is Paris", "1", "上海有个非常出名的地方，"]
 

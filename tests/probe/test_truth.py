@@ -14,6 +14,8 @@ from support.checkpoints import make_checkpoint
 from support.plants import SIZE, ids_of, one_channel, one_unit
 from support.runs import run_probe
 
+pytestmark = pytest.mark.arithmetic
+
 Plant = Callable[[Any], None]
 WAYS = pytest.mark.parametrize(("attention", "memory"), [("sdpa", "resident"), ("eager", "streamed")])
 SHAPES: dict[str, dict[str, Any]] = {

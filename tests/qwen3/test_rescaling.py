@@ -16,6 +16,8 @@ from support.checkpoints import make_checkpoint
 from support.rescues import export, layer_powers, logits, powers
 from support.runs import run_probe
 
+pytestmark = pytest.mark.transformers
+
 SMALL = st.integers(0, 12)
 MOVES = st.integers(-6, 6)
 

@@ -126,6 +126,7 @@ def test_an_overflow_that_a_factor_reaches_is_rescued_and_proven(name: str, atte
     assert torch.equal(ours[:, -1].argmax(-1), reference[:, -1].argmax(-1))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 def test_the_demo_is_rescued_and_nearer_to_fp32_than_a_quarter_of_bf16(memory: str, tmp_path: Path) -> None:
     run = rescue("demo", tmp_path / "safe", memory=memory)
@@ -151,6 +152,7 @@ def continued(folder: Path, dtype: torch.dtype, text: str) -> str:
     return str(tokenizer.decode(out[0]))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("text", [*TEXTS, "def add(a, b):"])
 def test_greedy_text_of_the_rescued_demo_equals_that_of_fp32(text: str, tmp_path: Path) -> None:
     rescue("demo", tmp_path / "safe")
@@ -158,6 +160,7 @@ def test_greedy_text_of_the_rescued_demo_equals_that_of_fp32(text: str, tmp_path
     assert continued(DEMO, torch.float16, text).endswith("!!!!!!!!")
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_error_is_that_of_the_same_model_with_a_small_stream_to_begin_with(tied: bool, tmp_path: Path) -> None:
     small = make_checkpoint(tmp_path / "small", tied=tied)
@@ -253,6 +256,7 @@ def test_a_healthy_model_has_no_plan_and_is_not_exported(healthy: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.arithmetic
 def test_the_powers_are_the_smallest_that_reach_the_margin(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", edit=residual_add)
     for margin in (1.0, 2.0, 4.0, 64.0):
