@@ -10,7 +10,7 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
-from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, rescue_exit_code
+from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, Token, rescue_exit_code
 from qwen_precision.judge.needs import FAR, HeadroomGain, Needs, headroom_gains, needs
 from qwen_precision.judge.nextcommand import next_command, next_rescue, same_again
 from qwen_precision.judge.precision import Precision, precision
@@ -31,6 +31,7 @@ __all__ = [
     "Precision",
     "Report",
     "Subject",
+    "Token",
     "asked",
     "at_the_end",
     "candidates",

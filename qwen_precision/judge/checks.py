@@ -125,7 +125,10 @@ def _place(columns: Columns, each: Pass, number: int, event: Event | None) -> Pl
     if event is None:
         return place
     token = token_of(columns.run, each, event)
-    return replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
+    place = replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
+    if row_of(site.module, site.op, site.call).role != "scores" or event.channel is None:
+        return place
+    return replace(place, channel=None, key=token_of(columns.run, each, event, event.channel))
 
 
 def _near_overflow(columns: Columns) -> Iterator[Finding]:
@@ -289,15 +292,21 @@ def _weight_finding(
 
 
 def _counted(finding: Finding, columns: Columns) -> Finding:
-    """With how many operations the bad weight spoiled."""
-    carried = 0
+    """With how many operations the bad weight spoiled, on which prompts, and of an embedding by which token."""
+    carried, prompts, place = 0, [], finding.place
     for each in columns.passes(finding.dtype):
         bad = [event for event in each.events if event.nan or event.inf]
         dirty = [event for event in bad if not event.clean_weights]
-        if any(columns.run.sites[event.site].module == finding.place.module for event in dirty):
-            first = min(event.step for event in dirty)
-            carried = max(carried, sum(1 for event in bad if event.step >= first))
-    return replace(finding, spread=Spread(propagated=carried))
+        here = [event for event in dirty if columns.run.sites[event.site].module == place.module]
+        if not here:
+            continue
+        prompts.append(columns.run.prompts[each.prompt].name)
+        first = min(event.step for event in dirty)
+        carried = max(carried, sum(1 for event in bad if event.step >= first))
+        if place.token is None and columns.depth(here[0].site) < 0:
+            place = replace(place, token=token_of(columns.run, each, here[0]), channel=here[0].channel)
+    spread = Spread(prompts=tuple(dict.fromkeys(prompts)), propagated=carried)
+    return replace(finding, place=place, spread=spread)
 
 
 def _divergence(columns: Columns) -> Iterator[Finding]:

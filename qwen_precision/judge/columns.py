@@ -150,15 +150,16 @@ class Columns:
         ]
 
 
-def token_of(run: Run, each: Pass, event: Event) -> Token | None:
-    """The token an event was placed at, or None where it has no place."""
+def token_of(run: Run, each: Pass, event: Event, position: int | None = None) -> Token | None:
+    """The token an event was placed at, or another of its row; None where it has no place."""
     if event.position is None or event.row is None:
         return None
+    position = event.position if position is None else position
     row = run.prompts[each.prompt].rows[event.row]
-    index = event.position - row.padding
+    index = position - row.padding
     padding = index < 0 or index >= len(row.ids)
     return Token(
-        position=event.position,
+        position=position,
         id=None if padding else row.ids[index],
         text=None if padding or index >= len(row.tokens) else row.tokens[index],
         row=event.row,

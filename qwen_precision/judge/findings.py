@@ -57,6 +57,8 @@ class Place:
     prompt: str | None = None
     """Name of the worst prompt, or None where no prompt is involved."""
     token: Token | None = None
+    key: Token | None = None
+    """Of attention scores: the token whose key the query at ``token`` met."""
     channel: int | None = None
     head: int | None = None
     expert: int | None = None

@@ -148,6 +148,9 @@ def _facts(report: Report, finding: Finding) -> Iterator[str]:
         what = "padding" if token.padding else f"id {token.id} “{escaped(str(token.text), 60)}”"
         channel = f", channel {finding.place.channel}" if finding.place.channel is not None else ""
         yield f"token {token.position} of row {token.row} ({what}){channel}"
+    if finding.place.key is not None:
+        key = finding.place.key
+        yield f"key of token {key.position} (id {key.id} “{escaped(str(key.text), 60)}”)"
     if finding.magnitude.nan or finding.magnitude.inf:
         later = "later operation" if finding.place.step is None else "later step"
         size = finding.magnitude

@@ -35,6 +35,7 @@ class FlatFinding(TypedDict):
     inf: int
     propagated: int
     token: dict[str, int | str | bool | None] | None
+    key: dict[str, int | str | bool | None] | None
     channel: int | None
     head: int | None
     expert: int | None
@@ -68,6 +69,7 @@ def flat(finding: Finding) -> FlatFinding:
         "inf": size.inf,
         "propagated": finding.spread.propagated,
         "token": None if token is None else dict(vars(token)),
+        "key": None if place.key is None else dict(vars(place.key)),
         "channel": place.channel,
         "head": place.head,
         "expert": place.expert,

@@ -220,6 +220,7 @@ def test_a_score_that_overflows_where_softmax_gives_nothing_is_a_risk_and_no_fai
         "attention scores",
     )
     assert "does harm where" in finding.cause.advice
+    assert finding.place.token is not None and finding.place.key is not None and finding.place.key.text == "Z"
     assert report.verdict["fp16"] == "risk" and report.exit_code("fail") == 0 and report.exit_code("risk") == 1
 
 
@@ -252,6 +253,29 @@ def test_a_router_logit_that_overflows_for_an_expert_nobody_takes_is_a_risk(memo
     found = [each for each in warned(report) if each.kind == "overflow"]
     assert [(each.severity, each.place.name) for each in found] == [("warning", "router logits")]
     assert report.verdict["fp16"] == "risk"
+
+
+# -- a damaged embedding --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_damaged_embedding_row_names_its_token_and_the_prompts_that_fail_by_it(memory: str, tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        model.model.embed_tokens.weight[ids_of("Z")[0], 7] = float("nan")
+
+    report = probed(make_checkpoint(tmp_path, edit=plant), ["abcd", "abZc"], memory=memory)
+    (finding,) = warned(report)
+    assert (finding.kind, finding.place.name) == ("weight-nonfinite", "embed_tokens weight")
+    assert finding.place.token is not None and (finding.place.token.text, finding.place.token.position) == ("Z", 2)
+    assert finding.spread.prompts == ("prompt 2",) and finding.place.channel == 7
+
+
+def test_a_damaged_embedding_row_that_no_prompt_uses_names_none(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        model.model.embed_tokens.weight[ids_of("Z")[0], 7] = float("nan")
+
+    (finding,) = warned(probed(make_checkpoint(tmp_path, edit=plant), ["abcd"]))
+    assert finding.place.token is None and finding.spread.prompts == ()
 
 
 # -- the very limit ------------------------------------------------------------------------------------------------

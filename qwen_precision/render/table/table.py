@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge import Finding, Report
+from qwen_precision.judge import Finding, Report, Token
 from qwen_precision.qwen3 import name_of, placed
 from qwen_precision.record import Generation, Run
 from qwen_precision.render.table.generation import summary, texts, trips
@@ -227,10 +227,9 @@ def _why_facts(report: Report, first: Finding) -> Iterator[tuple[str, str]]:
 def _place(finding: Finding) -> str:
     parts = []
     if finding.place.token is not None:
-        token = finding.place.token
-        text = "padding" if token.padding else f"id {token.id} {quoted(str(token.text))}"
-        row = f" of row {token.row}" if token.row else ""
-        parts.append(f"token {token.position}{row} ({text})")
+        parts.append(("query at " if finding.place.key is not None else "") + _token(finding.place.token))
+    if finding.place.key is not None:
+        parts.append(f"key of {_token(finding.place.key)}")
     if finding.place.head is not None:
         parts.append(f"head {finding.place.head}")
     if finding.place.channel is not None:
@@ -238,6 +237,12 @@ def _place(finding: Finding) -> str:
     if finding.place.expert is not None:
         parts.append(f"expert {finding.place.expert}")
     return ", ".join(parts)
+
+
+def _token(token: Token) -> str:
+    text = "padding" if token.padding else f"id {token.id} {quoted(str(token.text))}"
+    row = f" of row {token.row}" if token.row else ""
+    return f"token {token.position}{row} ({text})"
 
 
 def _also(finding: Finding) -> str:
