@@ -1,7 +1,15 @@
-"""Buffers that a module's weights are cast into, so that three dtypes cost the memory of one layer."""
+"""Buffers that a module's weights are cast into, so that three dtypes cost the memory of one layer.
+
+Everything a module computes with starts at a multiple of 64 bytes, as what torch allocates does. What is mapped from a
+file starts where the file's header ends: a product of one row then adds up in another order and differs in its last
+bit from the same product with a fresh copy, and nothing could be compared bit for bit.
+"""
 
 import torch
 from torch import Tensor, nn
+
+_ALIGNED = 64
+"""Bytes: where torch's own allocations on a CPU begin; on a GPU they begin at multiples of more."""
 
 
 class Scratch:
@@ -12,11 +20,11 @@ class Scratch:
         self._original: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def place(self, module: nn.Module, sources: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Give ``module`` its weights in ``dtype``; already in that dtype, they are used as they are."""
+        """Give ``module`` its weights in ``dtype``; in that dtype and aligned already, they are used as they are."""
         for name, source in sources.items():
             owner, _, leaf = name.rpartition(".")
             part = module.get_submodule(owner)
-            if source.dtype == dtype:
+            if source.dtype == dtype and source.data_ptr() % _ALIGNED == 0 and source.is_contiguous():
                 tensor = source
             else:
                 key = (name, dtype, source.shape)

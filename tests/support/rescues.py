@@ -44,6 +44,14 @@ def load(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
 
 
+def aligned(model: Any) -> Any:
+    """The model with each weight in memory of its own: mapped from a file it begins anywhere, and a product of one row
+    adds up in an order that depends on it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return model
+
+
 def logits(folder: Path, dtype: torch.dtype, ids: torch.Tensor = IDS, attention: str = "sdpa") -> torch.Tensor:
     with torch.inference_mode():
         return load(folder, dtype, attention)(ids).logits.float()
