@@ -1,4 +1,4 @@
-"""The whole of `qprec probe`: measure, judge, tell causes apart, search for triggers, rescue.
+"""The whole of `qprec probe`: measure, run the controls that causes are told by, search for triggers, rescue.
 
 Other folders import the names below, from here.
 May import: record, qwen3, settings, judge, model, watcher, probe, render, rescue, report.

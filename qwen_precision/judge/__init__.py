@@ -1,4 +1,4 @@
-"""From the facts of a Run to findings, causes, a verdict and an exit code; what to run next.
+"""Decides: from the facts of a Run to findings, the cause of each, a verdict, an exit code; what to run next.
 
 Other folders import the names below, from here. No torch.
 May import: record, qwen3, settings.

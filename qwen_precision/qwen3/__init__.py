@@ -1,4 +1,4 @@
-"""What is known of Qwen3 alone: names and roles of its operations, and which tensor takes which factor.
+"""All that is known of a model family: names and roles of operations, which tensor takes which factor.
 
 Other folders import the names below, from here. No torch.
 May import: record.

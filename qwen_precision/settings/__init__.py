@@ -1,4 +1,4 @@
-"""What can be asked for: flags and profiles, guards, prompts, and the levels a run may fail on.
+"""What can be asked for, checked: settings behind flags and profiles, guards, prompts, levels to fail on.
 
 Other folders import the names below, from here. No torch.
 May import: record.

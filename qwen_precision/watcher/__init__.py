@@ -1,4 +1,4 @@
-"""Every operation of a forward: where it ran, how large its output was, and who started what is not finite.
+"""Every operation of a forward, whatever engine runs it: where it ran, how large it was, who started a NaN.
 
 Other folders import the names below, from here.
 May import: record, qwen3, settings.
