@@ -68,7 +68,7 @@ ExplainOption = Annotated[
     ),
 ]
 BudgetOption = Annotated[
-    int | None, typer.Option(help="Forwards that control runs may take. Default: 8.", rich_help_panel=_WHY)
+    int | None, typer.Option(help="Forwards that control runs may take. Default: 10.", rich_help_panel=_WHY)
 ]
 
 SweepOption = Annotated[

@@ -78,23 +78,25 @@ def _overflow(columns: Columns) -> Iterator[Finding]:
 
 
 def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
-    worst: dict[int, tuple[int, Finding, tuple[bool, bool, float]]] = {}
-    prompts: dict[int, list[str]] = {}
+    """One finding an operation and cause: the worst of all prompts and rows that share both."""
+    worst: dict[tuple[int, str | None], tuple[int, Finding, tuple[bool, bool, float]]] = {}
+    prompts: dict[tuple[int, str | None], list[str]] = {}
     for each in columns.passes(dtype):
         bad = sorted(event.step for event in each.events if event.nan or event.inf)
         origins = columns.origins(each)
-        for event, following in zip(origins, [*(later.step for later in origins[1:]), math.inf], strict=False):
+        for event in origins:
+            following = min((later.step for later in origins if later.step > event.step), default=math.inf)
             carried = sum(event.step < step < following for step in bad)
             finding = _origin_finding(columns, each, event, carried)
-            prompts.setdefault(event.site, []).append(columns.run.prompts[each.prompt].name)
+            key = event.site, finding.cause.kind
+            prompts.setdefault(key, []).append(columns.run.prompts[each.prompt].name)
             # Harm says more than none, and a real token more than padding.
             size = (not event.harmless, not event.in_padding, finding.magnitude.reference or 0.0)
-            before = worst.get(event.site)
+            before = worst.get(key)
             if before is None or size > before[2]:
-                worst[event.site] = (event.step, finding, size)
-    for site, (_, finding, _) in sorted(worst.items(), key=lambda item: item[1][0]):
-        names = tuple(dict.fromkeys(prompts[site]))
-        yield replace(finding, spread=replace(finding.spread, prompts=names))
+                worst[key] = (event.step, finding, size)
+    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: item[1][0]):
+        yield replace(finding, spread=replace(finding.spread, prompts=tuple(dict.fromkeys(prompts[key]))))
 
 
 def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) -> Finding:

@@ -27,7 +27,7 @@ class Columns:
         self._foreseen = {
             each.prompt: {
                 event.site: event
-                for event in each.events
+                for event in sorted(each.events, key=lambda event: float(event.value))  # of a site, the largest stays
                 if event.clean_inputs and event.clean_weights and not (event.nan or event.inf)
             }
             for each in run.passes

@@ -5,11 +5,13 @@ its first origin: what comes later in it ran on hidden states that were not its 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.judge.columns import Columns, token_of
+from qwen_precision.judge.findings import Finding, Limits, Report
 from qwen_precision.qwen3 import row_of
 from qwen_precision.record import ControlKind, Row, Run
 
@@ -61,7 +63,25 @@ def asked(report: Report) -> list[Asked]:
         each = _asked(report.run, finding)
         if each is not None:
             found.setdefault((finding.dtype, finding.place.prompt, each.number), each)
+    for finding in report.findings:
+        for each in _beside(report.run, finding):
+            found.setdefault((finding.dtype, each.finding.place.prompt, each.number), each)
     return list(found.values())
+
+
+def _beside(run: Run, finding: Finding) -> Iterator[Asked]:
+    """Other rows of a batch that fail at the same operation: each may have a reason of its own."""
+    columns = Columns(run, Limits())
+    for each in columns.passes(finding.dtype):
+        prompt = run.prompts[each.prompt]
+        if len(prompt.rows) == 1:
+            continue
+        for event in columns.origins(each):
+            if event.site == finding.place.site:
+                place = replace(finding.place, prompt=prompt.name, token=token_of(run, each, event))
+                one = _asked(run, replace(finding, place=place))
+                if one is not None:
+                    yield one
 
 
 def _asked(run: Run, finding: Finding) -> Asked | None:

@@ -40,7 +40,9 @@ def closeup_of(run: Run, finding: Finding) -> Closeup | None:
     mine = _pass(run, finding.dtype, finding.place.prompt)
     if mine is None or finding.place.site is None:
         return None
-    return next((event.closeup for event in mine.events if event.site == finding.place.site), None)
+    row = finding.place.token.row if finding.place.token is not None else None
+    here = [event for event in mine.events if event.site == finding.place.site]
+    return next((event.closeup for event in here if row is None or event.row == row), None)
 
 
 def run_up(run: Run, finding: Finding) -> list[Preceding]:

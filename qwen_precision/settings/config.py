@@ -43,7 +43,7 @@ class ProbeSettings(BaseModel):
     rescue_margin: float = Field(default=4.0, ge=1.0, le=1024.0)
     explain: bool | None = None
     """Control runs: after a failure (None), always and with all that measures precision (True), or never."""
-    budget: int = Field(default=8, ge=0, le=1000)
+    budget: int = Field(default=10, ge=0, le=1000)
     """Forwards that control runs may take."""
     sweep: str | None = None
     sweep_limit: int | None = Field(default=None, ge=1)

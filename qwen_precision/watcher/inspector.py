@@ -80,10 +80,23 @@ class Inspector:
         own = bad & self._clean(seen)
         clean = not failed or (bool(own.any()) and not seen.spoiled)
         hits = (own if clean else bad) if failed else magnitude == magnitude.max()
-        if failed and self.limit is not None:
-            hits &= magnitude == magnitude[hits].max()  # all are finite: the largest is the one to name
-        low = failed and bool((out[hits] == -math.inf).all())
-        self.found.append(Located(seen.path, seen.op, seen.call, self._event(seen, hits, failed, clean), low))
+        for mine in self._by_row(hits, seen) if failed and clean else [hits]:
+            if failed and self.limit is not None:
+                mine = mine & (magnitude == magnitude[mine].max())  # all are finite: the largest is the one to name
+            low = failed and bool((out[mine] == -math.inf).all())
+            self.found.append(Located(seen.path, seen.op, seen.call, self._event(seen, mine, failed, clean), low))
+
+    def _by_row(self, hits: Tensor, seen: Seen) -> list[Tensor]:
+        """Hits of each row of the batch that has any: one row must not hide behind another at the same operation."""
+        rows, length = self.valid.shape
+        layout, dims, device = self._layout(seen), seen.out.dim(), seen.out.device
+        tokens = torch.arange(rows * length, device=device) if layout == "flat" else self._picked
+        if rows == 1 or layout == "unknown" or (tokens is None and layout not in _REST):
+            return [hits]
+        numbers = torch.arange(rows, device=device) if layout in _REST or tokens is None else tokens // length
+        which = numbers.view(-1, *[1] * (dims - 1))
+        parts = [hits & (which == row) for row in range(rows)]
+        return [part for part in parts if bool(part.any())]
 
     def _event(self, seen: Seen, hits: Tensor, failed: bool, clean: bool) -> Event:
         """What is to be told of an operation whose elements ``hits`` are the ones that count."""

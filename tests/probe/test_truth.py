@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_precision.diagnose.run import diagnose
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding, Report
+from qwen_precision.settings.config import load_settings
+from qwen_precision.settings.prompts import read_prompts
 from support.checkpoints import make_checkpoint
 from support.plants import SIZE, ids_of, one_channel, one_unit
 from support.runs import run_probe
@@ -124,6 +127,46 @@ def test_two_tokens_that_fail_at_two_operations_of_one_layer_are_two_findings(
     report = probed(make_checkpoint(tmp_path, edit=two_tokens), ["abYcZd"], attention, memory)
     assert places(report) == [(1, "SwiGLU product", False), (1, "down_proj output", False)]
     assert [each.place.token.text for each in report.findings if each.place.token] == ["Y", "Z"]
+
+
+# -- rows of a batch -----------------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_rows_that_fail_at_one_operation_for_two_reasons_are_two_findings(
+    attention: str, memory: str, tmp_path: Path
+) -> None:
+    """One row is padded with a token that overflows, clean alone; another has a token that overflows by itself."""
+    (tmp_path / "prompts.yaml").write_text(
+        '- {name: batch, batch: ["abcdefgh", "ab", "aZ"]}\n- {name: one, text: abc}\n'
+    )
+    folder = make_checkpoint(tmp_path / "model", edit=pad_and_token)
+    settings = load_settings(None, {"attention": attention, "memory": memory, "budget": 30})
+    report = diagnose(str(folder), settings, read_prompts([], str(tmp_path / "prompts.yaml")))
+    found = [each for each in report.findings if each.severity == "error" and each.dtype == "fp16"]
+    assert {(each.place.layer, each.place.name) for each in found} == {(1, "SwiGLU product")}
+    assert {each.cause.kind: each.place.token.row for each in found if each.place.token is not None} == {
+        "masked-rows": 1,
+        "trigger-token": 2,
+    }
+
+
+def pad_and_token(model: Any) -> None:
+    """The pad token and "Z" are each too large for the SwiGLU product of layer 1."""
+    embed = model.model.embed_tokens.weight
+    embed.zero_()
+    embed[:, 0] = 100.0
+    for text in ("<|endoftext|>", "Z"):
+        embed[ids_of(text)[0], 5] = 100.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight.zero_()
+    block.post_attention_layernorm.weight[5] = 1.0
+    block.mlp.gate_proj.weight.zero_()
+    block.mlp.up_proj.weight.zero_()
+    block.mlp.gate_proj.weight[0, 5] = block.mlp.up_proj.weight[0, 5] = 80.0
 
 
 # -- behind a failure ----------------------------------------------------------------------------------------------
