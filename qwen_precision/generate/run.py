@@ -166,7 +166,8 @@ def _check_rescale(guards: GuardSettings, dtype: str, checkpoint: Checkpoint) ->
         return
     if dtype != RESCUED:
         raise UsageError(f"--on-failure rescale: works in {RESCUED}, not in {dtype}; choose fallback, or --dtype fp16.")
-    reason = unsupported(checkpoint)
+    # What takes the embedding's factor back in the logits is the final norm, which a bare model's rescue leaves alone.
+    reason = "the checkpoint has no lm_head" if checkpoint.bare else unsupported(checkpoint)
     if reason is not None:
         raise UsageError(f"--on-failure rescale: {reason}; choose fallback or stop.")
 

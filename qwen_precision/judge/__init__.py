@@ -11,15 +11,17 @@ from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
 from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, Token, rescue_exit_code
-from qwen_precision.judge.needs import FAR, HeadroomGain, Needs, headroom_gains, needs
+from qwen_precision.judge.needs import ANSWER, FAR, LOGITS, HeadroomGain, Needs, answer_of, headroom_gains, needs
 from qwen_precision.judge.nextcommand import next_command, next_rescue, same_again
 from qwen_precision.judge.precision import Precision, precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 
 __all__ = [
+    "ANSWER",
     "CAUSES",
     "CHECKS",
     "FAR",
+    "LOGITS",
     "Candidate",
     "Changes",
     "Columns",
@@ -32,6 +34,7 @@ __all__ = [
     "Report",
     "Subject",
     "Token",
+    "answer_of",
     "asked",
     "at_the_end",
     "candidates",

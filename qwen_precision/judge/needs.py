@@ -7,11 +7,15 @@ from typing import NamedTuple
 from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Headroom, Limits
-from qwen_precision.qwen3 import GATE_AND_UP, Scale, expert_of, layer_of, name_of, powers_of, row_of
+from qwen_precision.qwen3 import GATE_AND_UP, HEAD, Scale, expert_of, layer_of, name_of, powers_of, row_of
 from qwen_precision.record import Run, Site, Stuck
 
 FAR = 120
 """More bits than any format has: stands for no need at all, and for room without end."""
+
+LOGITS = "logits"
+ANSWER = "without an lm_head the final hidden states are the model's answer; a factor would change it"
+"""Why the final norm of a bare model takes no factor."""
 
 
 @dataclass
@@ -75,7 +79,14 @@ def mover(columns: Columns, row: Headroom, gate_channels: int) -> tuple[Site, st
     shared = name_of(site.module, site.op, site.call) == GATE_AND_UP
     if power is not None and shared and not _in_up(columns, row, gate_channels):
         power = None
+    if power == "final_norm" and answer_of(columns.run) != LOGITS:
+        power = None
     return site, power
+
+
+def answer_of(run: Run) -> str:
+    """What the model answers with: logits, or the final hidden states of a bare model, of which no lm_head was run."""
+    return LOGITS if any(site.module == HEAD.removesuffix(".weight") for site in run.sites) else "final hidden states"
 
 
 def _in_up(columns: Columns, row: Headroom, gate_channels: int) -> bool:
@@ -88,6 +99,8 @@ def _in_up(columns: Columns, row: Headroom, gate_channels: int) -> bool:
 def _stick(found: Needs, site: Site, row: Headroom, fails: bool) -> None:
     name = name_of(site.module, site.op, site.call)
     why = row_of(site.module, site.op, site.call).stuck
+    if row_of(site.module, site.op, site.call).power == "final_norm":
+        why = ANSWER
     if row.headroom == 0:
         why = "it is not finite in fp32 either"
     found.stuck.append(

@@ -14,10 +14,14 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qwen_precision.errors import QprecError, in_one_line
+from qwen_precision.qwen3 import EMBEDDING, HEAD
 from qwen_precision.record import Model
 
 FLOAT_TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 """Weight formats that can be probed, by safetensors' name."""
+
+_WITHOUT_HEAD = frozenset(("Qwen3Model", "Qwen3MoeModel"))
+"""Architectures that are the causal language model but for its lm_head."""
 
 _MAX_HEADER = 100_000_000  # safetensors' own bound on its header
 
@@ -64,6 +68,17 @@ class Checkpoint:
     def parameters(self) -> int:
         """How many numbers all tensors hold."""
         return sum(info.elements for info in self.tensors.values())
+
+    @property
+    def bare(self) -> bool:
+        """Whether this is a model without lm_head, as embedding models are: its answer is its final hidden states.
+
+        A tied one has no lm_head in its files either way; there the names tell what it was saved from.
+        """
+        if not _names_a_head(self.config.architectures):
+            return True
+        saved_bare = not getattr(self.config, "tie_word_embeddings", False) or EMBEDDING in self.tensors
+        return HEAD not in self.tensors and saved_bare
 
     @property
     def source_dtype(self) -> str:
@@ -132,11 +147,16 @@ def _check_config(raw: dict[str, Any], folder: Path) -> None:
     if "auto_map" in raw:
         raise QprecError(f"{path}: this model needs Python code of its own, which qprec does not run.")
     names = raw.get("architectures") or []
-    if not isinstance(names, list) or not any(str(name).endswith("ForCausalLM") for name in names):
+    known = isinstance(names, list) and (_names_a_head(names) or not _WITHOUT_HEAD.isdisjoint(map(str, names)))
+    if not known:
         found = ", ".join(map(str, names)) if isinstance(names, list) and names else "no architecture"
         raise QprecError(f"{path}: names {found}, not a causal language model (…ForCausalLM); qprec probes only those.")
     if raw.get("quantization_config"):
         raise QprecError(f"{path}: the weights are quantised; probe the checkpoint they were made from.")
+
+
+def _names_a_head(architectures: Any) -> bool:
+    return any(str(name).endswith("ForCausalLM") for name in architectures or [])
 
 
 def _load_config(folder: Path) -> PretrainedConfig:

@@ -75,6 +75,8 @@ class WeightStore:
         """Names in the files of what makes up one parameter; empty where it is missing."""
         name = self._tied.get(name, name)
         tensors = self._checkpoint.tensors
+        if name == HEAD and self._checkpoint.bare:
+            return []
         if name == HEAD and self._scale is not None and self._scale.rescaling.untied:
             name = self._prefix + EMBEDDING  # whatever copy the files hold, a tied model's lm_head is its embedding
         if name in tensors:
@@ -179,7 +181,7 @@ def _tied_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
     Where the files hold another lm_head beside it, transformers takes that one from version 5 on, and so do we.
     """
-    if not getattr(checkpoint.config, "tie_word_embeddings", False):
+    if checkpoint.bare or not getattr(checkpoint.config, "tie_word_embeddings", False):
         return {}
     prefix = getattr(model, "base_model_prefix", "model") + "."
     if HEAD in checkpoint.tensors and _takes_the_files_head():
@@ -206,15 +208,15 @@ class _Fusions:
         converters = _converters(model)
         if not converters:
             return
-        known = set(names)
+        known, prefix = set(names), getattr(model, "base_model_prefix", "model") + "."
         for parameter, _ in model.named_parameters():
-            if parameter in known:
+            spellings = (parameter, parameter.removeprefix(prefix))  # a bare model's names have no prefix
+            if not known.isdisjoint(spellings):
                 continue
-            for converter in converters:
-                sources = _sources(parameter, converter, names)
-                if sources:
-                    self._recipes[parameter] = (converter, sources)
-                    break
+            found = ((each, _sources(name, each, names)) for name in spellings for each in converters)
+            recipe = next(((converter, sources) for converter, sources in found if sources), None)
+            if recipe is not None:
+                self._recipes[parameter] = recipe
 
     def has(self, name: str) -> bool:
         """Whether this parameter is put together from several tensors."""

@@ -49,7 +49,7 @@ class Head:
         """
         name = f"{self._path}.weight"
         if not self._store.parts(name):
-            # A bare model (an embedding model, say) has no lm_head: the last hidden state is its output.
+            # A bare model (an embedding model, say) has no lm_head: the final hidden states are its answer.
             for (dtype, prompt), states in hidden.items():
                 if on_final is not None:
                     on_final(dtype, prompt, states, None)

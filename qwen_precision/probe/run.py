@@ -132,8 +132,7 @@ def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
     if left_out:
         reason = "the tokenizer has no chat template"
         notes.append(Choice(what="prompts left out", value=", ".join(left_out), reason=reason))
-    tied = getattr(checkpoint.config, "tie_word_embeddings", False)
-    if not tied and "lm_head.weight" not in checkpoint.tensors:
+    if checkpoint.bare:
         notes.append(Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model"))
     return notes
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_precision import __version__
 from qwen_precision.dtypes import REFERENCE, RESCUED
-from qwen_precision.judge import Headroom, Report, judge
+from qwen_precision.judge import Headroom, Report, answer_of, judge
 from qwen_precision.probe import Job, encoded, measure, prepare, vocabulary_rows
 from qwen_precision.progress import Progress, said, silent
 from qwen_precision.qwen3 import name_of, placed
@@ -20,7 +20,7 @@ from qwen_precision.rescue.proof import Finals, prove
 from qwen_precision.settings import PromptSpec, Target
 
 _MOST_ERROR = 0.02
-"""Relative error of the last logits, where bf16's was not measured: some ten times what fp16 has on a healthy model."""
+"""Relative error of the last answers, where bf16's was not measured: some ten times fp16's on a healthy model."""
 _SLACK = 0.99
 """Of the margin: rounding the weights to fp16 moves a magnitude a little."""
 
@@ -115,7 +115,7 @@ def _judged(
     elif short is not None:
         why = f"{_where(report, short)} has {short.headroom:.3g}x headroom, less than {plan.margin:g}x"
     else:
-        why = _too_far(errors)
+        why = _too_far(errors, answer_of(report.run))
     least = rows[0].headroom if rows and math.isfinite(rows[0].headroom) else None
     return Exported(
         folder="",
@@ -133,15 +133,15 @@ def _judged(
     )
 
 
-def _too_far(errors: dict[str, float | None]) -> str | None:
+def _too_far(errors: dict[str, float | None], what: str) -> str | None:
     """Whether the rescued model is further from fp32 than bf16 is, or than any fp16 model should be."""
     after, other = errors["after"], errors.get("bf16")
     if after is None:
-        return "the logits of the exported folder cannot be compared with fp32's" if len(errors) > 1 else None
+        return f"the {what} of the exported folder cannot be compared with fp32's" if len(errors) > 1 else None
     if other is not None and after > other:
-        return f"its logits are {after:.3g} from fp32's, those of bf16 only {other:.3g}: run it in bf16"
+        return f"its {what} are {after:.3g} from fp32's, those of bf16 only {other:.3g}: run it in bf16"
     if other is None and after > _MOST_ERROR:
-        return f"its logits are {after:.3g} from fp32's, more than {_MOST_ERROR:g}"
+        return f"its {what} are {after:.3g} from fp32's, more than {_MOST_ERROR:g}"
     return None
 
 
@@ -155,7 +155,7 @@ def _where(report: Report, row: Headroom) -> str:
 
 
 def _errors(run: Run, before: Finals, after: Finals) -> dict[str, float | None]:
-    """Relative root mean square error of the last logits against the original's in fp32."""
+    """Relative root mean square error of the last answers (``Finals``) against the original's in fp32."""
     replaced = {each.dtype for each in run.passes if each.reseeded}
     own = [dtype for dtype in run.dtypes if dtype != REFERENCE]
     errors = {dtype: None if dtype in replaced else _error(before, before, dtype) for dtype in own}
@@ -164,9 +164,9 @@ def _errors(run: Run, before: Finals, after: Finals) -> dict[str, float | None]:
 
 def _error(before: Finals, finals: Finals, dtype: str) -> float | None:
     wrong = total = 0.0
-    for (name, prompt), wanted in before.logits.items():
-        if name == REFERENCE and (dtype, prompt) in finals.logits:
-            wrong += float((finals.logits[dtype, prompt].double() - wanted.double()).square().sum())
+    for (name, prompt), wanted in before.answers.items():
+        if name == REFERENCE and (dtype, prompt) in finals.answers:
+            wrong += float((finals.answers[dtype, prompt].double() - wanted.double()).square().sum())
             total += float(wanted.double().square().sum())
     return rounded(math.sqrt(wrong / total)) if total and math.isfinite(wrong) else None
 

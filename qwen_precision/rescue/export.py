@@ -220,6 +220,9 @@ class Exporter:
         config["rms_norm_eps"] = self._rescaling.new_eps
         if self._rescaling.untied:
             config["tie_word_embeddings"] = False
+        if self._checkpoint.bare:
+            # Nothing makes up for the embedding's factor in an lm_head that was tied to it: none shall be made of it.
+            config["tie_word_embeddings"] = False
         if self._dtype in _FORMATS:
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = str(_torch_dtype(_FORMATS[self._dtype])).removeprefix("torch.")

@@ -59,13 +59,12 @@ def plan_rescue(run: Run, checkpoint: Checkpoint, margin: float, progress: Progr
             exported=None,
         )
     shape = Shape(
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        tied=bool(getattr(config, "tie_word_embeddings", False)) and not checkpoint.bare,
         eps=eps,
         gate_channels=int(getattr(config, "moe_intermediate_size", 0) or 0),
     )
-    return Planner(
-        run, margin, shape, checkpoint.tensors, lambda name: WeightBits(read_tensor(checkpoint, name)), progress
-    ).plan()
+    tensors = [name for name in checkpoint.tensors if not (checkpoint.bare and name == HEAD)]
+    return Planner(run, margin, shape, tensors, lambda name: WeightBits(read_tensor(checkpoint, name)), progress).plan()
 
 
 def unsupported(checkpoint: Checkpoint) -> str | None:
@@ -76,7 +75,8 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
     unknown = [name for name in checkpoint.tensors if powers_of(name) is None and not name.endswith("inv_freq")]
     if unknown:
         return f"the tensor {unknown[0]} is not one that qprec knows how to rescale"
-    if getattr(checkpoint.config, "tie_word_embeddings", False) and HEAD in checkpoint.tensors:
+    tied = getattr(checkpoint.config, "tie_word_embeddings", False) and not checkpoint.bare
+    if tied and HEAD in checkpoint.tensors:
         embedding = next(name for name in checkpoint.tensors if name.endswith(EMBEDDING))
         if not torch.equal(read_tensor(checkpoint, HEAD), read_tensor(checkpoint, embedding)):
             return "config.json ties lm_head to the embedding, but the files hold another lm_head; which one counts?"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge import FAR, Columns, Limits, Needs, needs
+from qwen_precision.judge import ANSWER, FAR, Columns, Limits, Needs, needs
 from qwen_precision.progress import Progress, silent
 from qwen_precision.qwen3 import Scale, expert_of, layer_of, powers_of
 from qwen_precision.record import LayerPowers, Loss, Rescaling, Rescue, Run, Stuck
@@ -203,6 +203,8 @@ class Planner:
         norm = self._outside.get("norm")
         head = self._outside.get("embed_tokens" if self._shape.tied else "lm_head")
         asked = self._needs.of("final_norm")
+        if head is None and norm is not None and norm in self._too_large:
+            self._stick(None, "norm", ANSWER)
         if norm is None or head is None or not (stream or asked > 0 or {norm, head} & self._too_large):
             return 0, False
         high = min(-asked, self._room(norm))

@@ -40,15 +40,15 @@ class Finals:
 
     states: dict[int, Tensor] = field(default_factory=dict)
     """By prompt: the reference's hidden states after the final norm."""
-    logits: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """By dtype and prompt: ``[batch, vocabulary]`` of the last position, float32."""
+    answers: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """By dtype and prompt, of the last position, float32: ``[batch, vocabulary]`` logits, or the ``[batch, hidden]``
+    final hidden states of a model that has no lm_head."""
 
     def __call__(self, dtype: str, prompt: int, states: Tensor, logits: Tensor | None) -> None:
         """Keep what is needed of one stream."""
         if dtype == REFERENCE:
             self.states[prompt] = states
-        if logits is not None:
-            self.logits[dtype, prompt] = logits[:, -1].float()
+        self.answers[dtype, prompt] = (states if logits is None else logits)[:, -1].float()
 
 
 def prove(
@@ -77,5 +77,5 @@ def prove(
     same = after.states.keys() == before.states.keys() and all(
         torch.equal(states * undo, before.states[prompt]) for prompt, states in after.states.items()
     )
-    pairs = [(after.logits[key], before.logits[key]) for key in after.logits]
+    pairs = [(after.answers[key], before.answers[key]) for key in after.answers]
     return same and all(torch.equal(ours, theirs) for ours, theirs in pairs), sum(p.ids.numel() for p in prompts)

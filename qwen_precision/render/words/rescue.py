@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge import Report
+from qwen_precision.judge import LOGITS, Report, answer_of
 from qwen_precision.qwen3 import placed
 from qwen_precision.record import Exported, LayerPowers, Rescue, Stuck
 from qwen_precision.render.text import count, number, room
@@ -112,13 +112,12 @@ def proof(report: Report, exported: Exported) -> Iterator[tuple[str, str]]:
     state = "verified" if exported.verified else f"NOT verified: {exported.why}"
     kept = "" if exported.kept else "; the folder was removed"
     yield "exported", f"{exported.folder} ({exported.dtype}, {exported.bytes / 1e6:,.1f} MB), {state}{kept}"
+    answer = answer_of(report.run)
+    compared = "final hidden states and last logits" if answer == LOGITS else answer
     same = "equal to the original's bit for bit" if exported.identical else "NOT the original's"
     yield (
         "in fp32",
-        (
-            f"before its weights were rounded: final hidden states and last logits {same}, "
-            f"at {count(exported.compared, 'token')}"
-        ),
+        (f"before its weights were rounded: {compared} {same}, at {count(exported.compared, 'token')}"),
     )
     first = report.headroom[RESCUED][0] if report.headroom.get(RESCUED) else None
     verdict = report.verdict.get(RESCUED, "not judged").upper()
@@ -131,4 +130,4 @@ def proof(report: Report, exported: Exported) -> Iterator[tuple[str, str]]:
         if name != "after"
     ]
     after = exported.logit_error.get("after")
-    yield "logits", f"relative error against fp32: {', '.join(errors)}; {RESCUED} rescued {number(after)}"
+    yield answer, f"relative error against fp32: {', '.join(errors)}; {RESCUED} rescued {number(after)}"
