@@ -23,6 +23,8 @@ def plain(folder: Path, dtype: str, texts: list[str]) -> tuple[list[torch.Tensor
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype].torch_name)).eval()
     inputs = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True, padding_side="left")
     inputs.pop("token_type_ids", None)
+    # As generation counts: padding has no position.
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     states: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any, out: Any) -> None:
