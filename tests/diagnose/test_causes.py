@@ -189,27 +189,19 @@ def test_two_triggers_in_two_layers_have_evidence_of_their_own(tmp_path: Path) -
     assert "token 2 alone" in " ".join(found[0].cause.evidence) and "token 1 alone" in " ".join(found[1].cause.evidence)
 
 
-def test_two_tokens_that_only_overflow_together_are_no_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pair", "other"), [("abZ", "aaaaaaaaaaZ"), ("bZc", "acde")], ids=["in the middle", "the first stands first"]
+)
+def test_two_tokens_that_only_overflow_together_are_neither_a_length_nor_a_mere_range(
+    pair: str, other: str, tmp_path: Path
+) -> None:
     def plant(model: Any) -> None:
         enough_of_them(1500.0)(model)
         embed = model.model.embed_tokens.weight
         embed[:, 2] = 0.0
         embed[ids_of("b")[0], 2], embed[ids_of("Z")[0], 2] = 100.0, 0.0
 
-    specs = [PromptSpec(name="pair", text="abZ"), PromptSpec(name="long", text="aaaaaaaaaaZ")]
-    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"), specs))
-    assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("trigger-prompt", 1, "SwiGLU product")
-    assert "it takes what stands before it" in " ".join(finding.cause.evidence)
-
-
-def test_a_pair_whose_first_stands_first_in_the_row_is_no_mere_range(tmp_path: Path) -> None:
-    def plant(model: Any) -> None:
-        enough_of_them(1500.0)(model)
-        embed = model.model.embed_tokens.weight
-        embed[:, 2] = 0.0
-        embed[ids_of("b")[0], 2], embed[ids_of("Z")[0], 2] = 100.0, 0.0
-
-    specs = [PromptSpec(name="pair", text="bZc"), PromptSpec(name="other", text="acde")]
+    specs = [PromptSpec(name="pair", text=pair), PromptSpec(name="other", text=other)]
     finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"), specs))
     assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("trigger-prompt", 1, "SwiGLU product")
     assert "it takes what stands before it" in " ".join(finding.cause.evidence)

@@ -14,7 +14,7 @@ from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import read_prompts
 from support.checkpoints import make_checkpoint
-from support.plants import SIZE, ids_of, one_channel, one_unit
+from support.plants import SIZE, ids_of, one_channel, one_expert, one_unit
 from support.runs import run_probe
 
 pytestmark = pytest.mark.arithmetic
@@ -48,21 +48,7 @@ def gate_too_large(model: Any) -> None:
 
 def expert_output_too_large(model: Any) -> None:
     """One expert's down projection; the product with the routing weight and the sum only carry it on."""
-    one_channel(model, 3, 100.0)
-    block = model.model.layers[1]
-    block.post_attention_layernorm.weight.zero_()
-    block.post_attention_layernorm.weight[3] = 1.0
-    block.mlp.gate.weight.zero_()
-    block.mlp.gate.weight[5, 3] = 10.0
-    experts = block.mlp.experts
-    if hasattr(experts, "gate_up_proj"):
-        half = experts.gate_up_proj.shape[1] // 2
-        gate, up, down = experts.gate_up_proj[5, :half], experts.gate_up_proj[5, half:], experts.down_proj[5]
-    else:
-        gate, up, down = (getattr(experts[5], name).weight for name in ("gate_proj", "up_proj", "down_proj"))
-    for part in (gate, up, down):
-        part.zero_()
-    gate[0, 3] = up[0, 3] = 8.0 / SIZE
+    _, _, down = one_expert(model, 8.0)
     down[9, 0] = 2000.0
 
 

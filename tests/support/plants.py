@@ -56,8 +56,11 @@ def lm_head_output(model: Any) -> None:
     model.lm_head.weight[77, 3] = 10000.0
 
 
-def expert_product(model: Any) -> None:
-    """One expert's SwiGLU product; the router sends every token there."""
+def one_expert(model: Any, factor: float) -> tuple[Any, Any, Any]:
+    """The router of layer 1 sends every token to expert 5, whose gate and up come out as ``factor`` each.
+
+    Gives its gate, up and down weights.
+    """
     one_channel(model, 3, 100.0)
     block = model.model.layers[1]
     block.post_attention_layernorm.weight.zero_()
@@ -72,7 +75,13 @@ def expert_product(model: Any) -> None:
         gate, up, down = (getattr(experts[5], name).weight for name in ("gate_proj", "up_proj", "down_proj"))
     for part in (gate, up, down):
         part.zero_()
-    gate[0, 3] = up[0, 3] = 400.0 / SIZE
+    gate[0, 3] = up[0, 3] = factor / SIZE
+    return gate, up, down
+
+
+def expert_product(model: Any) -> None:
+    """One expert's SwiGLU product; the router sends every token there."""
+    one_expert(model, 400.0)
 
 
 def ids_of(text: str) -> list[int]:
