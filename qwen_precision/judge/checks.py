@@ -78,9 +78,9 @@ def _overflow(columns: Columns) -> Iterator[Finding]:
 
 
 def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
-    """One finding an operation and cause: the worst of all prompts and rows that share both."""
-    worst: dict[tuple[int, str | None], tuple[int, Finding, tuple[bool, bool, float]]] = {}
-    prompts: dict[tuple[int, str | None], list[str]] = {}
+    """One finding an operation: the worst of all prompts and rows; those that only padding spoiled are another."""
+    worst: dict[tuple[int, bool], tuple[int, Finding, tuple[bool, bool, float]]] = {}
+    prompts: dict[tuple[int, bool], list[str]] = {}
     for each in columns.passes(dtype):
         bad = sorted(event.step for event in each.events if event.nan or event.inf)
         origins = columns.origins(each)
@@ -88,7 +88,7 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
             following = min((later.step for later in origins if later.step > event.step), default=math.inf)
             carried = sum(event.step < step < following for step in bad)
             finding = _origin_finding(columns, each, event, carried)
-            key = event.site, finding.cause.kind
+            key = event.site, finding.cause.kind == "masked-rows"
             prompts.setdefault(key, []).append(columns.run.prompts[each.prompt].name)
             # Harm says more than none, and a real token more than padding.
             size = (not event.harmless, not event.in_padding, finding.magnitude.reference or 0.0)
