@@ -25,6 +25,7 @@ def run(asked: dict[str, str], more: list[str]) -> int:
     """The marked tests under one arithmetic; gives pytest's exit code."""
     chosen = {name for arithmetic in ARITHMETICS for name in arithmetic}
     environment = {name: value for name, value in os.environ.items() if name not in chosen} | asked
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads on a shared core would wait busily for each other
     said = subprocess.run([sys.executable, "-c", _SAY], env=environment, capture_output=True, text=True, check=True)
     capability, threads = said.stdout.split()
     settings = " ".join(f"{name}={value}" for name, value in asked.items())

@@ -67,10 +67,16 @@ def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
 
 
 def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | None:
-    """What the reference reaches where something began: at that place, if it was looked at, else at all of the site."""
+    """What the reference reaches where something began: in that row, if it was looked at, else at all of the site.
+
+    None where that is not known: another row is beyond the range, and this one is not.
+    """
     if not columns.run.reference or each.dtype == REFERENCE:
         return None
-    own = columns.foreseen(each.prompt).get(event.site)
+    foreseen = columns.foreseen(each.prompt)
+    own = foreseen.get((event.site, event.row or 0))
+    if own is None and any(site == event.site for site, _ in foreseen):
+        return None
     magnitude = float(own.value) if own is not None else columns.magnitude(each, event.site)
     return magnitude if magnitude is not None and math.isfinite(magnitude) else None
 
@@ -85,7 +91,7 @@ def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
 
 def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_padding: bool, reference: bool) -> str:
     """What happened, in one sentence."""
-    padding = " Only pad positions are affected." if in_padding else ""
+    padding = " What overflows stands at pad positions." if in_padding else ""
     many = what.endswith("s") and not what.endswith("ss")  # attention scores, logits
     reach, are, leave = ("reach", "are", "yet are") if many else ("reaches", "is", "yet is")
     if dtype == REFERENCE:
@@ -182,15 +188,17 @@ def _scores(case: _Case) -> _Found:
 def _accumulation(case: _Case) -> _Found:
     """The reference stays inside: what took the dtype out is told by doing it in exact arithmetic."""
     edge = case.columns.edge(case.run_pass.dtype, case.event.site)
-    if case.magnitude is None or case.magnitude >= edge:
+    beside = case.magnitude is None and bool(case.columns.foreseen(case.run_pass.prompt))
+    if not beside and (case.magnitude is None or case.magnitude >= edge):
         return None
+    reached = f"{case.magnitude:.6g}" if case.magnitude is not None else "less than the limit"
     full, dtype = case.controls.get("full reduction"), case.run_pass.dtype
     look = case.event.closeup
     exact = abs(float(look.exact)) if look is not None and look.exact is not None else None
     if exact is not None and exact >= edge:
-        why = f"its operands, rounded to {dtype}, give {exact:.6g} exactly; the reference's {case.magnitude:.6g}"
+        why = f"its operands, rounded to {dtype}, give {exact:.6g} exactly; the reference's {reached}"
         return "rounding", why, f"There is no headroom here: keep this operation out of {dtype}, or rescale it."
-    why = f"all operands are finite and the reference reaches only {case.magnitude:.6g}"
+    why = f"all operands are finite and the reference reaches only {reached}"
     if exact is not None:
         why += f"; in exact arithmetic the same operands give {exact:.6g}, so a partial sum left the range"
     if full is not None and full.clean:

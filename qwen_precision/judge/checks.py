@@ -95,7 +95,10 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
             before = worst.get(key)
             if before is None or size > before[2]:
                 worst[key] = (event.step, finding, size)
-    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: item[1][0]):
+    begins: dict[int, int] = {}
+    for (site, _), (step, _, _) in worst.items():
+        begins[site] = min(step, begins.get(site, step))
+    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (begins[item[0][0]], item[0])):
         yield replace(finding, spread=replace(finding.spread, prompts=tuple(dict.fromkeys(prompts[key]))))
 
 
@@ -163,7 +166,7 @@ def _foreseen(columns: Columns, dtype: str, origins: set[int]) -> Iterator[Findi
     wider = columns.wider(dtype)
     for each in columns.passes(dtype):
         dead = {event.site for event in each.events if event.nan or event.inf}
-        for site, event in columns.foreseen(each.prompt).items():
+        for (site, _), event in columns.foreseen(each.prompt).items():
             if site in origins or each.abs_max[site] is None or site in wider:
                 continue
             if not (site in dead or any(seed.layer <= columns.depth(site) for seed in each.reseeded)):

@@ -26,8 +26,8 @@ class Columns:
         """Layers that have experts."""
         self._foreseen = {
             each.prompt: {
-                event.site: event
-                for event in sorted(each.events, key=lambda event: float(event.value))  # of a site, the largest stays
+                (event.site, event.row or 0): event
+                for event in each.events
                 if event.clean_inputs and event.clean_weights and not (event.nan or event.inf)
             }
             for each in run.passes
@@ -53,8 +53,8 @@ class Columns:
         """The least magnitude that overflows in the format the site computes in."""
         return overflows_from(self.run.wider.get(dtype, {}).get(site, dtype))
 
-    def foreseen(self, prompt: int) -> dict[int, Event]:
-        """By site: where the reference leaves the narrowest dtype's range by itself; all that went in was inside."""
+    def foreseen(self, prompt: int) -> dict[tuple[int, int], Event]:
+        """By site and row: where the reference leaves the narrowest range by itself; all that went in was inside."""
         return self._foreseen.get(prompt, {})
 
     def origins(self, each: Pass) -> list[Event]:

@@ -95,7 +95,9 @@ class WatchedRun:
         if not (each.only_low and event.clean_inputs and event.clean_weights):
             return each
         changed = self._again(section, Clamp({(each.path, each.op, each.call)}))
-        return replace(each, event=event.model_copy(update={"harmless": _same_bits(changed, out)}))
+        apart = event.row is not None and out.shape[0] == section.valid.shape[0]
+        mine = slice(event.row, (event.row or 0) + 1) if apart else slice(None)
+        return replace(each, event=event.model_copy(update={"harmless": _same_bits(changed[mine], out[mine])}))
 
     def _keep(self, section: Section, found: list[Located]) -> None:
         moved = [each.shifted(*section.slice_at) for each in found] if section.slice_at else found

@@ -8,9 +8,10 @@ import re
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-Role = Literal["embedding", "residual", "scores", "product", "logits"]
-"""What the judgement asks about: the residual stream and what it starts from, the scores of eager attention (q times k,
-then scaled, then masked), a sum of products (where partial sums may leave the range), and the model's answer."""
+Role = Literal["embedding", "residual", "scores", "router", "product", "logits"]
+"""What the judgement asks about: the residual stream and what it starts from; the scores of eager attention (q times k,
+then scaled, then masked) and the logits of a router, which a softmax reads; a sum of products, where partial sums may
+leave the range; and the model's answer."""
 
 Power = Literal["stream", "value", "product", "input_norm", "post_norm", "final_norm"]
 """Which power of a ``Rescaling`` an operation's output goes with."""
@@ -76,7 +77,7 @@ ROWS: tuple[Row, ...] = (
     Row(r"mlp$", "mul", None, "expert output times routing weight", power="stream", sparse=True),
     Row(r"mlp$", "index_add_", power="stream", sparse=True),
     Row(r"act_fn$", "silu", None, "SiLU of the gate", stuck=_SILU),
-    Row(r"mlp\.gate$", "linear", None, "router logits", "product", stuck=_ROUTER),
+    Row(r"mlp\.gate$", "linear", None, "router logits", "router", stuck=_ROUTER),
     Row(r"mlp\.gate$", "softmax", None, "router softmax", stuck=_ROUTER),
     Row(r"mlp\.experts\.\d+$", "mul", 0, "SwiGLU product of an expert", power="product"),
     Row(_EXPERTS, "grouped_mm", 0, GATE_AND_UP, "product", "product", _SILU),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_precision.qwen3 import row_of
 from qwen_precision.record import Event
 from qwen_precision.watcher.aten import ELEMENTWISE, WITHIN_A_TOKEN
 from qwen_precision.watcher.closeup import closeup
@@ -103,7 +104,7 @@ class Inspector:
         out = seen.out
         infinite = failed and self.limit is None
         nan, count = int((torch.isnan(out) & hits).sum()), int(hits.sum()) if infinite else 0
-        index, in_padding = self._extreme(hits, seen)
+        index, in_padding = self._extreme(_harmful(hits, seen), seen)
         row, position, channel, head, expert = self._place(index, seen)
         look = None
         if infinite and clean:
@@ -287,6 +288,14 @@ def _over(fine: Tensor, shape: torch.Size, axes: list[int]) -> Tensor:
     except RuntimeError:
         return fine.all()
     return whole.all(dim=axes, keepdim=True) if axes else whole
+
+
+def _harmful(hits: Tensor, seen: Seen) -> Tensor:
+    """Of what goes into a softmax, that which is not -inf, if there is any: -inf beside it comes to nothing."""
+    if row_of(seen.path, seen.op, seen.call).role not in ("scores", "router"):
+        return hits
+    high = hits & (seen.out != -math.inf)
+    return high if bool(high.any()) else hits
 
 
 def _split_alike(fine: Tensor, lead: torch.Size, dims: int) -> Tensor:

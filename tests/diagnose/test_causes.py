@@ -406,7 +406,7 @@ def test_bad_padding_is_not_blamed_without_a_control_that_shows_it(tmp_path: Pat
     """Told apart from a row that fails by itself, too: alone, it fails as well."""
     folder = make_checkpoint(tmp_path / "model", edit=CASES["masked-rows"].plant)
     unasked = first_of(explained(folder, BATCH, explain=False))
-    assert unasked.cause.kind == "out-of-range" and "Only pad positions" in unasked.cause.sentence
+    assert unasked.cause.kind == "out-of-range" and "at pad positions" in unasked.cause.sentence
     finding = first_of(explained(folder, BATCH))
     assert finding.cause.kind == "masked-rows" and "the row is clean" in " ".join(finding.cause.evidence)
 

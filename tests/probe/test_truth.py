@@ -115,6 +115,36 @@ def test_two_tokens_that_fail_at_two_operations_of_one_layer_are_two_findings(
     assert [each.place.token.text for each in report.findings if each.place.token] == ["Y", "Z"]
 
 
+def product_and_sum(model: Any) -> None:
+    """In one layer "Y" overflows in down_proj, and "Z" in the residual add after it: 40,000 and 40,000."""
+    (early,), (late,) = ids_of("Y"), ids_of("Z")
+    embed = model.model.embed_tokens.weight
+    embed.zero_()
+    embed[:, 0] = 100.0
+    embed[early, 5], embed[late, 6] = 100.0, 40_000.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight.zero_()
+    block.post_attention_layernorm.weight[5:7] = 1.0
+    gate, up, down = (getattr(block.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
+    gate.zero_()
+    up.zero_()
+    gate[0, 5] = up[0, 5] = gate[1, 6] = up[1, 6] = 1.0
+    down[11, 0], down[6, 1] = 4000.0, 625.0
+
+
+@WAYS
+def test_a_sum_that_overflows_at_one_token_is_found_beside_another_that_was_bad_before(
+    attention: str, memory: str, tmp_path: Path
+) -> None:
+    report = probed(make_checkpoint(tmp_path, edit=product_and_sum), ["abYcZd"], attention, memory)
+    assert places(report) == [(1, "down_proj output", False), (1, "residual add after mlp", False)]
+    failing = [each.place.token for each in report.findings if each.severity == "error"]
+    assert [token.text for token in failing if token is not None] == ["Y", "Z"]
+
+
 # -- rows of a batch -----------------------------------------------------------------------------------------------
 
 
