@@ -70,8 +70,9 @@ class Swept(Part):
     """One, or those of the text."""
     text: str
     magnitude: Number
-    """The largest of the reference, up to the step-up."""
-    layer: Count
+    """The largest of the reference."""
+    layer: Count | None
+    """None outside the layers."""
     name: str
     """Of the operation."""
     channel: Count
@@ -87,9 +88,9 @@ class Sweep(Part):
     tried: Count
     total: Count
     layers: Count
-    """How many were run: up to the step-up, after which magnitudes grow no more."""
+    """How many were run: all of them; once only those up to the step-up, after which magnitudes grow no more."""
     over: Count
-    """Whose magnitude is beyond the dtype's largest number."""
+    """How many overflow in the dtype; of a sweep up to the step-up, whose magnitude is beyond its largest number."""
     worst: list[Swept]
     prompt: str | None
     """Of a length sweep: its name."""

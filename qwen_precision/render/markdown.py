@@ -186,9 +186,8 @@ def _controls(report: Report) -> str:
 
 def _triggers(report: Report) -> str:
     """What a sweep found, and massive activations."""
-    sweep = report.run.sweep
     found = [
-        ("Sweep", list(why.triggers(sweep)) if sweep is not None else []),
+        ("Sweep", list(why.triggers(report.run))),
         ("Massive activations in fp32", list(why.massive(report))),
     ]
     return "\n\n".join(

@@ -7,5 +7,17 @@ May import: record, qwen3, settings.
 from qwen_precision.watcher.inspector import Clamp, Inspector, Located, storages
 from qwen_precision.watcher.mode import Onlooker, Watcher, attached, watch
 from qwen_precision.watcher.readings import Reading
+from qwen_precision.watcher.sequences import Sequences
 
-__all__ = ["Clamp", "Inspector", "Located", "Onlooker", "Reading", "Watcher", "attached", "storages", "watch"]
+__all__ = [
+    "Clamp",
+    "Inspector",
+    "Located",
+    "Onlooker",
+    "Reading",
+    "Sequences",
+    "Watcher",
+    "attached",
+    "storages",
+    "watch",
+]

@@ -247,7 +247,11 @@ def explained_run() -> Run:
         hashes={},
         continuations=[GreedyMatch(dtype="bf16", prompt="plain", tokens=16, first_difference=4)],
     )
-    worst = [Swept(ids=[9707], text="Hello", magnitude=74945.8, layer=31, name="hidden states", channel=35, fails=True)]
+    worst = [
+        Swept(
+            ids=[9707], text="Hello", magnitude=74945.8, layer=31, name="residual add after mlp", channel=35, fails=True
+        )
+    ]
     sweep = Sweep(
         kind="first-token",
         dtype="fp16",

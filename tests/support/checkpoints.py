@@ -45,8 +45,9 @@ def make_checkpoint(
         **config,
     }
     if moe:
-        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts, **common))
+        few = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+        experts = {**few, **common}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**common))
     if edit is not None:

@@ -12,11 +12,10 @@ from qwen_precision.render.words import why as words
 
 def why_parts(report: Report) -> Iterator[RenderableType]:
     """A section each; nothing where there is nothing to tell."""
-    sweep = report.run.sweep
     sections = {
         "Controls": list(words.controls(report)),
         "Massive activations in fp32": list(words.massive(report)),
-        "Sweep": list(words.triggers(sweep)) if sweep is not None else [],
+        "Sweep": list(words.triggers(report.run)),
     }
     for title, lines in sections.items():
         if lines:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge import CAUSES, Finding, Report, closeup_of, massive_channels, precision, run_up
-from qwen_precision.record import Closeup, Sweep
+from qwen_precision.record import Closeup, Run, Sweep
 from qwen_precision.render.text import count, number, quoted
 
 _MOST = 5
@@ -76,25 +76,44 @@ def massive(report: Report) -> Iterator[str]:
         yield f"channel {each.channel}, {layers}: up to {number(each.value)}, at {tokens}"
 
 
-def triggers(found: Sweep) -> Iterator[str]:
-    """What a sweep found."""
-    largest = DTYPES[found.dtype].max if found.dtype in DTYPES else 0.0
+def triggers(run: Run) -> Iterator[str]:
+    """What a sweep looked at, and what it found."""
+    found = run.sweep
+    if found is None:
+        return
     if found.kind == "length":
         cost = count(found.tried, "forward")
         yield f"Length of {quoted(found.prompt or '')} in {found.dtype}: {_length(found)} ({cost})."
         return
-    yield (
-        f"First tokens in {found.dtype}: {found.tried:,} of {found.total:,} tried, through "
-        f"{count(found.layers, 'layer')} (the step-up), {float(found.seconds):.1f} s; "
-        f"{found.over:,} beyond {largest:.6g}."
-    )
+    tried = f"First tokens in {found.dtype}: {found.tried:,} of {found.total:,} tried, {float(found.seconds):.1f} s"
+    if _up_to_the_step_up(run, found):
+        yield f"{tried}; {found.over:,} beyond {_largest(found)} in hidden states or at linear layers."
+        yield f"Not looked at: other operations, and all behind {count(found.layers, 'layer')}; sweep again."
+    else:
+        yield f"{tried}; {f'{found.over:,} fail' if found.over else 'none fails'}."
+        yield (
+            f"Looked at: every operation, in fp32, from embedding through {count(found.layers, 'layer')} to the end; "
+            f"what came within 2x of {_largest(found)} there, in {found.dtype} itself. "
+            "Not looked at: sums inside a fused kernel, tokens in other places."
+        )
     for each in found.worst[:_MOST]:
         outcome = {True: "fails", False: "finite", None: "not tried"}[each.fails]
         which = f"id {each.ids[0]} " if len(each.ids) == 1 else ""
+        where = f"layer {each.layer}, {each.name}" if each.layer is not None else each.name
         yield (
-            f"{which}{quoted(each.text, 30)}: {number(float(each.magnitude))} in layer {each.layer}, {each.name}, "
-            f"channel {each.channel}; in {found.dtype} {outcome}"
+            f"{which}{quoted(each.text, 30)}: {number(float(each.magnitude))} in {where}, channel {each.channel}; "
+            f"in {found.dtype} {outcome}"
         )
+
+
+def _largest(found: Sweep) -> str:
+    return f"{DTYPES[found.dtype].max if found.dtype in DTYPES else 0.0:.6g}"
+
+
+def _up_to_the_step_up(run: Run, found: Sweep) -> bool:
+    """Whether a sweep is one of those made before every operation was watched."""
+    names = (each.name for each in found.worst)
+    return found.layers < run.model.layers or any(name == "hidden states" or name[:9] == "input of " for name in names)
 
 
 def _length(found: Sweep) -> str:
