@@ -15,7 +15,7 @@ from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
 from support.builders import explained_run
 from support.checkpoints import make_checkpoint
-from support.plants import one_channel
+from support.plants import enough_of_them, expert_product, ids_of, one_channel
 from support.rescues import load
 
 IDS = torch.arange(512)[:, None]
@@ -184,6 +184,30 @@ def test_a_token_is_told_from_the_others_whatever_goes_through_with_it(tmp_path:
         alone = walker.peaks(ids[None])
         assert float(alone.value) == pytest.approx(float(together.value[number]), rel=1e-4)
         assert alone.name == together.name[number : number + 1]
+
+
+@pytest.mark.parametrize(("attention", "moe"), [("sdpa", False), ("eager", False), ("eager", True)])
+def test_of_texts_it_finds_every_prefix_that_plain_fp16_fails_at(attention: str, moe: bool, tmp_path: Path) -> None:
+    def edit(model: Any) -> None:
+        if not moe:
+            return enough_of_them(1500.0)(model)
+        expert_product(model)
+        model.model.embed_tokens.weight[:, 3] = 0.0  # only "Z" drives the expert
+        model.model.embed_tokens.weight[ids_of("Z"), 3] = 100.0
+
+    folder = make_checkpoint(tmp_path / "model", edit=edit, dtype="float32", moe=moe)
+    text = "aaaaaaaaaaaaZaaaZqkxjvbnmZwypd"
+    prefixes = [text[:length] for length in range(1, len(text) + 1)]
+    (tmp_path / "texts.txt").write_text("\n".join(prefixes))
+    model, truth = load(folder, torch.float16, attention), set()
+    for each in prefixes:
+        with torch.inference_mode():
+            if not torch.isfinite(model(torch.tensor([ids_of(each)])).logits).all():
+                truth.add(each)
+    found = swept(folder, attention=attention, sweep_texts=str(tmp_path / "texts.txt")).sweep
+    assert found.tried == len(prefixes) and 0 < len(truth) < len(prefixes)
+    assert found.over == len(truth)
+    assert all((each.text in truth) == each.fails for each in found.worst if each.fails is not None)
 
 
 def test_squares_inside_a_norm_are_not_held_against_fp16(tmp_path: Path) -> None:

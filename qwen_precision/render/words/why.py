@@ -90,7 +90,8 @@ def triggers(run: Run) -> Iterator[str]:
         yield f"{tried}; {found.over:,} beyond {_largest(found)} in hidden states or at linear layers."
         yield f"Not looked at: other operations, and all behind {count(found.layers, 'layer')}; sweep again."
     else:
-        yield f"{tried}; {f'{found.over:,} fail' if found.over else 'none fails'}."
+        fails = "none fails" if not found.over else "1 fails" if found.over == 1 else f"{found.over:,} fail"
+        yield f"{tried}; {fails}."
         yield (
             f"Looked at: every operation, in fp32, from embedding through {count(found.layers, 'layer')} to the end; "
             f"what came within 2x of {_largest(found)} there, in {found.dtype} itself. "
