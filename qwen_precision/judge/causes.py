@@ -14,7 +14,7 @@ CAUSES: dict[str, str] = {
     "dead-in-fp32": "the reference itself is not finite",
     "damaged-weight": "a tensor holds NaN or infinity",
     "weight-range": "a weight is larger than the dtype's largest number",
-    "harmless-overflow": "with the lowest finite number for its -inf the layer gives the same bits",
+    "harmless-overflow": "what overflowed comes to nothing: -inf in a softmax (tried bit by bit), or padding alone",
     "masked-rows": "only pad positions, or only in a batch",
     "attention-scores": "scores of eager attention; sdpa is clean",
     "rounding": "the operands as the dtype holds them are too large together; the reference's are not",
@@ -210,6 +210,16 @@ def _accumulation(case: _Case) -> _Found:
     return "accumulation", why, f"Keep this operation out of {dtype}, or let it add up in fp32."
 
 
+def _spared(case: _Case) -> _Found:
+    if not case.columns.spared(case.run_pass, case.event):
+        return None
+    return (
+        "harmless-overflow",
+        "only pad positions went bad, and all that real tokens give is finite",
+        "Nothing is lost on these prompts. In an earlier layer the same would reach the row's real tokens.",
+    )
+
+
 def _harmless(case: _Case) -> _Found:
     if not case.event.harmless:
         return None
@@ -330,6 +340,7 @@ def _usual(case: _Case) -> str:
 
 _RULES: tuple[Callable[[_Case], _Found], ...] = (
     _dead,
+    _spared,
     _harmless,
     _chance,
     _masked,

@@ -107,7 +107,7 @@ def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) ->
     limit = columns.limit(each.dtype, event.site)
     return Finding(
         kind="overflow" if event.inf else "nan",
-        severity="warning" if event.harmless else "error",
+        severity="warning" if event.harmless or columns.spared(each, event) else "error",
         dtype=each.dtype,
         place=_place(columns, each, event.site, event),
         magnitude=Magnitude(magnitude, limit / magnitude if magnitude else None, event.nan, event.inf),

@@ -75,6 +75,14 @@ class Columns:
             )
         ]
 
+    def spared(self, each: Pass, event: Event) -> bool:
+        """Whether only pad positions went bad in a pass, and what real tokens give came out finite all the same."""
+        row = event.row or 0
+        if not event.in_padding or any(row in seed.rows for seed in each.reseeded):
+            return False
+        answered = row < len(each.top1) and each.top1[row] is not None
+        return answered and all(one.in_padding for one in each.events if one.nan or one.inf)
+
     def depth(self, site: int) -> float:
         """The layer of a site; before all layers for the embedding, behind them for what follows."""
         place = self.run.sites[site]

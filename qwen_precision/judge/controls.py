@@ -49,6 +49,8 @@ class Asked(NamedTuple):
     batched: bool
     position: int | None
     """Of the token, in the padded row; None at padding, or where it is not known."""
+    hidden: bool = False
+    """Whether another row of its batch is worse at the same operation: then it is only asked whether it fails alone."""
 
     @property
     def place(self) -> int | None:
@@ -81,7 +83,7 @@ def _beside(run: Run, finding: Finding) -> Iterator[Asked]:
                 place = replace(finding.place, prompt=prompt.name, token=token_of(run, each, event))
                 one = _asked(run, replace(finding, place=place))
                 if one is not None:
-                    yield one
+                    yield one._replace(hidden=True)
 
 
 def _asked(run: Run, finding: Finding) -> Asked | None:
@@ -117,7 +119,7 @@ def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Cand
             known = not each.batched and list(control.ids) == each.row.ids and control.job[1:] == ("", False)
             if control.ids and not known:
                 lot.setdefault((control.ids, control.job), control)
-        lots.append(list(lot.values()))
+        lots.append(list(lot.values())[: 1 if each.hidden else None])
     return [*again.values(), *(control for control in chain(*zip_longest(*lots)) if control is not None)]
 
 

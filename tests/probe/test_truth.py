@@ -185,6 +185,28 @@ def pad_and_token(model: Any) -> None:
     block.mlp.gate_proj.weight[0, 5] = block.mlp.up_proj.weight[0, 5] = 80.0
 
 
+@pytest.mark.parametrize(("layer", "verdict"), [(1, "fail"), (2, "risk")])
+def test_padding_that_overflows_does_harm_only_where_a_layer_follows(layer: int, verdict: str, tmp_path: Path) -> None:
+    """In the last layer nothing reads the pad positions any more: what real tokens give is finite."""
+
+    def plant(model: Any) -> None:
+        pad_and_token(model)
+        blocks = model.model.layers
+        if layer != 1:
+            for name in ("gate_proj", "up_proj"):
+                source, target = getattr(blocks[1].mlp, name).weight, getattr(blocks[layer].mlp, name).weight
+                target.copy_(source)
+                source.zero_()
+            blocks[layer].post_attention_layernorm.weight.copy_(blocks[1].post_attention_layernorm.weight)
+
+    (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["abcdefgh", "ab"]}\n')
+    folder = make_checkpoint(tmp_path / "model", edit=plant)
+    report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml")))
+    assert report.verdict["fp16"] == verdict
+    (finding,) = [each for each in warned(report) if each.kind in ("overflow", "nan")]
+    assert (finding.place.layer, finding.place.name) == (layer, "SwiGLU product")
+
+
 # -- behind a failure ----------------------------------------------------------------------------------------------
 
 
