@@ -22,8 +22,8 @@ demo: $(STAMP) ## set up, then probe the demo checkpoint (fp16 fails, as it must
 	$(BIN)/qprec probe demo -o qprec-demo.json --fail-on never
 	$(BIN)/qprec report qprec-demo.json --fail-on never > /dev/null
 
-test: $(STAMP) ## set up, then the full test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## set up, then the full test suite, a worker a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 portable: $(STAMP) ## the tests marked arithmetic, as several processors would sum
 	$(BIN)/python scripts/portable.py
@@ -36,7 +36,7 @@ $(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
 	@touch $(OLDEST_STAMP)
 
 oldest: $(OLDEST_STAMP) ## the tests marked transformers, with the oldest version that is allowed
-	$(OLDEST)/bin/python -m pytest -m transformers
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m transformers
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -31,7 +31,9 @@ def run(asked: dict[str, str], more: list[str]) -> int:
     settings = " ".join(f"{name}={value}" for name, value in asked.items())
     print(f"== {settings}: torch computes with {capability}, threads: {threads}", flush=True)
     started = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", "pytest", "-m", "arithmetic", *more], env=environment).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "auto", "-m", "arithmetic", *more], env=environment
+    ).returncode
     print(f"== {'green' if code == 0 else 'RED'} after {time.monotonic() - started:.0f} s", flush=True)
     return code
 

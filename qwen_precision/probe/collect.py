@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from qwen_precision.dtypes import REFERENCE
 from qwen_precision.qwen3 import layer_of
 from qwen_precision.record import Event, Massive, Pass, Reseed, Site, rounded
 from qwen_precision.torch_dtypes import short_name
@@ -78,7 +79,7 @@ class Collector:
                 dtype=dtype,
                 prompt=prompt,
                 abs_max=[column.abs_max.get(site) for site in range(len(self.sites))],
-                events=sorted(column.events.values(), key=lambda event: (event.site, event.row or 0)),
+                events=self._events(dtype, column),
                 reseeded=column.reseeded,
                 top1=column.top1,
                 layer_error=column.layer_error,
@@ -89,3 +90,9 @@ class Collector:
             )
             for (dtype, prompt), column in self._columns.items()
         ]
+
+    def _events(self, dtype: str, column: _Column) -> list[Event]:
+        """In the order of the sites; not where the reference leaves a range that is not asked of anybody (norms)."""
+        wide = {site for sites in self.wider.values() for site in sites} if dtype == REFERENCE else set()
+        events = sorted(column.events.values(), key=lambda event: (event.site, event.row or 0))
+        return [event for event in events if event.nan or event.inf or event.site not in wide]
