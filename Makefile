@@ -59,6 +59,7 @@ format: $(STAMP) ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 golden: $(STAMP) ## write the expected outputs of the tests anew; read the diff
+	$(BIN)/python -m pytest --update-golden tests/house/test_demo.py  # the runs that the README is rendered from
 	$(BIN)/python -m pytest --update-golden
 
 clean: ## remove what was built
