@@ -19,8 +19,6 @@ from support.plants import down_proj_output, enough_of_them, expert_product, ids
 from support.rescues import load
 from support.runs import TEXTS, explained, first_of, run_probe
 
-pytestmark = pytest.mark.arithmetic
-
 # -- microscope and blame --------------------------------------------------------------------------------------
 
 
