@@ -126,12 +126,8 @@ class Walker:
         embed: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
         name = f"{path_of(self.model, embed)}.weight"
         used, places = torch.unique(ids, return_inverse=True)
-        found = [
-            rows[used[(used >= start) & (used < start + len(rows))] - start].clone()
-            for start, rows in self._store.row_chunks(name, 16384)
-        ]
         embed.padding_idx = None  # it only matters to gradients, and would point outside the few rows
-        self._scratch.place(embed, {"weight": torch.cat(found)}, dtype)
+        self._scratch.place(embed, {"weight": self._store.rows(name, used)}, dtype)
         hidden = self._watched(seen, partial(embed, places))
         self._scratch.clear()  # no other lot has as many rows
         return hidden
@@ -153,10 +149,7 @@ class Walker:
         self._watcher.forget()
         seen.enter()
         if call is not None:
-            self._watcher.enter_module(path)
-            for value in call.kwargs.values():
-                if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
-                    self._watcher.masks.mark(value)
+            self._watcher.enter_call(path, call.kwargs)
         with self._watcher:
             out = forward()
         self._watcher.take()

@@ -106,7 +106,7 @@ class Columns:
             return passes, np.zeros((0, sites)), np.zeros((0, sites), dtype=bool)
         values = np.stack([self._magnitudes(each) for each in passes])
         ran = np.stack([self._column(each) for each in passes]) != _NOTHING
-        ran[:, [site for site, name in self.run.wider.get(dtype, {}).items() if name != dtype]] = False
+        ran[:, sorted(self.wider(dtype))] = False
         return passes, values, ran
 
     def _magnitudes(self, each: Pass) -> Array:

@@ -65,15 +65,16 @@ def asked(report: Report) -> list[Asked]:
         each = _asked(report.run, finding)
         if each is not None:
             found.setdefault((finding.dtype, finding.place.prompt, each.number), each)
+    columns = Columns(report.run, Limits())
     for finding in report.findings:
-        for each in _beside(report.run, finding):
+        for each in _beside(columns, finding):
             found.setdefault((finding.dtype, each.finding.place.prompt, each.number), each)
     return list(found.values())
 
 
-def _beside(run: Run, finding: Finding) -> Iterator[Asked]:
+def _beside(columns: Columns, finding: Finding) -> Iterator[Asked]:
     """Other rows of a batch that fail at the same operation: each may have a reason of its own."""
-    columns = Columns(run, Limits())
+    run = columns.run
     for each in columns.passes(finding.dtype):
         prompt = run.prompts[each.prompt]
         if len(prompt.rows) == 1:

@@ -21,6 +21,9 @@ from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
 
+_ROWS = 16384
+"""Of an embedding, read at once where only some are wanted."""
+
 
 class WeightStore:
     """Tensors of a checkpoint by the names of the model's parameters.
@@ -118,6 +121,14 @@ class WeightStore:
         info = self._checkpoint.tensors[part]
         for start in range(0, info.shape[0], rows):
             yield start, self._read_rows(part, name, start, min(start + rows, info.shape[0])).to(self._device)
+
+    def rows(self, name: str, wanted: Tensor) -> Tensor:
+        """Some rows of a two-dimensional parameter, by their numbers in rising order; no more than a piece is held."""
+        found = []
+        for start, rows in self.row_chunks(name, _ROWS):
+            here = wanted[(wanted >= start) & (wanted < start + len(rows))]
+            found.append(rows[here - start].clone())
+        return torch.cat(found)
 
     def prefetch(self, module: nn.Module, path: str) -> None:
         """Ask the system to read a module's bytes while the current one computes."""

@@ -167,12 +167,9 @@ class Shadow:
     def _gather(self, name: str, used: Tensor) -> Tensor:
         """Rows of the embedding, in the order of ``used`` (sorted)."""
         start_time = time.perf_counter()
-        found = []
-        for start, rows in self.store.row_chunks(name, 16384):
-            here = used[(used >= start) & (used < start + len(rows))]
-            found.append(rows[here - start].clone())
+        found = self.store.rows(name, used)
         self.seconds["read and cast"] += time.perf_counter() - start_time
-        return torch.cat(found)
+        return found
 
     def _layer(self, index: int) -> None:
         layer, sources = self._layers[index], self._read(index)
@@ -199,7 +196,7 @@ class Shadow:
         layer, stream = self._layers[index], self._streams[name, prompt]
         call = stream.calls[index]
         forward = partial(run_layer, layer, stream.given, call)
-        enter = partial(self._enter, f"{self._path}.{index}", call)
+        enter = partial(self.watcher.enter_call, f"{self._path}.{index}", call.kwargs)
         return Section((name, prompt), self.prompts[prompt].mask.bool(), layer, forward, enter)
 
     def _foresee(self, index: int, sources: dict[str, Tensor], readings: dict[tuple[str, int], list[Reading]]) -> None:
@@ -210,7 +207,7 @@ class Shadow:
         placed = False
         for prompt in range(len(self.prompts)):
             narrow = readings[self._narrow, prompt]
-            wide = {(each.module, each.op, each.call) for each in narrow if each.dtype != own}
+            wide = {each.spot for each in narrow if each.dtype != own}
             if self.measure.beyond(readings[REFERENCE, prompt], wide):
                 if not placed:
                     self.scratch.place(self._layers[index], sources, torch_dtype(REFERENCE))
@@ -237,13 +234,6 @@ class Shadow:
         if name == REFERENCE and self.measure.beyond(readings):
             self.measure.foresee(section)
         return out
-
-    def _enter(self, path: str, call: LayerCall) -> None:
-        """Set the path of a part that is run by its forward, past its own hooks; declare its masks."""
-        self.watcher.enter_module(path)
-        for value in call.kwargs.values():
-            if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
-                self.watcher.masks.mark(value)
 
     def _compare(self, name: str, prompt: int) -> None:
         """How far a stream is from the reference's, over the real tokens of rows that are still its own."""

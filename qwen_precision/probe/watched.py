@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.probe.collect import Collector
-from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Watcher, storages
-
-Place = tuple[str, str, int]
-"""Module, operation and call."""
+from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Spot, Watcher, storages
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class WatchedRun:
             self._keep(section, [self._tried(section, each, out) for each in inspector.found])
         return out, readings
 
-    def foresee(self, section: Section, wide: Container[Place] = ()) -> None:
+    def foresee(self, section: Section, wide: Container[Spot] = ()) -> None:
         """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself.
 
         Args:
@@ -66,14 +63,14 @@ class WatchedRun:
         """
         inspector = Inspector(section.valid, self.near, storages(section.module), self._limit)
         self._again(section, inspector)
-        self._keep(section, [each for each in inspector.found if (each.path, each.op, each.call) not in wide])
+        self._keep(section, [each for each in inspector.found if each.spot not in wide])
 
-    def beyond(self, reference: list[Reading], wide: Container[Place] = ()) -> bool:
+    def beyond(self, reference: list[Reading], wide: Container[Spot] = ()) -> bool:
         """Whether the reference leaves the narrowest dtype's range; ``wide`` as for ``foresee``."""
         if self._limit is None:
             return False
         large = [each for each in reference if not each.abs_max < self._limit]
-        return any((each.module, each.op, each.call) not in wide for each in large)
+        return any(each.spot not in wide for each in large)
 
     def _again(self, section: Section, onlooker: Onlooker) -> Tensor:
         section.enter()
@@ -94,7 +91,7 @@ class WatchedRun:
         event = each.event
         if not (each.only_low and event.clean_inputs and event.clean_weights):
             return each
-        changed = self._again(section, Clamp({(each.path, each.op, each.call)}))
+        changed = self._again(section, Clamp({each.spot}))
         apart = event.row is not None and out.shape[0] == section.valid.shape[0]
         mine = slice(event.row, (event.row or 0) + 1) if apart else slice(None)
         return replace(each, event=event.model_copy(update={"harmless": _same_bits(changed[mine], out[mine])}))

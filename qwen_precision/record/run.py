@@ -153,9 +153,8 @@ class Pass(Part):
     @property
     def failed(self) -> bool:
         """Whether something was not finite, and made a difference."""
-        return any((each.nan or each.inf) and each.clean_inputs and not each.harmless for each in self.events) or any(
-            (each.nan or each.inf) and not each.clean_weights for each in self.events
-        )
+        bad = (each for each in self.events if each.nan or each.inf)
+        return any(not each.clean_weights or (each.clean_inputs and not each.harmless) for each in bad)
 
 
 class Weight(Part):

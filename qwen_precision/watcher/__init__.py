@@ -6,7 +6,7 @@ May import: record, qwen3, settings.
 
 from qwen_precision.watcher.inspector import Clamp, Inspector, Located, storages
 from qwen_precision.watcher.mode import Onlooker, Watcher, attached, watch
-from qwen_precision.watcher.readings import Reading
+from qwen_precision.watcher.readings import Reading, Spot
 from qwen_precision.watcher.sequences import Sequences
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Onlooker",
     "Reading",
     "Sequences",
+    "Spot",
     "Watcher",
     "attached",
     "storages",

@@ -19,6 +19,7 @@ from qwen_precision.record import Event
 from qwen_precision.watcher.aten import ELEMENTWISE, WITHIN_A_TOKEN
 from qwen_precision.watcher.closeup import closeup
 from qwen_precision.watcher.mode import Seen
+from qwen_precision.watcher.readings import Spot
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Located:
     """As it goes into the record, but for the number of its site."""
     only_low: bool = False
     """Whether all that is bad is -inf."""
+
+    @property
+    def spot(self) -> Spot:
+        """Which operation it is."""
+        return self.path, self.op, self.call
 
     def shifted(self, position: int, channel: int) -> "Located":
         """A place within a slice as a place in the whole."""
@@ -359,7 +365,7 @@ class Clamp:
         wanted: path, operation and call of each.
     """
 
-    wanted: set[tuple[str, str, int]]
+    wanted: set[Spot]
 
     def __call__(self, seen: Seen) -> None:
         """Write into the fresh output of one operation, before anything reads it."""

@@ -110,6 +110,13 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self._stack.append(self.path)
         self.path = path
 
+    def enter_call(self, path: str, kwargs: dict[str, Any]) -> None:
+        """Enter a layer that is run by its forward, past its own hooks, and declare the additive masks it is given."""
+        self.enter_module(path)
+        for value in kwargs.values():
+            if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+                self.masks.mark(value)
+
     def leave_module(self) -> None:
         """Leave it again."""
         if self._stack:

@@ -15,6 +15,10 @@ from torch import Tensor
 _POOL = 512
 
 
+Spot = tuple[str, str, int]
+"""Path of the module, name of the operation, the how-manieth."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What one operation produced."""
@@ -29,6 +33,11 @@ class Reading:
     """Largest magnitude; nan if any element is NaN, inf if any is infinite."""
     dtype: torch.dtype
     """Of the output."""
+
+    @property
+    def spot(self) -> Spot:
+        """Which operation it is."""
+        return self.module, self.op, self.call
 
     @property
     def finite(self) -> bool:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.watcher.mode import Seen
-
-Site = tuple[str, str, int]
-"""Path of the module, name of the operation, the how-manieth."""
+from qwen_precision.watcher.readings import Spot
 
 
 class Sequences:
@@ -26,13 +24,13 @@ class Sequences:
         counts: whether a finite magnitude at a place counts; one that is not finite does anywhere.
     """
 
-    def __init__(self, count: int, tokens: int, device: torch.device, counts: Callable[[Site], bool]) -> None:
+    def __init__(self, count: int, tokens: int, device: torch.device, counts: Callable[[Spot], bool]) -> None:
         self._count, self._tokens, self._counts = count, tokens, counts
         self.value = torch.zeros(count, device=device)
         self.site = torch.zeros(count, dtype=torch.long, device=device)
         """Index into ``sites``."""
         self.channel = torch.zeros(count, dtype=torch.long, device=device)
-        self.sites: list[Site] = []
+        self.sites: list[Spot] = []
         self.mixed = torch.zeros((), device=device)
         """The largest magnitude of what belongs to no sequence that could be told."""
         self.shift = 0
@@ -90,7 +88,7 @@ class Sequences:
             return torch.arange(rows, device=device) // (rows // self._count)
         return None
 
-    def _keep(self, owner: Tensor, largest: Tensor, channel: Tensor, site: Site) -> None:
+    def _keep(self, owner: Tensor, largest: Tensor, channel: Tensor, site: Spot) -> None:
         """Of each sequence the best row of this operation, where it is more than the best so far."""
         mine = torch.zeros_like(self.value).scatter_reduce_(0, owner, largest, "amax")
         first = torch.full_like(self.channel, len(owner))

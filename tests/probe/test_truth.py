@@ -85,13 +85,13 @@ def test_what_carries_a_number_on_counts_with_the_place_where_it_became_too_larg
     assert (layer, one_by_one, foreseen) == (1, name, False) and report.verdict["bf16"] == "ok"
 
 
-def two_tokens(model: Any) -> None:
-    """In one layer "Y" overflows in the SwiGLU product, "Z" only in down_proj, which "Y" never reaches alive."""
+def two_units(model: Any, size: float) -> tuple[Any, Any, Any]:
+    """The mlp of layer 1, empty: "Y" is 100 in channel 5, "Z" is ``size`` in channel 6. Gives gate, up and down."""
     (early,), (late,) = ids_of("Y"), ids_of("Z")
     embed = model.model.embed_tokens.weight
     embed.zero_()
     embed[:, 0] = 100.0
-    embed[early, 5], embed[late, 6] = 100.0, 100.0
+    embed[early, 5], embed[late, 6] = 100.0, size
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
@@ -101,6 +101,12 @@ def two_tokens(model: Any) -> None:
     gate, up, down = (getattr(block.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
     gate.zero_()
     up.zero_()
+    return gate, up, down
+
+
+def two_tokens(model: Any) -> None:
+    """In one layer "Y" overflows in the SwiGLU product, "Z" only in down_proj, which "Y" never reaches alive."""
+    gate, up, down = two_units(model, 100.0)
     gate[0, 5] = up[0, 5] = 80.0
     gate[1, 6] = up[1, 6] = 8.0
     down[9, 1] = 60.0
@@ -117,20 +123,7 @@ def test_two_tokens_that_fail_at_two_operations_of_one_layer_are_two_findings(
 
 def product_and_sum(model: Any) -> None:
     """In one layer "Y" overflows in down_proj, and "Z" in the residual add after it: 40,000 and 40,000."""
-    (early,), (late,) = ids_of("Y"), ids_of("Z")
-    embed = model.model.embed_tokens.weight
-    embed.zero_()
-    embed[:, 0] = 100.0
-    embed[early, 5], embed[late, 6] = 100.0, 40_000.0
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-    block = model.model.layers[1]
-    block.post_attention_layernorm.weight.zero_()
-    block.post_attention_layernorm.weight[5:7] = 1.0
-    gate, up, down = (getattr(block.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
-    gate.zero_()
-    up.zero_()
+    gate, up, down = two_units(model, 40_000.0)
     gate[0, 5] = up[0, 5] = gate[1, 6] = up[1, 6] = 1.0
     down[11, 0], down[6, 1] = 4000.0, 625.0
 
