@@ -13,7 +13,7 @@ import torch
 from qwen_precision.diagnose.again import outcomes, run_again, run_prompts
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.judge import Candidate, Report, asked, candidates, starts_at
+from qwen_precision.judge import Candidate, Report, Start, asked, candidates, starts_at
 from qwen_precision.model import Models, encode, out_of_memory
 from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress, said
@@ -57,8 +57,8 @@ def explained(job: Job, report: Report, run: Run, progress: Progress, announce: 
             announce(_told(affordable))
         for each in affordable:
             if each.what == "same again":
-                _run_same(job, each, report.run, made, progress)
-        _run_controls(job, [each for each in affordable if each.what != "same again"], made, progress)
+                _run_same(job, each, report, made, progress)
+        _run_controls(job, [each for each in affordable if each.what != "same again"], report.run, made, progress)
         made.hashes.update({file: _hash(job, file, progress) for file in damaged})
         if wish:
             made.continuations.extend(_continuations(job, made.left_out, progress))
@@ -114,9 +114,10 @@ def _ids_of(job: Job, spec: PromptSpec) -> list[int]:
     return prompts[0].rows[0].ids
 
 
-def _run_same(job: Job, each: Candidate, before: Run, made: Explanation, progress: Progress) -> None:
-    """Run a failing prompt as it was, and note whether it fails at the same place again."""
-    prompts = [prompt for prompt in job.prompts if prompt.name == each.prompt]
+def _run_same(job: Job, each: Candidate, report: Report, made: Explanation, progress: Progress) -> None:
+    """Run all failing prompts of a dtype as they were; note of each row whether it fails at the same place again."""
+    rows = {(one.finding.place.prompt, one.number): one for one in asked(report) if one.finding.dtype == each.dtype}
+    prompts = [prompt for prompt in job.prompts if prompt.name in {name for name, _ in rows}]
     try:
         run = run_prompts(job, each.dtype, prompts, said("controls", progress))
     except QprecError as error:
@@ -125,23 +126,34 @@ def _run_same(job: Job, each: Candidate, before: Run, made: Explanation, progres
     if run.stopped is not None:
         made.left_out.append(f"{each.dtype}: {each.what}: {run.stopped}")
         return
-    was, now = (starts_at(one, each.dtype, each.prompt) for one in (before, run))
-    differs = "is clean" if now is None else f"first fails in {now[1]} of {now[0]}, row {now[3]}, position {now[4]}"
-    made.controls.append(
-        Control(
-            what=each.what if was == now else "same again, otherwise",
-            dtype=each.dtype,
-            prompt=each.prompt,
-            row=each.row,
-            tokens=len(each.ids),
-            position=None,
-            clean=now is None,
-            detail=each.detail if was == now else f"{each.detail}, {differs}",
+    for (prompt, row), one in rows.items():
+        was, now = (starts_at(which, each.dtype, str(prompt), row) for which in (report.run, run))
+        detail = "the same batch, run again" if one.batched else "the same row, run again"
+        if was != now:
+            at = f"{now.bad} bad elements first in {now.spot[1]} of {now.spot[0]}" if now else "is clean"
+            detail = f"{detail}, {at}"
+        made.controls.append(
+            Control(
+                what=each.what if was == now else "same again, otherwise",
+                dtype=each.dtype,
+                prompt=str(prompt),
+                row=row,
+                tokens=len(one.row.ids),
+                position=None,
+                clean=now is None,
+                site=_site(report.run, now),
+                detail=detail,
+            )
         )
-    )
 
 
-def _run_controls(job: Job, controls: Sequence[Candidate], made: Explanation, progress: Progress) -> None:
+def _site(run: Run, start: Start | None) -> int | None:
+    """An operation that another run names, as an index into this run's sites."""
+    sites = {(site.module, site.op, site.call): number for number, site in enumerate(run.sites)}
+    return sites.get(start.spot) if start is not None else None
+
+
+def _run_controls(job: Job, controls: Sequence[Candidate], before: Run, made: Explanation, progress: Progress) -> None:
     """Run them, those of one dtype and attention together; each is noted as it is done."""
     for (dtype, attention, full), group in groupby(sorted(controls, key=lambda each: each.job), lambda each: each.job):
         members = list(group)
@@ -167,6 +179,7 @@ def _run_controls(job: Job, controls: Sequence[Candidate], made: Explanation, pr
                     tokens=len(each.ids),
                     position=each.position,
                     clean=clean[number],
+                    site=_site(before, starts_at(run, dtype, str(number), 0)),
                     detail=each.detail,
                 )
             )

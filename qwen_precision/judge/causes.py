@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, token_of
@@ -67,18 +67,25 @@ def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
 
 
 def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | None:
-    """What the reference reaches where something began: in that row, if it was looked at, else at all of the site.
+    """What the reference reaches where something began: at that element, if it was looked at, else at all of the site.
 
-    None where that is not known: another row is beyond the range, and this one is not.
+    None where that is not known: another row, or another token of it, is beyond the range, and this one is not.
     """
     if not columns.run.reference or each.dtype == REFERENCE:
         return None
-    foreseen = columns.foreseen(each.prompt)
-    own = foreseen.get((event.site, event.row or 0))
-    if own is None and any(site == event.site for site, _ in foreseen):
+    own = columns.foreseen(each.prompt).get((event.site, event.row or 0))
+    if own is None and _beside(columns, each, event):
+        return None
+    if own is not None and (own.position, own.channel) != (event.position, event.channel):
         return None
     magnitude = float(own.value) if own is not None else columns.magnitude(each, event.site)
     return magnitude if magnitude is not None and math.isfinite(magnitude) else None
+
+
+def _beside(columns: Columns, each: Pass, event: Event) -> bool:
+    """Whether the reference leaves the range at this operation in other rows only."""
+    rows = {row for site, row in columns.foreseen(each.prompt) if site == event.site}
+    return bool(rows) and (event.row or 0) not in rows
 
 
 def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
@@ -145,7 +152,24 @@ def _listed(names: list[str]) -> str:
 
 def _ran(case: _Case) -> list[str]:
     """The control runs, in words."""
-    return [f"control, {c.detail}: {'clean' if c.clean else 'fails'}" for c in case.controls.values()]
+    return [f"control, {c.detail}: {_outcome(case, c)}" for c in case.controls.values()]
+
+
+def _outcome(case: _Case, control: Control) -> str:
+    if control.clean:
+        return "clean"
+    return "fails in a later layer only" if _clean(control, case) else "fails"
+
+
+def _clean(control: Control | None, case: _Case) -> TypeGuard[Control]:
+    """Whether the operation that is asked about stayed finite in a control: nothing failed, or only a later layer."""
+    if control is None or control.clean or control.site is None:
+        return control is not None and control.clean
+    return case.columns.depth(control.site) > case.columns.depth(case.event.site)
+
+
+def _what_is(control: Control) -> str:
+    return "the row is clean" if control.clean else "this operation is finite"
 
 
 # -- the rules, in the order of CAUSES -------------------------------------------------------------------------
@@ -169,9 +193,9 @@ def _chance(case: _Case) -> _Found:
 
 def _masked(case: _Case) -> _Found:
     alone = case.controls.get("row alone")
-    if alone is None or not alone.clean:
+    if not _clean(alone, case):
         return None  # where bad elements lie does not tell who made them
-    why = "without the batch and its padding the row is clean"
+    why = f"without the batch and its padding {_what_is(alone)}"
     if case.event.in_padding:
         why = f"every bad element lies at a pad position, and {why}"
     return "masked-rows", why, "Run this prompt without padding; its real tokens are not the cause."
@@ -179,7 +203,7 @@ def _masked(case: _Case) -> _Found:
 
 def _scores(case: _Case) -> _Found:
     other = case.controls.get("sdpa")
-    if other is None or not other.clean or _role(case.site) != "scores":
+    if not _clean(other, case) or _role(case.site) != "scores":
         return None
     advice = 'Use sdpa (attn_implementation="sdpa"), which keeps the scores in fp32; or bf16 or fp32 with eager.'
     return "attention-scores", "the same tokens are clean with sdpa", advice
@@ -188,7 +212,7 @@ def _scores(case: _Case) -> _Found:
 def _accumulation(case: _Case) -> _Found:
     """The reference stays inside: what took the dtype out is told by doing it in exact arithmetic."""
     edge = case.columns.edge(case.run_pass.dtype, case.event.site)
-    beside = case.magnitude is None and bool(case.columns.foreseen(case.run_pass.prompt))
+    beside = case.magnitude is None and _beside(case.columns, case.run_pass, case.event)
     if not beside and (case.magnitude is None or case.magnitude >= edge):
         return None
     reached = f"{case.magnitude:.6g}" if case.magnitude is not None else "less than the limit"
@@ -201,7 +225,7 @@ def _accumulation(case: _Case) -> _Found:
     why = f"all operands are finite and the reference reaches only {reached}"
     if exact is not None:
         why += f"; in exact arithmetic the same operands give {exact:.6g}, so a partial sum left the range"
-    if full is not None and full.clean:
+    if _clean(full, case):
         return (
             "accumulation",
             f"{why}; without reduced-precision reductions it is clean",
@@ -268,12 +292,12 @@ def _role(site: Site) -> str | None:
 
 def _length(case: _Case) -> _Found:
     few, alone, place = case.controls.get("token after the first"), case.controls.get("token alone"), _place(case)
-    if place is None or few is None or alone is None or not (few.clean and alone.clean):
+    if place is None or not (_clean(few, case) and _clean(alone, case)):
         return None
     ids, many = _row_ids(case), case.controls.get("as many first tokens")
     same = [ids[0]] * place == ids[:place]  # then that control was the row itself
     others = case.controls.get("as many other tokens")
-    if (many is None and not same) or any(each is not None and each.clean for each in (many, others)):
+    if (many is None and not same) or _clean(many, case) or _clean(others, case):
         return None
     why = f"the token is clean alone and after one other, and fails after {place} times the first token"
     return "length", why, f"Find the length with --sweep length. {_usual(case)}"
@@ -289,12 +313,12 @@ def _token(case: _Case) -> _Found:
         return None
     single = len(_row_ids(case)) == 1
     others = _by_outcome(case.columns, case.run_pass.dtype)[1]
-    if not single and (alone is None or alone.clean):
+    if not single and (alone is None or _clean(alone, case)):
         return None
     if rest is not None:
-        if not rest.clean:
+        if not _clean(rest, case):
             return None
-        why = "without it the row is clean"
+        why = f"without it {_what_is(rest)}"
     elif len(set(_row_ids(case))) == 1 and others:
         why = f"prompts without it are clean ({_listed(others)})"
     else:
@@ -322,16 +346,16 @@ def _row_ids(case: _Case) -> list[int]:
 def _template(case: _Case) -> _Found:
     """A failing chat turn whose text is clean: what fails is of the template's making, token or not."""
     other = case.controls.get("without the template")
-    return ("trigger-prompt", f"{other.detail} is clean", _usual(case)) if other is not None and other.clean else None
+    return ("trigger-prompt", f"{other.detail}: {_what_is(other)}", _usual(case)) if _clean(other, case) else None
 
 
 def _together(case: _Case) -> _Found:
     other, alone = case.controls.get("with the template"), case.controls.get("token alone")
     filled = [case.controls.get("as many first tokens"), case.controls.get("as many other tokens")]
-    if alone is not None and alone.clean and any(each is not None and each.clean for each in filled):
+    if _clean(alone, case) and any(_clean(each, case) for each in filled):
         why = "the token is clean alone, and after as many others: it takes what stands before it"
         return "trigger-prompt", why, _usual(case)
-    return ("trigger-prompt", f"{other.detail} is clean", _usual(case)) if other is not None and other.clean else None
+    return ("trigger-prompt", f"{other.detail}: {_what_is(other)}", _usual(case)) if _clean(other, case) else None
 
 
 def _usual(case: _Case) -> str:

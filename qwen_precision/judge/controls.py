@@ -13,7 +13,7 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Finding, Limits, Report
 from qwen_precision.qwen3 import row_of
-from qwen_precision.record import ControlKind, Row, Run
+from qwen_precision.record import ControlKind, Pass, Row, Run
 
 KINDS = ("overflow", "nan")
 """Findings that controls can say something about."""
@@ -60,15 +60,14 @@ class Asked(NamedTuple):
 
 def asked(report: Report) -> list[Asked]:
     """Failing rows of every dtype, in the order of the forward; not those whose stream had been replaced before."""
-    found: dict[tuple[str, str | None, int], Asked] = {}
-    for finding in report.findings:
-        each = _asked(report.run, finding)
-        if each is not None:
-            found.setdefault((finding.dtype, finding.place.prompt, each.number), each)
     columns = Columns(report.run, Limits())
-    for finding in report.findings:
-        for each in _beside(columns, finding):
-            found.setdefault((finding.dtype, each.finding.place.prompt, each.number), each)
+    found: dict[tuple[str, str | None, int, bool], Asked] = {}
+    own = (_asked(columns, finding) for finding in report.findings)
+    beside = chain.from_iterable(_beside(columns, finding) for finding in report.findings)
+    for each in chain(own, beside):
+        if each is not None:
+            about = each.finding.dtype, each.finding.place.prompt, each.number, each.position is None
+            found.setdefault(about, each)
     return list(found.values())
 
 
@@ -82,12 +81,13 @@ def _beside(columns: Columns, finding: Finding) -> Iterator[Asked]:
         for event in columns.origins(each):
             if event.site == finding.place.site:
                 place = replace(finding.place, prompt=prompt.name, token=token_of(run, each, event))
-                one = _asked(run, replace(finding, place=place))
+                one = _asked(columns, replace(finding, place=place))
                 if one is not None:
                     yield one._replace(hidden=True)
 
 
-def _asked(run: Run, finding: Finding) -> Asked | None:
+def _asked(columns: Columns, finding: Finding) -> Asked | None:
+    run = columns.run
     measured = finding.kind in KINDS and finding.severity == "error" and not finding.predicted
     prompt = next((each for each in run.prompts if each.name == finding.place.prompt), None)
     if not measured or prompt is None or finding.dtype == REFERENCE or finding.cause.kind == "dead-in-fp32":
@@ -96,14 +96,21 @@ def _asked(run: Run, finding: Finding) -> Asked | None:
     number = token.row if token is not None else 0
     mine = [p for p in run.passes if p.dtype == finding.dtype and run.prompts[p.prompt].name == prompt.name]
     layer = finding.place.layer if finding.place.layer is not None else len(run.sites)
-    if number >= len(prompt.rows) or any(number in s.rows and s.layer <= layer for p in mine for s in p.reseeded):
+    if number >= len(prompt.rows) or not all(_own(columns, each, number, layer) for each in mine):
         return None
     position = token.position if token is not None and not token.padding else None
     return Asked(finding, number, prompt.rows[number], len(prompt.rows) > 1, position)
 
 
+def _own(columns: Columns, each: Pass, row: int, layer: int) -> bool:
+    """Whether a row came to a layer by itself, or would have but for its padding, which a row alone does not have."""
+    seeds = [seed for seed in each.reseeded if row in seed.rows and seed.layer <= layer]
+    before = [e for e in columns.origins(each) if (e.row or 0) == row and columns.depth(e.site) < layer]
+    return not seeds or (all(e.in_padding for e in before) and not any(seed.clamped for seed in seeds))
+
+
 def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Candidate]:
-    """Controls of every failing row, the most telling of each first; before them the first that failed, as it was.
+    """Controls of every failing row, the most telling of each first; before them all failing rows as they were.
 
     Args:
         report: of the run.
@@ -111,41 +118,50 @@ def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Cand
     """
     lots: list[list[Candidate]] = []
     again: dict[str, Candidate] = {}
+    planned: set[tuple[object, ...]] = set()
     for each in asked(report):
         again.setdefault(each.finding.dtype, _same(each))
         about = (each.finding.dtype, each.finding.place.prompt, each.number)
         mine = [template for template in templates if (template.dtype, template.prompt, template.row) == about]
-        lot: dict[tuple[object, ...], Candidate] = {}
+        lot: list[Candidate] = []
         for control in _ordered(report.run, each, mine):
             known = not each.batched and list(control.ids) == each.row.ids and control.job[1:] == ("", False)
-            if control.ids and not known:
-                lot.setdefault((control.ids, control.job), control)
-        lots.append(list(lot.values())[: 1 if each.hidden else None])
+            same = (*about, control.position, control.ids, control.job)
+            if control.ids and not known and same not in planned:
+                planned.add(same)
+                lot.append(control)
+        lots.append(lot[: 1 if each.hidden else None])
     return [*again.values(), *(control for control in chain(*zip_longest(*lots)) if control is not None)]
 
 
 def _same(each: Asked) -> Candidate:
-    """The cheapest control: where chance is at work, what a change does tells nothing."""
-    detail = "the same batch, run again" if each.batched else "the same row, run again"
-    return Candidate(
-        "same again", each.finding.dtype, str(each.finding.place.prompt), each.number, tuple(each.row.ids), detail
-    )
+    """The cheapest control, for all failing rows of a dtype: where chance is at work, a change tells nothing."""
+    return Candidate("same again", each.finding.dtype, str(each.finding.place.prompt), each.number, (), "as it was")
 
 
-def starts_at(run: Run, dtype: str, prompt: str) -> tuple[str, str, int, int | None, int | None] | None:
-    """Where a dtype first fails on a prompt: module, operation, call, row and position; None where it does not."""
+class Start(NamedTuple):
+    """Where something not finite is met first."""
+
+    spot: tuple[str, str, int]
+    """Path of the module, name of the operation, the how-manieth."""
+    bad: int
+    """Elements that are not finite there."""
+
+
+def starts_at(run: Run, dtype: str, prompt: str, row: int) -> Start | None:
+    """Where a dtype first fails on a row of a prompt; None where it does not."""
     found = [
         event
         for each in run.passes
         if each.dtype == dtype and run.prompts[each.prompt].name == prompt
         for event in each.events
-        if event.nan or event.inf
+        if (event.nan or event.inf) and event.row in (None, row)
     ]
     if not found:
         return None
     first = min(found, key=lambda event: event.step)
     site = run.sites[first.site]
-    return site.module, site.op, site.call, first.row, first.position
+    return Start((site.module, site.op, site.call), first.nan + first.inf)
 
 
 def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Candidate]:

@@ -34,11 +34,11 @@ from qwen_precision.model import (
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
 from qwen_precision.probe.task import FinalHook, Task
-from qwen_precision.probe.watched import Section, WatchedRun
+from qwen_precision.probe.watched import Section, WatchedRun, suspicious
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Massive, Reseed, rounded
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Reading, Watcher, attached
+from qwen_precision.watcher import Reading, Spot, Watcher, attached
 
 
 @dataclass
@@ -173,7 +173,7 @@ class Shadow:
 
     def _layer(self, index: int) -> None:
         layer, sources = self._layers[index], self._read(index)
-        readings: dict[tuple[str, int], list[Reading]] = {}
+        ran: dict[tuple[str, int], tuple[Tensor, list[Reading]]] = {}
         for name in self.task.dtypes:
             started = time.perf_counter()
             self.scratch.place(layer, sources, torch_dtype(name))
@@ -181,14 +181,15 @@ class Shadow:
             for prompt in range(len(self.prompts)):
                 stream = self._streams[name, prompt]
                 stream.given = stream.hidden
-                stream.hidden, readings[name, prompt] = self.measure.run(self._section(name, prompt, index))
+                ran[name, prompt] = self.measure.run(self._section(name, prompt, index))
+                stream.hidden = ran[name, prompt][0]
                 self._compare(name, prompt)
                 self._massive(name, prompt, index)
                 self._local(name, prompt, layer, stream.calls[index])
                 self._reseed(name, prompt, index)
             self.seconds["read and cast"] += placed - started
             self.seconds[name] += time.perf_counter() - placed
-        self._foresee(index, sources, readings)
+        self._look_closely(index, sources, ran)
         self.scratch.release()
 
     def _section(self, name: str, prompt: int, index: int) -> Section:
@@ -199,20 +200,32 @@ class Shadow:
         enter = partial(self.watcher.enter_call, f"{self._path}.{index}", call.kwargs)
         return Section((name, prompt), self.prompts[prompt].mask.bool(), layer, forward, enter)
 
-    def _foresee(self, index: int, sources: dict[str, Tensor], readings: dict[tuple[str, int], list[Reading]]) -> None:
-        """Look closely at the reference where it leaves the narrowest range: behind a failure nothing else tells."""
-        if self._narrow is None or REFERENCE not in self.task.dtypes:
-            return
+    def _look_closely(
+        self, index: int, sources: dict[str, Tensor], ran: dict[tuple[str, int], tuple[Tensor, list[Reading]]]
+    ) -> None:
+        """Run the layer again where something was not finite or near a limit: the reference first, which tells more."""
+        placed = self.task.dtypes[-1]
+        for (name, prompt), (out, readings) in ran.items():
+            wide = self._wide(ran, prompt)
+            foresee = name == REFERENCE and self.measure.beyond(readings, wide)
+            if not foresee and not suspicious(readings, self.task.near):
+                continue
+            started = time.perf_counter()
+            if placed != name:
+                self.scratch.place(self._layers[index], sources, torch_dtype(name))
+                placed = name
+            section = self._section(name, prompt, index)
+            self.measure.look(section, out, readings)
+            if foresee:
+                self.measure.foresee(section, wide)
+            self.seconds[name] += time.perf_counter() - started
+
+    def _wide(self, ran: dict[tuple[str, int], tuple[Tensor, list[Reading]]], prompt: int) -> set[Spot]:
+        """Operations of a layer that the narrowest dtype computes in a wider format."""
+        if self._narrow is None:
+            return set()
         own = torch_dtype(self._narrow)
-        placed = False
-        for prompt in range(len(self.prompts)):
-            narrow = readings[self._narrow, prompt]
-            wide = {each.spot for each in narrow if each.dtype != own}
-            if self.measure.beyond(readings[REFERENCE, prompt], wide):
-                if not placed:
-                    self.scratch.place(self._layers[index], sources, torch_dtype(REFERENCE))
-                    placed = True
-                self.measure.foresee(self._section(REFERENCE, prompt, index), wide)
+        return {each.spot for each in ran[self._narrow, prompt][1] if each.dtype != own}
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's weights, read ahead of time; sends the reader for the next and the disk for the one after."""
@@ -231,6 +244,7 @@ class Shadow:
         """A part outside the layers; the reference is looked at closely at once where it leaves the narrowest range."""
         section = Section((name, prompt), self.prompts[prompt].mask.bool(), module, forward)
         out, readings = self.measure.run(section)
+        self.measure.look(section, out, readings)
         if name == REFERENCE and self.measure.beyond(readings):
             self.measure.foresee(section)
         return out

@@ -39,6 +39,7 @@ class WatchedRun:
 
     def __init__(self, watcher: Watcher, collector: Collector, near: float, limit: float | None) -> None:
         self.watcher, self.collector, self.near, self._limit = watcher, collector, near, limit
+        self._largest: dict[int, dict[Spot, list[tuple[int, ...]]]] = {}
 
     def run(self, section: Section) -> tuple[Tensor, list[Reading]]:
         """Run a part; gives what it gives, and the reading of every operation."""
@@ -48,11 +49,18 @@ class WatchedRun:
             out = section.forward()
         readings = self.watcher.take()
         self.collector.add(*section.key, readings, fold=section.slice_at is not None)
+        return out, readings
+
+    def look(self, section: Section, out: Tensor, readings: list[Reading]) -> None:
+        """Run a part that was run before once more, closely, if anything in it was not finite or near a limit.
+
+        Of several elements that failed alike, the one is named where the reference is largest; so ``foresee`` it first.
+        """
         if suspicious(readings, self.near):
-            inspector = Inspector(section.valid, self.near, storages(section.module))
+            largest = self._largest.get(section.key[1], {})
+            inspector = Inspector(section.valid, self.near, storages(section.module), prefer=largest)
             self._again(section, inspector)
             self._keep(section, [self._tried(section, each, out) for each in inspector.found])
-        return out, readings
 
     def foresee(self, section: Section, wide: Container[Spot] = ()) -> None:
         """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself.
@@ -63,7 +71,11 @@ class WatchedRun:
         """
         inspector = Inspector(section.valid, self.near, storages(section.module), self._limit)
         self._again(section, inspector)
-        self._keep(section, [each for each in inspector.found if each.spot not in wide])
+        found = [each for each in inspector.found if each.spot not in wide]
+        largest = self._largest[section.key[1]] = {}
+        for each in found:
+            largest.setdefault(each.spot, []).append(each.index)
+        self._keep(section, found)
 
     def beyond(self, reference: list[Reading], wide: Container[Spot] = ()) -> bool:
         """Whether the reference leaves the narrowest dtype's range; ``wide`` as for ``foresee``."""

@@ -36,6 +36,9 @@ class Control(Part):
     """Token position in the padded row that it is about; null where it is about the whole row."""
     clean: bool
     """Whether every operation was finite."""
+    site: int | None
+    """The first operation that was not, as an index into the run's ``sites``; null where it is not
+    there, or none was."""
     detail: str
     """What was changed, in words."""
 

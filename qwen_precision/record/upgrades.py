@@ -41,7 +41,12 @@ def _not_rescaled(row: Any) -> Any:
 
 
 def _harm_came_in(data: Record) -> Record:
-    """Schema 4 holds whether an overflow made a difference, and an extreme element in exact arithmetic."""
+    """Schema 4 holds whether an overflow made a difference, an extreme element in exact arithmetic, and where a control
+    failed."""
+    made = data.get("explanation")
+    if isinstance(made, dict) and isinstance(made.get("controls"), list):
+        controls = [{**each, "site": None} if isinstance(each, dict) else each for each in made["controls"]]
+        data = {**data, "explanation": {**made, "controls": controls}}
     passes = data.get("passes")
     if not isinstance(passes, list):
         return data

@@ -7,6 +7,7 @@ passes a NaN on.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ class Located:
     call: int
     event: Event
     """As it goes into the record, but for the number of its site."""
+    index: tuple[int, ...] = ()
+    """Of the element that is named, in the output as the operation gave it."""
     only_low: bool = False
     """Whether all that is bad is -inf."""
 
@@ -59,12 +62,14 @@ class Inspector:
         weights: what ``storages`` gives; all tensors that lie elsewhere are activations.
         limit: in a pass that is finite, what a narrower dtype would not hold counts as not finite: magnitudes from
             here on.
+        prefer: by operation, the elements to name before others that are as bad.
     """
 
     valid: Tensor
     ratio: float
     weights: dict[int, int | None]
     limit: float | None = None
+    prefer: Mapping[Spot, Sequence[tuple[int, ...]]] = field(default_factory=dict)
     found: list[Located] = field(default_factory=list)
     # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
     _picked: Tensor | None = None
@@ -88,10 +93,9 @@ class Inspector:
         clean = not failed or (bool(own.any()) and not seen.spoiled)
         hits = (own if clean else bad) if failed else magnitude == magnitude.max()
         for mine in self._by_row(hits, seen) if failed and clean else [hits]:
-            if failed and self.limit is not None:
-                mine = mine & (magnitude == magnitude[mine].max())  # all are finite: the largest is the one to name
             low = failed and bool((out[mine] == -math.inf).all())
-            self.found.append(Located(seen.path, seen.op, seen.call, self._event(seen, mine, failed, clean), low))
+            event, index = self._event(seen, mine, failed, clean)
+            self.found.append(Located(seen.path, seen.op, seen.call, event, index, low))
 
     def _by_row(self, hits: Tensor, seen: Seen) -> list[Tensor]:
         """Hits of each row of the batch that has any: one row must not hide behind another at the same operation."""
@@ -105,8 +109,8 @@ class Inspector:
         parts = [hits & (which == row) for row in range(rows)]
         return [part for part in parts if bool(part.any())]
 
-    def _event(self, seen: Seen, hits: Tensor, failed: bool, clean: bool) -> Event:
-        """What is to be told of an operation whose elements ``hits`` are the ones that count."""
+    def _event(self, seen: Seen, hits: Tensor, failed: bool, clean: bool) -> tuple[Event, tuple[int, ...]]:
+        """What is to be told of an operation whose elements ``hits`` are the ones that count; and the one it names."""
         out = seen.out
         infinite = failed and self.limit is None
         nan, count = int((torch.isnan(out) & hits).sum()), int(hits.sum()) if infinite else 0
@@ -117,7 +121,7 @@ class Inspector:
             inputs = [(arg, self._is_weight(arg)) for arg in _tensors(seen.args) if arg.is_floating_point()]
             look = closeup(inputs, out, seen.op, index, expert)
         extreme = float(out[tuple(index)].abs()) if out.dim() else float(out.abs())
-        return Event(
+        event = Event(
             site=0,
             step=self._step,
             nan=nan if infinite else 0,
@@ -135,6 +139,7 @@ class Inspector:
             harmless=None,
             closeup=look,
         )
+        return event, tuple(index)
 
     def note_sort(self, values: Tensor) -> None:
         """Remember which expert each row goes to, where fused experts sort their rows."""
@@ -211,13 +216,24 @@ class Inspector:
         return arg.untyped_storage().data_ptr() in self.weights
 
     def _extreme(self, hits: Tensor, seen: Seen) -> tuple[list[int], bool]:
-        """The first hit at a real token if there is one, else the first; and whether all are padding."""
+        """The hit to name, at a real token if there is one; and whether all are padding."""
         real = self._real(seen)
         if real is not None:
             at_tokens = hits & real
             if bool(at_tokens.any()):
-                return _first(at_tokens), False
-        return _first(hits), real is not None
+                return self._named(at_tokens, seen), False
+        return self._named(hits, seen), real is not None
+
+    def _named(self, hits: Tensor, seen: Seen) -> list[int]:
+        """Of hits, the preferred one; else the first, or the largest where all are finite."""
+        for index in self.prefer.get((seen.path, seen.op, seen.call), ()):
+            inside = len(index) == hits.dim() and all(k < n for k, n in zip(index, hits.shape, strict=True))
+            if inside and bool(hits[index]):
+                return list(index)
+        if self.limit is not None:
+            magnitude = seen.out.abs()
+            hits = hits & (magnitude == magnitude[hits].max())
+        return _first(hits)
 
     def _real(self, seen: Seen) -> Tensor | None:
         """Which entries belong to real tokens, broadcastable to the output; None where that cannot be told."""

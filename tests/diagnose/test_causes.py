@@ -393,6 +393,7 @@ def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
         tokens=2,
         position=None,
         clean=True,
+        site=None,
         detail="the same row without the batch and its padding",
     )
     made = Explanation(budget=8, controls=[control], left_out=[], hashes={}, continuations=[])

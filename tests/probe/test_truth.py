@@ -12,7 +12,7 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.settings.config import load_settings
-from qwen_precision.settings.prompts import read_prompts
+from qwen_precision.settings.prompts import PromptSpec, read_prompts
 from support.checkpoints import make_checkpoint
 from support.plants import SIZE, ids_of, one_channel, one_expert, one_unit
 from support.runs import run_probe
@@ -121,6 +121,44 @@ def test_two_tokens_that_fail_at_two_operations_of_one_layer_are_two_findings(
     assert [each.place.token.text for each in report.findings if each.place.token] == ["Y", "Z"]
 
 
+def test_rows_of_all_findings_are_run_again_for_one_forward_of_the_budget(tmp_path: Path) -> None:
+    settings = load_settings(None, {"budget": 1, "dtypes": ["fp16"]})
+    specs = [PromptSpec(name="one", text="aY"), PromptSpec(name="two", text="aZ"), PromptSpec(name="no", text="a")]
+    made = diagnose(str(make_checkpoint(tmp_path, edit=two_tokens)), settings, specs).run.explanation
+    assert made is not None
+    assert [(each.what, each.prompt, each.clean) for each in made.controls] == [
+        ("same again", "one", False),
+        ("same again", "two", False),
+    ]
+
+
+def two_tokens_of_one_product(size_y: float, size_z: float) -> Plant:
+    """ "Y" and "Z" both overflow in the SwiGLU product, at a unit of their own each."""
+
+    def plant(model: Any) -> None:
+        gate, up, _ = two_units(model, 100.0)
+        gate[0, 5] = up[0, 5] = size_y
+        gate[1, 6] = up[1, 6] = size_z
+
+    return plant
+
+
+@WAYS
+@pytest.mark.parametrize(("sizes", "text"), [((80.0, 160.0), "Z"), ((160.0, 80.0), "Y")])
+def test_of_two_tokens_that_fail_at_one_operation_the_larger_is_named_with_its_own_magnitude(
+    sizes: tuple[float, float], text: str, attention: str, memory: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, edit=two_tokens_of_one_product(*sizes))
+    report = probed(folder, ["abYcZd"], attention, memory)
+    assert places(report) == [(1, "SwiGLU product", False)]
+    finding = next(each for each in report.findings if each.dtype == "fp16" and each.severity == "error")
+    assert finding.place.token is not None and finding.place.token.text == text
+    assert finding.place.channel == (1 if text == "Z" else 0)
+    alone = probed(folder, [f"ab{text}"], attention, memory)
+    wanted = next(each for each in alone.findings if each.dtype == "fp16" and each.severity == "error")
+    assert finding.magnitude.reference == pytest.approx(wanted.magnitude.reference, rel=1e-3)
+
+
 def product_and_sum(model: Any) -> None:
     """In one layer "Y" overflows in down_proj, and "Z" in the residual add after it: 40,000 and 40,000."""
     gate, up, down = two_units(model, 40_000.0)
@@ -176,6 +214,32 @@ def pad_and_token(model: Any) -> None:
     block.mlp.gate_proj.weight.zero_()
     block.mlp.up_proj.weight.zero_()
     block.mlp.gate_proj.weight[0, 5] = block.mlp.up_proj.weight[0, 5] = 80.0
+
+
+def padding_then_token(model: Any) -> None:
+    """The pad token is too large for layer 1, "Z" only for layer 2, each in a unit of its own."""
+    pad_and_token(model)
+    embed, (one, two) = model.model.embed_tokens.weight, model.model.layers[1:3]
+    embed[ids_of("Z")[0], 5], embed[ids_of("Z")[0], 6] = 0.0, 100.0
+    two.post_attention_layernorm.weight.copy_(one.post_attention_layernorm.weight)
+    two.post_attention_layernorm.weight[6] = 1.0
+    for name in ("gate_proj", "up_proj"):
+        weight = getattr(two.mlp, name).weight
+        weight.zero_()
+        weight[1, 6] = 80.0
+
+
+@WAYS
+def test_a_row_whose_padding_failed_before_is_asked_about_its_own_token_too(
+    attention: str, memory: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["abcdefgh", "aZ"]}\n')
+    folder = make_checkpoint(tmp_path / "model", edit=padding_then_token, num_hidden_layers=4)
+    settings = load_settings(None, {"attention": attention, "memory": memory, "budget": 30})
+    report = diagnose(str(folder), settings, read_prompts([], str(tmp_path / "prompts.yaml")))
+    found = [each for each in report.findings if each.severity == "error" and each.dtype == "fp16"]
+    assert [(each.place.layer, each.cause.kind) for each in found] == [(1, "masked-rows"), (2, "trigger-token")]
+    assert "fails in a later layer only" in " ".join(found[0].cause.evidence)
 
 
 @pytest.mark.parametrize(("layer", "verdict"), [(1, "fail"), (2, "risk")])

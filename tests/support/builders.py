@@ -227,6 +227,7 @@ def explained_run() -> Run:
             tokens=1,
             position=None,
             clean=False,
+            site=None,
             detail="token 0 alone",
         ),
         Control(
@@ -237,6 +238,7 @@ def explained_run() -> Run:
             tokens=1,
             position=None,
             clean=True,
+            site=None,
             detail="the row without token 0, wherever it stands",
         ),
     ]
@@ -507,7 +509,9 @@ def hostile_run(text: str) -> Run:
         contributions=[],
     )
     passes = [run.passes[0], run.passes[1].model_copy(update={"events": [an_event(0, closeup=look), an_event(1)]})]
-    control = Control(what="sdpa", dtype=text, prompt=text, row=0, tokens=1, position=None, clean=True, detail=text)
+    control = Control(
+        what="sdpa", dtype=text, prompt=text, row=0, tokens=1, position=None, clean=True, site=0, detail=text
+    )
     made = Explanation(
         budget=1,
         controls=[control],
