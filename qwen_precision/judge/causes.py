@@ -99,7 +99,8 @@ def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
 def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_padding: bool, reference: bool) -> str:
     """What happened, in one sentence."""
     padding = " What overflows stands at pad positions." if in_padding else ""
-    many = what.endswith("s") and not what.endswith("ss")  # attention scores, logits
+    head = what.partition(" of ")[0]
+    many = head.endswith("s") and not head.endswith("ss")  # attention scores, logits
     reach, are, leave = ("reach", "are", "yet are") if many else ("reaches", "is", "yet is")
     if dtype == REFERENCE:
         return f"The {what} {are} not finite even in fp32, from finite inputs.{padding}"
@@ -297,9 +298,9 @@ def _length(case: _Case) -> _Found:
     ids, many = _row_ids(case), case.controls.get("as many first tokens")
     same = [ids[0]] * place == ids[:place]  # then that control was the row itself
     others = case.controls.get("as many other tokens")
-    if (many is None and not same) or _clean(many, case) or _clean(others, case):
+    if others is None or (many is None and not same) or _clean(many, case) or _clean(others, case):
         return None
-    why = f"the token is clean alone and after one other, and fails after {place} times the first token"
+    why = f"the token is clean alone and after one other, and fails after {place} times the first token, or another"
     return "length", why, f"Find the length with --sweep length. {_usual(case)}"
 
 
@@ -312,7 +313,7 @@ def _token(case: _Case) -> _Found:
     if token is None or token.padding:
         return None
     single = len(_row_ids(case)) == 1
-    others = _by_outcome(case.columns, case.run_pass.dtype)[1]
+    others = _without(case, token.id)
     if not single and (alone is None or _clean(alone, case)):
         return None
     if rest is not None:
@@ -329,6 +330,15 @@ def _token(case: _Case) -> _Found:
         f"{shown} overflows by itself, and {why}",
         (f"Find others like it with --sweep first-token. {_usual(case)}"),
     )
+
+
+def _without(case: _Case, token: int | None) -> list[str]:
+    """Clean prompts, where none of them has a token: it may do nothing where it stands among others."""
+    clean = set(_by_outcome(case.columns, case.run_pass.dtype)[1])
+    prompts = [prompt for prompt in case.columns.run.prompts if prompt.name in clean]
+    if any(token in row.ids for prompt in prompts for row in prompt.rows):
+        return []
+    return [prompt.name for prompt in prompts]
 
 
 def _place(case: _Case) -> int | None:

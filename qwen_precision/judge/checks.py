@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest
 from qwen_precision.judge import text
 from qwen_precision.judge.causes import advice_for, cause_of, reference_magnitude, weight_evidence
@@ -99,7 +101,18 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
     for (site, _), (step, _, _) in worst.items():
         begins[site] = min(step, begins.get(site, step))
     for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (begins[item[0][0]], item[0])):
-        yield replace(finding, spread=replace(finding.spread, prompts=tuple(dict.fromkeys(prompts[key]))))
+        too = [] if key[1] else [each.prompt for each in columns.passes(dtype) if _hidden(columns, each, key[0])]
+        names = {*prompts[key], *(columns.run.prompts[prompt].name for prompt in too)}
+        in_order = tuple(prompt.name for prompt in columns.run.prompts if prompt.name in names)
+        yield replace(finding, spread=replace(finding.spread, prompts=in_order))
+
+
+def _hidden(columns: Columns, each: Pass, site: int) -> bool:
+    """Whether a site overflows by itself in a pass too, behind something that failed before."""
+    if each.dtype != narrowest(columns.run.dtypes) or site in columns.wider(each.dtype):
+        return False
+    ahead = [e for (place, _), e in columns.foreseen(each.prompt).items() if place == site and not e.in_padding]
+    return bool(ahead) and columns.came_to_nothing(each, site)
 
 
 def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) -> Finding:
@@ -161,20 +174,20 @@ def _foreseen(columns: Columns, dtype: str, origins: set[int]) -> Iterator[Findi
     """
     if dtype != narrowest(columns.run.dtypes):
         return
-    found: dict[int, Finding] = {}
+    found: dict[int, tuple[Finding, tuple[bool, float]]] = {}
     prompts: dict[int, list[str]] = {}
     wider = columns.wider(dtype)
     for each in columns.passes(dtype):
-        dead = {event.site for event in each.events if event.nan or event.inf}
         for (site, _), event in columns.foreseen(each.prompt).items():
             if site in origins or each.abs_max[site] is None or site in wider:
                 continue
-            if not (site in dead or any(seed.layer <= columns.depth(site) for seed in each.reseeded)):
+            if not columns.came_to_nothing(each, site) or (event.in_padding and not columns.is_read(site)):
                 continue
             prompts.setdefault(site, []).append(columns.run.prompts[each.prompt].name)
-            if site not in found or float(event.value) > (found[site].magnitude.reference or 0.0):
-                found[site] = _beyond(columns, each, event)
-    for site, finding in found.items():
+            size = not event.in_padding, float(event.value)
+            if site not in found or size > found[site][1]:
+                found[site] = _beyond(columns, each, event), size
+    for site, (finding, _) in found.items():
         yield replace(finding, spread=Spread(prompts=tuple(dict.fromkeys(prompts[site]))))
 
 
@@ -190,7 +203,8 @@ def _beyond(columns: Columns, each: Pass, event: Event) -> Finding:
     cause = Cause(
         kind="out-of-range",
         sentence=f"The {place.name} reaches {value:.6g} in fp32, beyond {dtype}; "
-        f"the {dtype} stream itself had failed before and did not get here.",
+        f"the {dtype} stream itself had failed before and did not get here."
+        + (" What overflows stands at pad positions." if event.in_padding else ""),
         evidence=(f"the reference reaches {value:.6g} here, and all that goes in is within {dtype}'s range",),
         advice=advice_for(columns.run, dtype, math.inf, 0.0),
     )
@@ -225,10 +239,14 @@ def _underflow(columns: Columns) -> Iterator[Finding]:
         tiny = DTYPES[dtype].smallest_normal
         seen: set[int] = set()
         passes, values, ran = columns.judged(dtype)
-        for row, index in zip(*(ran & (values > 0) & (values < tiny)).nonzero(), strict=True):
-            if index not in seen:
-                seen.add(index)
-                yield _underflow_finding(columns, passes[row], int(index), float(values[row, index]), tiny)
+        groups = columns.groups
+        largest = np.zeros((int(groups.max(initial=0)) + 1, len(passes)))
+        np.maximum.at(largest, groups, np.where(ran, values, 0.0).T)
+        whole = largest[groups].T
+        for row, index in zip(*(ran & (whole > 0) & (whole < tiny)).nonzero(), strict=True):
+            if groups[index] not in seen:
+                seen.add(int(groups[index]))
+                yield _underflow_finding(columns, passes[row], int(index), float(whole[row, index]), tiny)
     for weight in columns.run.weights:
         for dtype, count in weight.underflow.items():
             share = count / max(weight.elements, 1)
@@ -302,14 +320,15 @@ def _counted(finding: Finding, columns: Columns) -> Finding:
     for each in columns.passes(finding.dtype):
         bad = [event for event in each.events if event.nan or event.inf]
         dirty = [event for event in bad if not event.clean_weights]
-        here = [event for event in dirty if columns.run.sites[event.site].module == place.module]
+        here = [event for event in dirty if columns.uses(event.site, place.module)]
         if not here:
             continue
         prompts.append(columns.run.prompts[each.prompt].name)
         first = min(event.step for event in dirty)
         carried = max(carried, sum(1 for event in bad if event.step >= first))
-        if place.token is None and columns.depth(here[0].site) < 0:
-            place = replace(place, token=token_of(columns.run, each, here[0]), channel=here[0].channel)
+        embedded = next((event for event in here if columns.depth(event.site) < 0), None)
+        if place.token is None and embedded is not None:
+            place = replace(place, token=token_of(columns.run, each, embedded), channel=embedded.channel)
     spread = Spread(prompts=tuple(dict.fromkeys(prompts)), propagated=carried)
     return replace(finding, place=place, spread=spread)
 

@@ -1,6 +1,8 @@
 """A Run as the checks look at it: columns by dtype and prompt, limits by site, headroom by site."""
 
 import math
+import re
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,13 @@ from numpy.typing import NDArray
 from qwen_precision.dtypes import REFERENCE, largest, overflows_from
 from qwen_precision.judge.findings import Headroom, Limits, Token
 from qwen_precision.qwen3 import row_of
-from qwen_precision.record import Event, Pass, Run
+from qwen_precision.record import Event, Pass, Run, Site
 
 Array = NDArray[Any]
+
+_MIXING = ("scaled_dot_product_attention", "matmul", "bmm", "softmax")
+"""Operations in which one token reads others."""
+_EXPERT = re.compile(r"experts\.\d+")
 
 _NOTHING = -1.0  # stands for null in an array; magnitudes are not negative
 
@@ -82,6 +88,31 @@ class Columns:
             return False
         answered = row < len(each.top1) and each.top1[row] is not None
         return answered and all(one.in_padding for one in each.events if one.nan or one.inf)
+
+    def came_to_nothing(self, each: Pass, site: int) -> bool:
+        """Whether a pass has no number of its own at a site: it was bad there, or had been replaced before."""
+        dead = any(event.site == site and (event.nan or event.inf) for event in each.events)
+        return dead or any(seed.layer <= self.depth(site) for seed in each.reseeded)
+
+    def is_read(self, site: int) -> bool:
+        """Whether other tokens read what a site gives at one: attention follows."""
+        return any(each.op in _MIXING for each in self.run.sites[site + 1 :])
+
+    def uses(self, site: int, module: str) -> bool:
+        """Whether a site works with the weights of a module; tied, lm_head has those of the embedding."""
+        own = self.run.sites[site]
+        tied = self.run.model.tied_embeddings and row_of(module, "embedding", 0).role == "embedding"
+        return own.module == module or (tied and row_of(own.module, own.op, own.call).role == "logits")
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """By site: a number, the same for all turns of a loop, over experts say, which only together are whole."""
+        numbers: dict[tuple[Any, ...], int] = {}
+        keys = [
+            (_EXPERT.sub("experts", site.module), site.op, row_of(*_spot(site), site.layer in self.sparse).call)
+            for site in self.run.sites
+        ]
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     def depth(self, site: int) -> float:
         """The layer of a site; before all layers for the embedding, behind them for what follows."""
@@ -156,6 +187,10 @@ class Columns:
             Headroom(dtype, site, value, left, passes[row].prompt)
             for site, row, value, left in zip(*(column.tolist() for column in columns), strict=True)
         ]
+
+
+def _spot(site: Site) -> tuple[str, str, int]:
+    return site.module, site.op, site.call
 
 
 def token_of(run: Run, each: Pass, event: Event, position: int | None = None) -> Token | None:

@@ -186,7 +186,7 @@ def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Cand
         yield control("full reduction", ids, "the same tokens without reduced-precision reductions")
     if place is None:
         return
-    text = f"token {place}"
+    text = f"token {each.position}"
     yield control("token alone", [ids[place]], f"{text} alone")
     others = [i for i in ids if i != ids[place]]
     yield control("without the token", others, f"the row without {text}, wherever it stands")
@@ -207,15 +207,16 @@ def _before(
     yield control("token after the first", [ids[0], ids[place]], f"{text} right after the first token")
     many = [ids[0]] * place + [ids[place]]
     yield control("as many first tokens", many, f"{text} after {place} times the first token")
-    if many == ids[: place + 1] and other is not None:  # that was the row itself: the first may be half of the fault
+    if other is not None:  # the first may be half of the fault
         yield control("as many other tokens", [other] * place + [ids[place]], f"{text} after {place} times id {other}")
     yield control("up to the token", ids[: place + 1], f"the row up to {text}")
 
 
 def _other(run: Run, ids: list[int], place: int) -> int | None:
-    """A token of any prompt that is neither the row's first nor the one asked about."""
+    """A token of any prompt that is neither the row's first nor the one asked about; else one beside the first."""
     everything = chain(ids, *(row.ids for prompt in run.prompts for row in prompt.rows))
-    return next((each for each in everything if each not in (ids[0], ids[place])), None)
+    beside = (each for each in (ids[0] + 1, ids[0] + 2, ids[0] - 1) if 0 <= each < run.model.vocabulary)
+    return next((each for each in chain(everything, beside) if each not in (ids[0], ids[place])), None)
 
 
 def _on_cuda(run: Run) -> bool:

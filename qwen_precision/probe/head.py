@@ -96,7 +96,7 @@ class Head:
                 key, valid[:, begin : begin + step], self._head, partial(self._head, piece), slice_at=(begin, start)
             )
             logits, readings = self._measure.run(part)
-            self._measure.look(part, logits, readings)
+            self._measure.look(part, readings)
             if key[0] == REFERENCE and self._measure.beyond(readings):
                 self._measure.foresee(part)
             self._logprobs.add(key, logits, begin, start)

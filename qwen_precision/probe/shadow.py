@@ -173,7 +173,7 @@ class Shadow:
 
     def _layer(self, index: int) -> None:
         layer, sources = self._layers[index], self._read(index)
-        ran: dict[tuple[str, int], tuple[Tensor, list[Reading]]] = {}
+        ran: dict[tuple[str, int], list[Reading]] = {}
         for name in self.task.dtypes:
             started = time.perf_counter()
             self.scratch.place(layer, sources, torch_dtype(name))
@@ -181,8 +181,7 @@ class Shadow:
             for prompt in range(len(self.prompts)):
                 stream = self._streams[name, prompt]
                 stream.given = stream.hidden
-                ran[name, prompt] = self.measure.run(self._section(name, prompt, index))
-                stream.hidden = ran[name, prompt][0]
+                stream.hidden, ran[name, prompt] = self.measure.run(self._section(name, prompt, index))
                 self._compare(name, prompt)
                 self._massive(name, prompt, index)
                 self._local(name, prompt, layer, stream.calls[index])
@@ -200,12 +199,10 @@ class Shadow:
         enter = partial(self.watcher.enter_call, f"{self._path}.{index}", call.kwargs)
         return Section((name, prompt), self.prompts[prompt].mask.bool(), layer, forward, enter)
 
-    def _look_closely(
-        self, index: int, sources: dict[str, Tensor], ran: dict[tuple[str, int], tuple[Tensor, list[Reading]]]
-    ) -> None:
+    def _look_closely(self, index: int, sources: dict[str, Tensor], ran: dict[tuple[str, int], list[Reading]]) -> None:
         """Run the layer again where something was not finite or near a limit: the reference first, which tells more."""
         placed = self.task.dtypes[-1]
-        for (name, prompt), (out, readings) in ran.items():
+        for (name, prompt), readings in ran.items():
             wide = self._wide(ran, prompt)
             foresee = name == REFERENCE and self.measure.beyond(readings, wide)
             if not foresee and not suspicious(readings, self.task.near):
@@ -215,17 +212,17 @@ class Shadow:
                 self.scratch.place(self._layers[index], sources, torch_dtype(name))
                 placed = name
             section = self._section(name, prompt, index)
-            self.measure.look(section, out, readings)
+            self.measure.look(section, readings)
             if foresee:
                 self.measure.foresee(section, wide)
             self.seconds[name] += time.perf_counter() - started
 
-    def _wide(self, ran: dict[tuple[str, int], tuple[Tensor, list[Reading]]], prompt: int) -> set[Spot]:
+    def _wide(self, ran: dict[tuple[str, int], list[Reading]], prompt: int) -> set[Spot]:
         """Operations of a layer that the narrowest dtype computes in a wider format."""
         if self._narrow is None:
             return set()
         own = torch_dtype(self._narrow)
-        return {each.spot for each in ran[self._narrow, prompt][1] if each.dtype != own}
+        return {each.spot for each in ran[self._narrow, prompt] if each.dtype != own}
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's weights, read ahead of time; sends the reader for the next and the disk for the one after."""
@@ -244,7 +241,7 @@ class Shadow:
         """A part outside the layers; the reference is looked at closely at once where it leaves the narrowest range."""
         section = Section((name, prompt), self.prompts[prompt].mask.bool(), module, forward)
         out, readings = self.measure.run(section)
-        self.measure.look(section, out, readings)
+        self.measure.look(section, readings)
         if name == REFERENCE and self.measure.beyond(readings):
             self.measure.foresee(section)
         return out

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_precision.probe.collect import Collector
+from qwen_precision.qwen3 import row_of
 from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Spot, Watcher, storages
 
 
@@ -51,7 +52,7 @@ class WatchedRun:
         self.collector.add(*section.key, readings, fold=section.slice_at is not None)
         return out, readings
 
-    def look(self, section: Section, out: Tensor, readings: list[Reading]) -> None:
+    def look(self, section: Section, readings: list[Reading]) -> None:
         """Run a part that was run before once more, closely, if anything in it was not finite or near a limit.
 
         Of several elements that failed alike, the one is named where the reference is largest; so ``foresee`` it first.
@@ -60,7 +61,7 @@ class WatchedRun:
             largest = self._largest.get(section.key[1], {})
             inspector = Inspector(section.valid, self.near, storages(section.module), prefer=largest)
             self._again(section, inspector)
-            self._keep(section, [self._tried(section, each, out) for each in inspector.found])
+            self._keep(section, [self._tried(section, each) for each in inspector.found])
 
     def foresee(self, section: Section, wide: Container[Spot] = ()) -> None:
         """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself.
@@ -94,23 +95,47 @@ class WatchedRun:
             self.watcher.inspect = None
             self.watcher.take()
 
-    def _tried(self, section: Section, each: Located, out: Tensor) -> Located:
-        """An origin that gave -inf alone, with whether that made any difference to what the part gives.
+    def _tried(self, section: Section, each: Located) -> Located:
+        """Scores that overflowed to -inf alone, with whether that made any difference to what reads them.
 
-        The functions that read scores (softmax, top-k) are monotonic in them. So if the lowest finite number and -inf
-        give the same bits, every number between them does, and the true one, which overflowed, is between them.
+        What reads scores (softmax, sigmoid, top-k) is monotonic in them. So if the lowest finite number and -inf give
+        the same finite bits, every number between them does, and the true one, which overflowed, is between them.
         """
-        event = each.event
-        if not (each.only_low and event.clean_inputs and event.clean_weights):
+        event, spot = each.event, each.spot
+        if not (each.only_low and event.clean_inputs and event.clean_weights and row_of(*spot).role in _SOFTENED):
             return each
-        changed = self._again(section, Clamp({each.spot}))
-        apart = event.row is not None and out.shape[0] == section.valid.shape[0]
-        mine = slice(event.row, (event.row or 0) + 1) if apart else slice(None)
-        return replace(each, event=event.model_copy(update={"harmless": _same_bits(changed[mine], out[mine])}))
+        before, after = Clamp(spot, clamp=False), Clamp(spot, clamp=True)
+        self._again(section, before)
+        self._again(section, after)
+        one, other = (self._mine(section, event.row, clamp.read) for clamp in (before, after))
+        harmless = (
+            one is not None and other is not None and bool(torch.isfinite(other).all()) and _same_bits(one, other)
+        )
+        return replace(each, event=event.model_copy(update={"harmless": harmless}))
+
+    def _mine(self, section: Section, row: int | None, read: Tensor | None) -> Tensor | None:
+        """Of what was read from scores, the part of a row's real tokens; all if that cannot be told.
+
+        Args:
+            section: the part that ran.
+            row: of the batch.
+            read: ``[batch, heads, tokens, keys]`` or ``[batch * tokens, experts]``.
+        """
+        rows, tokens = section.valid.shape
+        if read is None or row is None:
+            return read
+        valid = section.valid[row]
+        if read.dim() == 4 and read.shape[0] == rows and read.shape[2] == tokens:
+            return read[row][:, valid]
+        return read.view(rows, tokens, -1)[row, valid] if read.shape[0] == rows * tokens else read
 
     def _keep(self, section: Section, found: list[Located]) -> None:
         moved = [each.shifted(*section.slice_at) for each in found] if section.slice_at else found
         self.collector.add_located(*section.key, moved, fold=section.slice_at is not None)
+
+
+_SOFTENED = ("scores", "router")
+"""Roles of operations whose output a softmax (or what does its work) reads."""
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -39,7 +39,7 @@ def closeup(inputs: list[tuple[Tensor, bool]], out: Tensor, op: str, index: list
         operands=[*operands, _operand(out, "output")],
         source=_source(),
         exact=rounded(exact) if exact is not None else None,
-        contributions=_contributions(*product[:2]) if product is not None and op in ("linear", "grouped_mm") else [],
+        contributions=_contributions(*product) if product is not None and op in ("linear", "grouped_mm") else [],
     )
 
 
@@ -121,10 +121,10 @@ def _of_two(tensors: list[Tensor], op: str, index: list[int], shape: torch.Size)
     return ours + theirs if op == "add" else ours * theirs
 
 
-def _contributions(values: Tensor, row: Tensor) -> list[Contribution]:
+def _contributions(values: Tensor, row: Tensor, bias: float) -> list[Contribution]:
     """Input channels of a product with a weight, by how much of the extreme element each makes up."""
     parts = values * row
-    total = float(parts.sum())
+    total = float(parts.sum()) + bias
     order = parts.abs().topk(min(_MOST, len(parts))).indices.tolist()
     return [
         Contribution(

@@ -83,19 +83,25 @@ class Inspector:
         self._step += 1
         self._note_slice(seen)
         out = seen.out
-        bad = self._bad(out) if seen.keep is None else self._bad(out) & seen.keep
+        bad = self.bad(out) if seen.keep is None else self.bad(out) & seen.keep
         failed = bool(bad.any())
         magnitude = out.abs() if seen.keep is None else torch.where(seen.keep, out, torch.zeros_like(out)).abs()
         near = self.limit is None and float(magnitude.max()) * self.ratio >= torch.finfo(out.dtype).max
         if not failed and not near:
             return
         own = bad & self._clean(seen)
-        clean = not failed or (bool(own.any()) and not seen.spoiled)
+        own = own if seen.spoiled is None else own & ~seen.spoiled
+        clean = not failed or bool(own.any())
         hits = (own if clean else bad) if failed else magnitude == magnitude.max()
-        for mine in self._by_row(hits, seen) if failed and clean else [hits]:
-            low = failed and bool((out[mine] == -math.inf).all())
-            event, index = self._event(seen, mine, failed, clean)
-            self.found.append(Located(seen.path, seen.op, seen.call, event, index, low))
+        fine = self._fine_weights(seen)
+        # A bad weight is no excuse for what another one of the same tensor makes.
+        parts = [(hits & fine, True), (hits & ~fine, False)] if failed and clean else [(hits, bool(fine.all()))]
+        for part, clean_weights in parts:
+            for mine in self._by_row(part, seen) if failed and clean else [part]:
+                low = failed and bool((out[mine] == -math.inf).all())
+                event, index = self._event(seen, mine, failed, clean)
+                event = event.model_copy(update={"clean_weights": clean_weights})
+                self.found.append(Located(seen.path, seen.op, seen.call, event, index, low))
 
     def _by_row(self, hits: Tensor, seen: Seen) -> list[Tensor]:
         """Hits of each row of the batch that has any: one row must not hide behind another at the same operation."""
@@ -103,7 +109,7 @@ class Inspector:
         layout, dims, device = self._layout(seen), seen.out.dim(), seen.out.device
         tokens = torch.arange(rows * length, device=device) if layout == "flat" else self._picked
         if rows == 1 or layout == "unknown" or (tokens is None and layout not in _REST):
-            return [hits]
+            return [hits] if bool(hits.any()) else []
         numbers = torch.arange(rows, device=device) if layout in _REST or tokens is None else tokens // length
         which = numbers.view(-1, *[1] * (dims - 1))
         parts = [hits & (which == row) for row in range(rows)]
@@ -129,7 +135,7 @@ class Inspector:
             elements=out.numel(),
             value=(math.nan if nan else math.inf) if infinite else extreme,
             clean_inputs=clean,
-            clean_weights=self._clean_weights(seen),
+            clean_weights=True,
             row=row,
             position=position,
             channel=channel,
@@ -178,7 +184,7 @@ class Inspector:
             if start is not None and arg.dim() == 2:
                 self._expert = (arg.storage_offset() - start) // arg.numel()
 
-    def _bad(self, tensor: Tensor) -> Tensor:
+    def bad(self, tensor: Tensor) -> Tensor:
         """What is not finite, or, with a limit, what the narrower dtype would not hold."""
         return ~torch.isfinite(tensor) if self.limit is None else ~(tensor.abs() < self.limit)
 
@@ -200,17 +206,29 @@ class Inspector:
             if not arg.is_floating_point() or arg is out or self._is_weight(arg):
                 continue
             # Infinities in a mask or in masked scores are intended.
-            clean = clean & reduce(~self._bad(arg if seen.keep is None else _only(arg, seen.keep)))
+            clean = clean & reduce(~self.bad(arg if seen.keep is None else _only(arg, seen.keep)))
         return clean
 
-    def _clean_weights(self, seen: Seen) -> bool:
-        """Were the weights finite in this dtype; of fused experts, those that had any row?"""
+    def _fine_weights(self, seen: Seen) -> Tensor:
+        """Where the weights that went in were finite in this dtype, broadcastable to the output.
+
+        Told apart by output channel, where each has its own; of fused experts, those that had any row count.
+        """
+        channels = seen.out.shape[-1] if seen.out.dim() else 1
+        fine = torch.ones(1, dtype=torch.bool, device=seen.out.device)
         for arg in _tensors(seen.args):
-            if arg.is_floating_point() and self._is_weight(arg):
-                used = arg[torch.unique(self._experts)] if arg.dim() == 3 and self._experts is not None else arg
-                if bool(self._bad(used).any()):
-                    return False
-        return True
+            if not (arg.is_floating_point() and self._is_weight(arg)):
+                continue
+            used = arg[torch.unique(self._experts)] if arg.dim() == 3 and self._experts is not None else arg
+            own = ~self.bad(used)
+            if own.shape == (channels,):
+                fine = fine & own
+            elif seen.op == "linear" and own.dim() == 2 and channels in own.shape:
+                transposed = own.shape[0] != channels or (own.shape[1] == channels and arg.stride(0) == 1)
+                fine = fine & own.all(dim=0 if transposed else 1)
+            else:
+                fine = fine & own.all()
+        return fine
 
     def _is_weight(self, arg: Tensor) -> bool:
         return arg.untyped_storage().data_ptr() in self.weights
@@ -329,6 +347,9 @@ def _split_alike(fine: Tensor, lead: torch.Size, dims: int) -> Tensor:
     return fine.all()
 
 
+_READERS = ("softmax", "sigmoid", "topk")
+"""What reads scores; each is monotonic in them."""
+
 _ADD_UP = ("sum", "index_add_")
 """How experts become one output, a row a token again."""
 
@@ -375,19 +396,32 @@ def storages(module: nn.Module) -> dict[int, int | None]:
 
 @dataclass
 class Clamp:
-    """Puts the lowest finite number in place of every -inf that some operations give, where it is not a mask.
+    """Keeps what reads the scores that one operation gives; first puts the lowest finite number in place of every -inf.
 
     Args:
-        wanted: path, operation and call of each.
+        wanted: the operation.
+        clamp: whether to replace anything; what is a mask stays in any case.
     """
 
-    wanted: set[Spot]
+    wanted: Spot
+    clamp: bool
+    read: Tensor | None = None
+    """What the first reader of the scores (softmax, sigmoid, top-k) in the same module gave."""
+    _met: bool = False
 
     def __call__(self, seen: Seen) -> None:
-        """Write into the fresh output of one operation, before anything reads it."""
-        if (seen.path, seen.op, seen.call) in self.wanted:
-            low = seen.out == -math.inf if seen.keep is None else (seen.out == -math.inf) & seen.keep
-            seen.out.masked_fill_(low, torch.finfo(seen.out.dtype).min)
+        """Write into the fresh output of one operation, before anything reads it; keep that of the next reader."""
+        if (seen.path, seen.op, seen.call) == self.wanted:
+            self._met = True
+            if self.clamp:
+                low = seen.out == -math.inf if seen.keep is None else (seen.out == -math.inf) & seen.keep
+                seen.out.masked_fill_(low, torch.finfo(seen.out.dtype).min)
+        elif self._met and self.read is None and seen.path == self.wanted[0] and seen.op in _READERS:
+            self.read = seen.out.clone()
+
+    def bad(self, tensor: Tensor) -> Tensor:
+        """Nothing depends on it."""
+        return torch.zeros_like(tensor, dtype=torch.bool)
 
     def note_sort(self, values: Tensor) -> None:
         """Nothing depends on it."""

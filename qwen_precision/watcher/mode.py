@@ -43,8 +43,8 @@ class Seen:
     out: Tensor
     keep: Tensor | None
     """Entries that are not masked on purpose (broadcastable bool), or None for all."""
-    spoiled: bool = False
-    """Whether the tensor that the operation writes into was not finite before."""
+    spoiled: Tensor | None = None
+    """Of an operation in place: where the tensor it writes into was bad before."""
 
 
 class Onlooker(Protocol):
@@ -52,6 +52,9 @@ class Onlooker(Protocol):
 
     def __call__(self, seen: Seen) -> None:
         """Look at one operation."""
+
+    def bad(self, tensor: Tensor) -> Tensor:
+        """What of a tensor counts as not finite."""
 
     def note_sort(self, values: Tensor) -> None:
         """See the result of a sort: fused experts order their rows by expert."""
@@ -101,7 +104,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self._last: Tensor | None = None
         self._last_slot = 0
         self.masks = Masks()
-        self._spoiled = False
+        self._spoiled: Tensor | None = None
 
     # -- where: the path of the running module -------------------------------------------------------------
 
@@ -143,7 +146,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         """Run the operation as it is and take the reading of what it gave."""
         rule = _RULES.get(func) or _rule_for(func)
         if self.inspect is not None:
-            self._spoiled = rule.mutates and _has_bad(args[0])
+            self._spoiled = self._bad_before(args[0]) if rule.mutates else None
         out = func(*args, **kwargs) if kwargs else func(*args)
         if self.masks and self._read_masked(func, rule, args, kwargs, out):
             return out
@@ -165,6 +168,12 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if rule.mutates:
             self._last = None  # what was read last may just have been written over, through whatever view
         return out
+
+    def _bad_before(self, target: Any) -> Tensor | None:
+        """Where a tensor that is about to be written over is bad already."""
+        if self.inspect is None or not isinstance(target, Tensor) or not target.is_floating_point():
+            return None
+        return self.inspect.bad(target)
 
     def _read(self, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
         """Take the reading of one output, of its entries in ``keep`` if that is given."""
@@ -226,10 +235,6 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if rule.kind is Kind.READ or (rule.kind is Kind.EXACT and out is not args[0]):
             self._read(rule, args, out, keep)
         return True
-
-
-def _has_bad(target: Any) -> bool:
-    return isinstance(target, Tensor) and target.is_floating_point() and not bool(torch.isfinite(target).all())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_precision.qwen3 import row_of
 from qwen_precision.watcher.mode import Seen
 from qwen_precision.watcher.readings import Spot
 
@@ -43,6 +44,9 @@ class Sequences:
         out = seen.out.detach() if seen.keep is None else torch.where(seen.keep, seen.out, 0.0)
         size = out.abs().float().nan_to_num(nan=torch.inf, posinf=torch.inf)
         site = (seen.path, seen.op, seen.call)
+        if row_of(*site).role in ("scores", "router"):
+            # A softmax makes nothing of -inf; where that does harm, NaN follows.
+            size = torch.where(out == -torch.inf, 0.0, size)
         if not self._counts(site):
             size = torch.where(torch.isinf(size), size, 0.0)
         width = size.shape[-1] if size.dim() > 1 else 1
@@ -54,6 +58,10 @@ class Sequences:
             return
         largest, place = size.flatten(1).max(dim=1) if size.dim() > 1 else (size, torch.zeros_like(owner))
         self._keep(owner, largest, place % width + self.shift, site)
+
+    def bad(self, tensor: Tensor) -> Tensor:
+        """What is not finite."""
+        return ~torch.isfinite(tensor)
 
     def note_sort(self, values: Tensor) -> None:
         """Which row goes to which expert: of no matter here."""

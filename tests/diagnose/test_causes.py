@@ -20,7 +20,7 @@ from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
 from support.builders import a_pass, a_run, an_event
 from support.checkpoints import DEMO, ROOT, make_checkpoint
-from support.plants import down_proj_output, enough_of_them, ids_of, loud_token, one_unit
+from support.plants import averaging, down_proj_output, empty, enough_of_them, ids_of, loud_token, mark, one_unit
 from support.runs import TEXTS, explained, first_of
 
 # -- the faults ------------------------------------------------------------------------------------------------
@@ -401,6 +401,42 @@ def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
     run = a_run([a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0]), fp16], explanation=made)
     finding = first_of(run)
     assert finding.cause.kind == "masked-rows" and "the row is clean" in " ".join(finding.cause.evidence)
+
+
+def only_after_many(text: str) -> Callable[[Any], None]:
+    """ "Z" fails where most of the tokens before it are this one."""
+
+    def plant(model: Any) -> None:
+        empty(model)
+        model.model.embed_tokens.weight[:, 2] = -12.5
+        mark(model, text, 2, 12.5)
+        mark(model, "Z", 2, -12.5)
+        mark(model, "Z", 3, 12.5)
+        averaging(model, 1, 2, 4, 12.5)
+        block = model.model.layers[1].mlp
+        block.gate_proj.weight[0, 4], block.up_proj.weight[0, 3] = 400.0, 1000.0
+
+    return plant
+
+
+def test_a_length_is_one_only_whatever_the_tokens_are(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=only_after_many("a"), dtype="float32")
+    specs = [PromptSpec(name=text, text=text) for text in ("aaaaabZ", "bbbbbbZ", "ccccccccccccZ")]
+    assert first_of(explained(folder, specs, budget=30)).cause.kind == "trigger-prompt"
+
+
+def test_a_token_is_no_trigger_where_a_clean_prompt_holds_it(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        empty(model)
+        model.model.embed_tokens.weight[:, 2] = -12.5
+        mark(model, "Z", 2, 12.5)
+        averaging(model, 1, 2, 4, 12.5)
+        block = model.model.layers[1].mlp
+        block.gate_proj.weight[0, 4] = block.up_proj.weight[0, 4] = 900.0
+
+    folder = make_checkpoint(tmp_path / "model", edit=plant, dtype="float32")
+    finding = first_of(explained(folder, [PromptSpec(name="one", text="Z"), PromptSpec(name="in", text="abcdZef")]))
+    assert finding.cause.kind != "trigger-token" and "without it" not in " ".join(finding.cause.evidence)
 
 
 def test_bad_padding_is_not_blamed_without_a_control_that_shows_it(tmp_path: Path) -> None:

@@ -14,7 +14,21 @@ from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec, read_prompts
 from support.checkpoints import make_checkpoint
-from support.plants import SIZE, ids_of, one_channel, one_expert, one_unit
+from support.plants import (
+    SIZE,
+    empty,
+    expert_output_too_large,
+    gate_too_large,
+    ids_of,
+    mark,
+    one_channel,
+    one_unit,
+    product_and_sum,
+    query_norm_too_large,
+    two_tokens,
+    two_units,
+    unit,
+)
 from support.runs import run_probe
 
 pytestmark = pytest.mark.arithmetic
@@ -40,28 +54,6 @@ def probed(folder: Path, texts: list[str], attention: str = "sdpa", memory: str 
 # -- what only carries a number on ---------------------------------------------------------------------------------
 
 
-def gate_too_large(model: Any) -> None:
-    """The gate's output is beyond the range; SiLU and the product only carry it on."""
-    one_channel(model, 3, 100.0)
-    one_unit(model, 1, 3, 80000.0, 1.0)
-
-
-def expert_output_too_large(model: Any) -> None:
-    """One expert's down projection; the product with the routing weight and the sum only carry it on."""
-    _, _, down = one_expert(model, 8.0)
-    down[9, 0] = 2000.0
-
-
-def query_norm_too_large(model: Any) -> None:
-    """q points along one channel, which q_norm's weight makes too large; the rest of rotary only carries it on."""
-    model.model.embed_tokens.weight[:, 1] = 10.0
-    attention, width = model.model.layers[1].self_attn, model.config.head_dim
-    attention.q_proj.weight.zero_()
-    attention.q_proj.weight[width // 2 - 1 :: width, 1] = 1.0
-    attention.q_norm.weight.fill_(60000.0)
-    attention.k_norm.weight.fill_(1e-3)
-
-
 @WAYS
 @pytest.mark.parametrize(
     ("plant", "name", "shape"),
@@ -83,33 +75,6 @@ def test_what_carries_a_number_on_counts_with_the_place_where_it_became_too_larg
     ((layer, what, foreseen),) = places(report)
     one_by_one = what.replace("down_proj output", "down projection of the experts") if shape == "moe" else what
     assert (layer, one_by_one, foreseen) == (1, name, False) and report.verdict["bf16"] == "ok"
-
-
-def two_units(model: Any, size: float) -> tuple[Any, Any, Any]:
-    """The mlp of layer 1, empty: "Y" is 100 in channel 5, "Z" is ``size`` in channel 6. Gives gate, up and down."""
-    (early,), (late,) = ids_of("Y"), ids_of("Z")
-    embed = model.model.embed_tokens.weight
-    embed.zero_()
-    embed[:, 0] = 100.0
-    embed[early, 5], embed[late, 6] = 100.0, size
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-    block = model.model.layers[1]
-    block.post_attention_layernorm.weight.zero_()
-    block.post_attention_layernorm.weight[5:7] = 1.0
-    gate, up, down = (getattr(block.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
-    gate.zero_()
-    up.zero_()
-    return gate, up, down
-
-
-def two_tokens(model: Any) -> None:
-    """In one layer "Y" overflows in the SwiGLU product, "Z" only in down_proj, which "Y" never reaches alive."""
-    gate, up, down = two_units(model, 100.0)
-    gate[0, 5] = up[0, 5] = 80.0
-    gate[1, 6] = up[1, 6] = 8.0
-    down[9, 1] = 60.0
 
 
 @WAYS
@@ -157,13 +122,6 @@ def test_of_two_tokens_that_fail_at_one_operation_the_larger_is_named_with_its_o
     alone = probed(folder, [f"ab{text}"], attention, memory)
     wanted = next(each for each in alone.findings if each.dtype == "fp16" and each.severity == "error")
     assert finding.magnitude.reference == pytest.approx(wanted.magnitude.reference, rel=1e-3)
-
-
-def product_and_sum(model: Any) -> None:
-    """In one layer "Y" overflows in down_proj, and "Z" in the residual add after it: 40,000 and 40,000."""
-    gate, up, down = two_units(model, 40_000.0)
-    gate[0, 5] = up[0, 5] = gate[1, 6] = up[1, 6] = 1.0
-    down[11, 0], down[6, 1] = 4000.0, 625.0
 
 
 @WAYS
@@ -292,6 +250,47 @@ def test_behind_a_failure_a_place_is_foreseen_only_where_rounding_would_take_it_
     assert places(report) == [(0, "down_proj output", False), *more]
 
 
+def two_faults(padding: float) -> Plant:
+    """ "Y" takes layer 0's down_proj out; "Z", and padding, the SwiGLU product of the last layer."""
+
+    def plant(model: Any) -> None:
+        empty(model)
+        mark(model, "Y", 5)
+        mark(model, "Z", 6)
+        mark(model, "<|endoftext|>", 6, padding)
+        unit(model, 0, 0, 5, 8.0, 3000.0)
+        unit(model, 2, 1, 6, 80.0)
+
+    return plant
+
+
+BEGINS = (0, "down_proj output", False)
+
+
+@WAYS
+def test_behind_a_failure_a_real_token_is_named_before_larger_padding(
+    attention: str, memory: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.yaml").write_text("- {name: batch, batch: [abYcZd, YaZ]}\n")
+    folder = make_checkpoint(tmp_path / "model", edit=two_faults(200.0), dtype="float32")
+    report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention=attention, memory=memory))
+    assert places(report) == [BEGINS, (2, "SwiGLU product", True)]
+    token = report.findings[1].place.token
+    assert token is not None and token.text == "Z" and not token.padding
+
+
+def test_padding_that_nothing_reads_is_not_foreseen(tmp_path: Path) -> None:
+    (tmp_path / "prompts.yaml").write_text("- {name: batch, batch: [abYcd, Ya]}\n")
+    folder = make_checkpoint(tmp_path / "model", edit=two_faults(200.0), dtype="float32")
+    assert places(judge(run_probe(folder, file=str(tmp_path / "prompts.yaml")))) == [BEGINS]
+
+
+def test_a_finding_counts_the_prompts_that_would_fail_there_behind_another_failure(tmp_path: Path) -> None:
+    report = probed(make_checkpoint(tmp_path, edit=two_faults(0.0), dtype="float32"), ["YaZ", "aZ", "ab"])
+    assert places(report) == [BEGINS, (2, "SwiGLU product", False)]
+    assert [len(each.spread.prompts) for each in report.findings[:2]] == [1, 2]
+
+
 def test_what_a_clamped_stream_does_is_no_evidence(tmp_path: Path) -> None:
     """Clamped from 128,000 to 65,504, the large channel divides the others by half as much: their product is four
     times what it is in fp32, and beyond the range, where fp32 has 2.5 times headroom."""
@@ -369,6 +368,28 @@ def test_the_same_score_does_harm_where_a_token_has_no_other_key(tmp_path: Path)
     assert places(report)[0] == (1, "attention scores", False)
 
 
+@WAYS
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("part", ["down_proj", "o_proj", "v_proj"])
+def test_minus_infinity_that_no_softmax_reads_is_a_failure_whatever_becomes_of_it(
+    part: str, layer: int, attention: str, memory: str, tmp_path: Path
+) -> None:
+    """The lowest finite number in its place overflows again in the residual add: the same bits, and no less wrong."""
+
+    def plant(model: Any) -> None:
+        empty(model)
+        model.model.embed_tokens.weight[:, 9] = -100.0
+        own = model.model.layers[layer].self_attn
+        if part == "down_proj":
+            unit(model, layer, 0, 0, 8.0, -3000.0)
+        else:
+            own.v_proj.weight.zero_()
+            own.v_proj.weight[0, 0], own.o_proj.weight[9, 0] = (8.0, -3000.0) if part == "o_proj" else (-20_000.0, 1.5)
+
+    report = probed(make_checkpoint(tmp_path, edit=plant), ["abcd"], attention, memory)
+    assert places(report)[0] == (layer, f"{part} output", False) and report.verdict["fp16"] == "fail"
+
+
 def test_a_score_beyond_the_range_upwards_is_a_failure(tmp_path: Path) -> None:
     report = probed(make_checkpoint(tmp_path, edit=low_score(-70_000.0)), ["abZcd"], "eager")
     assert places(report)[0] == (1, "attention scores", False)
@@ -377,6 +398,16 @@ def test_a_score_beyond_the_range_upwards_is_a_failure(tmp_path: Path) -> None:
 def test_a_low_score_inside_the_range_is_nothing(tmp_path: Path) -> None:
     report = probed(make_checkpoint(tmp_path, edit=low_score(30_000.0)), ["abZcd"], "eager")
     assert warned(report) == []
+
+
+def test_a_harmful_score_is_named_although_the_layer_fails_behind_it_as_well(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        low_score(70_000.0)(model)
+        one_unit(model, 1, 3, 400.0, 400.0)
+        one_channel(model, 3, 100.0)
+
+    (first, *_) = places(probed(make_checkpoint(tmp_path, edit=plant, dtype="float32"), ["Z"], "eager"))
+    assert first == (1, "attention scores", False)
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
@@ -406,6 +437,29 @@ def test_a_damaged_embedding_row_names_its_token_and_the_prompts_that_fail_by_it
     assert (finding.kind, finding.place.name) == ("weight-nonfinite", "embed_tokens weight")
     assert finding.place.token is not None and (finding.place.token.text, finding.place.token.position) == ("Z", 2)
     assert finding.spread.prompts == ("prompt 2",) and finding.place.channel == 7
+
+
+def test_a_damaged_row_of_tied_embeddings_spoils_the_logits_of_every_prompt(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        model.model.embed_tokens.weight[ids_of("Z")[0], 7] = float("nan")
+
+    report = probed(make_checkpoint(tmp_path, edit=plant, tied=True), ["abcd", "efg"])
+    (finding,) = [each for each in report.findings if each.dtype == "fp16"]
+    assert finding.cause.kind == "damaged-weight" and len(finding.spread.prompts) == 2
+
+
+@WAYS
+def test_a_bad_weight_does_not_hide_what_another_channel_makes(attention: str, memory: str, tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        empty(model)
+        unit(model, 1, 0, 0, 8.0, 3000.0)
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = 70_000.0
+
+    report = probed(make_checkpoint(tmp_path, edit=plant, dtype="float32"), ["abcd"], attention, memory)
+    assert sorted(each.place.name for each in report.findings if each.dtype == "fp16") == [
+        "down_proj output",
+        "down_proj weight",
+    ]
 
 
 def test_a_damaged_embedding_row_that_no_prompt_uses_names_none(tmp_path: Path) -> None:

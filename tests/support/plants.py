@@ -125,3 +125,91 @@ def enough_of_them(gain: float) -> Callable[[Any], None]:
             part.weight[0, channel] = size
 
     return plant
+
+
+def gate_too_large(model: Any) -> None:
+    """The gate's output is beyond the range; SiLU and the product only carry it on."""
+    one_channel(model, 3, 100.0)
+    one_unit(model, 1, 3, 80000.0, 1.0)
+
+
+def expert_output_too_large(model: Any) -> None:
+    """One expert's down projection; the product with the routing weight and the sum only carry it on."""
+    _, _, down = one_expert(model, 8.0)
+    down[9, 0] = 2000.0
+
+
+def query_norm_too_large(model: Any) -> None:
+    """q points along one channel, which q_norm's weight makes too large; the rest of rotary only carries it on."""
+    model.model.embed_tokens.weight[:, 1] = 10.0
+    attention, width = model.model.layers[1].self_attn, model.config.head_dim
+    attention.q_proj.weight.zero_()
+    attention.q_proj.weight[width // 2 - 1 :: width, 1] = 1.0
+    attention.q_norm.weight.fill_(60000.0)
+    attention.k_norm.weight.fill_(1e-3)
+
+
+def two_units(model: Any, size: float) -> tuple[Any, Any, Any]:
+    """The mlp of layer 1, empty: "Y" is 100 in channel 5, "Z" is ``size`` in channel 6. Gives gate, up and down."""
+    (early,), (late,) = ids_of("Y"), ids_of("Z")
+    embed = model.model.embed_tokens.weight
+    embed.zero_()
+    embed[:, 0] = 100.0
+    embed[early, 5], embed[late, 6] = 100.0, size
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight.zero_()
+    block.post_attention_layernorm.weight[5:7] = 1.0
+    gate, up, down = (getattr(block.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
+    gate.zero_()
+    up.zero_()
+    return gate, up, down
+
+
+def two_tokens(model: Any) -> None:
+    """In one layer "Y" overflows in the SwiGLU product, "Z" only in down_proj, which "Y" never reaches alive."""
+    gate, up, down = two_units(model, 100.0)
+    gate[0, 5] = up[0, 5] = 80.0
+    gate[1, 6] = up[1, 6] = 8.0
+    down[9, 1] = 60.0
+
+
+def product_and_sum(model: Any) -> None:
+    """In one layer "Y" overflows in down_proj, and "Z" in the residual add after it: 40,000 and 40,000."""
+    gate, up, down = two_units(model, 40_000.0)
+    gate[0, 5] = up[0, 5] = gate[1, 6] = up[1, 6] = 1.0
+    down[11, 0], down[6, 1] = 4000.0, 625.0
+
+
+def empty(model: Any) -> None:
+    """Nothing in the stream but 100 in channel 0, which the layers pass on as it is."""
+    embed = model.model.embed_tokens.weight
+    embed.zero_()
+    embed[:, 0] = 100.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        for part in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            part.weight.zero_()
+
+
+def mark(model: Any, text: str, channel: int, size: float = 100.0) -> None:
+    """One token's embedding has a channel of its own."""
+    model.model.embed_tokens.weight[ids_of(text)[0], channel] = size
+
+
+def unit(model: Any, layer: int, number: int, channel: int, size: float, out: float = 0.0) -> None:
+    """A unit of an mlp: gate and up read one channel, and its product goes to channel 9."""
+    block = model.model.layers[layer].mlp
+    block.gate_proj.weight[number, channel] = block.up_proj.weight[number, channel] = size
+    block.down_proj.weight[9, number] = out
+
+
+def averaging(model: Any, layer: int, source: int, target: int, gain: float) -> None:
+    """Attention of a layer writes the plain average of one channel over the tokens so far into another."""
+    attention = model.model.layers[layer].self_attn
+    attention.q_norm.weight.zero_()
+    attention.v_proj.weight.zero_()
+    attention.v_proj.weight[0, source] = 1.0
+    attention.o_proj.weight[target, 0] = gain
