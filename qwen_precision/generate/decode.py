@@ -10,7 +10,7 @@ and the step is drawn again: the other rows come out as before, bit for bit.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from qwen_precision.generate.draw import Chooser, Drawn, sampling_error
-from qwen_precision.generate.lanes import Lane
 from qwen_precision.generate.look import Look, nearly_uniform
 from qwen_precision.generate.recover import Recovery
 from qwen_precision.generate.repair import Repair, Step
@@ -27,7 +26,7 @@ from qwen_precision.generate.rows import RowState
 from qwen_precision.generate.stopwatch import Stopwatch
 from qwen_precision.generate.trips import Trips
 from qwen_precision.judge import at_the_end
-from qwen_precision.model import Models
+from qwen_precision.model import Lane, Models, decoding
 from qwen_precision.progress import Progress
 from qwen_precision.record import FILTERED, LogitsCost, SamplingError, bad_trips, mended_steps
 from qwen_precision.settings import GuardSettings
@@ -113,12 +112,8 @@ class Session:
 
     def run(self, model: Any) -> Tensor:
         """Decode until every row is over; gives the ids with the continuation."""
-        with ExitStack() as decoding:
-            ids = self._step(self._prompt)
-            # On a GPU transformers decodes the experts of a MoE layer in another way than it prefills them.
-            optimised = getattr(model, "_optimize_model_for_decode", None)
-            if optimised is not None and self._unfinished():
-                decoding.enter_context(optimised())
+        ids = self._step(self._prompt)
+        with decoding(model) if self._unfinished() else nullcontext():
             while self._unfinished():
                 ids = self._step(ids)
         return ids

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from qwen_precision.errors import QprecError
-from qwen_precision.generate.lanes import Lane
 from qwen_precision.generate.look import Look, look
 from qwen_precision.generate.repair import Step, said_of, with_row
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import RowState
 from qwen_precision.generate.trips import Trips
-from qwen_precision.model import Models
+from qwen_precision.model import Lane, Models
 from qwen_precision.record import Kind
 from qwen_precision.settings import GuardSettings
 

@@ -7,6 +7,7 @@ May import: record, qwen3, settings.
 from qwen_precision.model.encode import Encoded, encode
 from qwen_precision.model.folder import FLOAT_TYPES, Checkpoint, TensorInfo, model_part, open_checkpoint
 from qwen_precision.model.hub import locate
+from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
 from qwen_precision.model.loaded import Models
 from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
 from qwen_precision.model.scratch import Scratch
@@ -27,6 +28,7 @@ __all__ = [
     "FLOAT_TYPES",
     "Checkpoint",
     "Encoded",
+    "Lane",
     "LayerCall",
     "Models",
     "Scratch",
@@ -38,6 +40,7 @@ __all__ = [
     "choose_device",
     "choose_memory",
     "decoder_layers",
+    "decoding",
     "encode",
     "environment",
     "finish",
@@ -45,9 +48,11 @@ __all__ = [
     "locate",
     "model_part",
     "move_buffers",
+    "only_the_last",
     "open_checkpoint",
     "out_of_memory",
     "path_of",
+    "positions_of",
     "read_tensor",
     "run_layer",
 ]

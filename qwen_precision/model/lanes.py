@@ -7,6 +7,7 @@ the other rows compute stays bit for bit what it was.
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from qwen_precision.record import Poison
+
+
+def only_the_last(model: Any) -> dict[str, int]:
+    """The argument with which a model's forward gives the logits of the last position alone, where it has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """``[batch, tokens]`` position ids, counted from each row's first real token."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def decoding(model: Any) -> AbstractContextManager[Any]:
+    """What stands around every step but the first: on a GPU transformers decodes the experts of a MoE layer in another
+    way than it prefills them."""
+    optimised = getattr(model, "_optimize_model_for_decode", None)
+    return optimised() if optimised is not None else nullcontext()
 
 
 class Lane:
@@ -52,8 +70,7 @@ class Lane:
         self.cache: Any = DynamicCache(config=model.config)
         self.chunks = 0
         self._told: set[int] = set()
-        takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._keep = {"logits_to_keep": 1} if takes_last else {}
+        self._keep = only_the_last(model)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[rows, vocabulary]`` logits after the last token of ``ids`` (``[batch, tokens]``), in the model's dtype."""
@@ -62,7 +79,7 @@ class Lane:
         if grown > 0:
             self._mask = torch.cat([self._mask, self._mask.new_ones((len(self.rows), grown))], dim=-1)
         self._seen = ids.shape[1]
-        positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        positions = positions_of(self._mask)[:, -new.shape[1] :]
         size = self._chunk or new.shape[1]
         done = self._mask.shape[1] - new.shape[1]
         for start in range(0, new.shape[1], size):
