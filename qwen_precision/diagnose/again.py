@@ -26,7 +26,11 @@ def run_again(
     """
     tokenizer = job.checkpoint.tokenizer
     prompts = [
-        Prompt(name=str(n), rows=[Row(text="", ids=list(row), tokens=[as_text(i, tokenizer) for i in row], padding=0)])
+        Prompt(
+            name=str(n),
+            rows=[Row(text="", ids=list(row), tokens=[as_text(i, tokenizer) for i in row], padding=0)],
+            failed=None,
+        )
         for n, row in enumerate(ids)
     ]
     return run_prompts(job, dtype, prompts, progress, attention)

@@ -13,7 +13,7 @@ import torch
 from qwen_precision.diagnose.again import outcomes, run_again, run_prompts
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
-from qwen_precision.judge import Candidate, Report, Start, asked, candidates, starts_at
+from qwen_precision.judge import Candidate, Report, asked, candidates, starts_at
 from qwen_precision.model import Models, encode, out_of_memory
 from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress, said
@@ -58,7 +58,7 @@ def explained(job: Job, report: Report, run: Run, progress: Progress, announce: 
         for each in affordable:
             if each.what == "same again":
                 _run_same(job, each, report, made, progress)
-        _run_controls(job, [each for each in affordable if each.what != "same again"], report.run, made, progress)
+        _run_controls(job, [each for each in affordable if each.what != "same again"], made, progress)
         made.hashes.update({file: _hash(job, file, progress) for file in damaged})
         if wish:
             made.continuations.extend(_continuations(job, made.left_out, progress))
@@ -130,7 +130,7 @@ def _run_same(job: Job, each: Candidate, report: Report, made: Explanation, prog
         was, now = (starts_at(which, each.dtype, str(prompt), row) for which in (report.run, run))
         detail = "the same batch, run again" if one.batched else "the same row, run again"
         if was != now:
-            at = f"{now.bad} bad elements first in {now.spot[1]} of {now.spot[0]}" if now else "is clean"
+            at = f"{now.bad} bad elements first in {now.site.op} of {now.site.module}" if now else "is clean"
             detail = f"{detail}, {at}"
         made.controls.append(
             Control(
@@ -141,19 +141,13 @@ def _run_same(job: Job, each: Candidate, report: Report, made: Explanation, prog
                 tokens=len(one.row.ids),
                 position=None,
                 clean=now is None,
-                site=_site(report.run, now),
                 detail=detail,
+                began=now.site if now is not None else None,
             )
         )
 
 
-def _site(run: Run, start: Start | None) -> int | None:
-    """An operation that another run names, as an index into this run's sites."""
-    sites = {(site.module, site.op, site.call): number for number, site in enumerate(run.sites)}
-    return sites.get(start.spot) if start is not None else None
-
-
-def _run_controls(job: Job, controls: Sequence[Candidate], before: Run, made: Explanation, progress: Progress) -> None:
+def _run_controls(job: Job, controls: Sequence[Candidate], made: Explanation, progress: Progress) -> None:
     """Run them, those of one dtype and attention together; each is noted as it is done."""
     for (dtype, attention, full), group in groupby(sorted(controls, key=lambda each: each.job), lambda each: each.job):
         members = list(group)
@@ -170,6 +164,7 @@ def _run_controls(job: Job, controls: Sequence[Candidate], before: Run, made: Ex
             if number not in clean:
                 made.left_out.append(f"{dtype}: {each.what}: {run.stopped}")
                 continue
+            start = starts_at(run, dtype, str(number), 0)
             made.controls.append(
                 Control(
                     what=each.what,
@@ -179,8 +174,8 @@ def _run_controls(job: Job, controls: Sequence[Candidate], before: Run, made: Ex
                     tokens=len(each.ids),
                     position=each.position,
                     clean=clean[number],
-                    site=_site(before, starts_at(run, dtype, str(number), 0)),
                     detail=each.detail,
+                    began=start.site if start is not None else None,
                 )
             )
 

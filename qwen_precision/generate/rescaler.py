@@ -77,7 +77,7 @@ class Rescaler:
             QprecError: no rescaling does that, or it cannot be measured.
         """
         rows = [Row(text="", ids=list(ids), tokens=["" for _ in ids], padding=0) for ids in prefixes]
-        prompts = [Prompt(name=f"row {number}", rows=[row]) for number, row in enumerate(rows)]
+        prompts = [Prompt(name=f"row {number}", rows=[row], failed=None) for number, row in enumerate(rows)]
         margin = min(1024.0, self._settings.rescue_margin * more)
         settings = self._settings.model_copy(update={"rescue_margin": margin})
         job = job_for(self._checkpoint, self._checkpoint.source, settings, prompts)

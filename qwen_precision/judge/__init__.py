@@ -8,7 +8,7 @@ from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.checks import CHECKS, Subject, judge
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
-from qwen_precision.judge.controls import Candidate, Start, asked, candidates, starts_at
+from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
 from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, Token, rescue_exit_code
 from qwen_precision.judge.needs import ANSWER, FAR, LOGITS, HeadroomGain, Needs, answer_of, headroom_gains, needs
@@ -32,7 +32,6 @@ __all__ = [
     "Needs",
     "Precision",
     "Report",
-    "Start",
     "Subject",
     "Token",
     "answer_of",

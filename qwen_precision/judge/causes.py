@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeGuard
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.columns import Columns, token_of
+from qwen_precision.judge.columns import Columns, depth_of, token_of
 from qwen_precision.judge.findings import Cause
 from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
@@ -164,9 +164,9 @@ def _outcome(case: _Case, control: Control) -> str:
 
 def _clean(control: Control | None, case: _Case) -> TypeGuard[Control]:
     """Whether the operation that is asked about stayed finite in a control: nothing failed, or only a later layer."""
-    if control is None or control.clean or control.site is None:
+    if control is None or control.clean or control.began is None:
         return control is not None and control.clean
-    return case.columns.depth(control.site) > case.columns.depth(case.event.site)
+    return depth_of(control.began) > case.columns.depth(case.event.site)
 
 
 def _what_is(control: Control) -> str:

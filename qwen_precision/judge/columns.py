@@ -115,11 +115,8 @@ class Columns:
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     def depth(self, site: int) -> float:
-        """The layer of a site; before all layers for the embedding, behind them for what follows."""
-        place = self.run.sites[site]
-        if place.layer is not None:
-            return place.layer
-        return -1 if row_of(place.module, place.op, place.call).role == "embedding" else math.inf
+        """``depth_of`` a site."""
+        return depth_of(self.run.sites[site])
 
     def magnitude(self, each: Pass, site: int) -> float | None:
         """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.
@@ -187,6 +184,13 @@ class Columns:
             Headroom(dtype, site, value, left, passes[row].prompt)
             for site, row, value, left in zip(*(column.tolist() for column in columns), strict=True)
         ]
+
+
+def depth_of(site: Site) -> float:
+    """The layer of a site; before all layers for the embedding, behind them for what follows."""
+    if site.layer is not None:
+        return site.layer
+    return -1 if row_of(*_spot(site)).role == "embedding" else math.inf
 
 
 def _spot(site: Site) -> tuple[str, str, int]:

@@ -13,7 +13,7 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Finding, Limits, Report
 from qwen_precision.qwen3 import row_of
-from qwen_precision.record import ControlKind, Pass, Row, Run
+from qwen_precision.record import ControlKind, Pass, Row, Run, Site
 
 KINDS = ("overflow", "nan")
 """Findings that controls can say something about."""
@@ -142,8 +142,7 @@ def _same(each: Asked) -> Candidate:
 class Start(NamedTuple):
     """Where something not finite is met first."""
 
-    spot: tuple[str, str, int]
-    """Path of the module, name of the operation, the how-manieth."""
+    site: Site
     bad: int
     """Elements that are not finite there."""
 
@@ -160,8 +159,7 @@ def starts_at(run: Run, dtype: str, prompt: str, row: int) -> Start | None:
     if not found:
         return None
     first = min(found, key=lambda event: event.step)
-    site = run.sites[first.site]
-    return Start((site.module, site.op, site.call), first.nan + first.inf)
+    return Start(run.sites[first.site], first.nan + first.inf)
 
 
 def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Candidate]:

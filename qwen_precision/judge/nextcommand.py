@@ -39,12 +39,12 @@ def _prompt_alone(run: Run, row: Continuation) -> bool:
     """Whether a row's text, tokenised, is what its failing step was given.
 
     Not after a step: a token that was drawn may merge with what stands before it, or be a part of a character. Not
-    where a chat turn or a shorter prompt stands for the text, and not where padding belonged to the batch.
+    where a chat turn or a shorter prompt stands for the text, and not where it was one of a batch, or was chunked.
     """
-    given = run.prompts[0].rows if run.prompts else []
-    if run.generation is None or failing_step(run.generation, row.row) or any(each.padding for each in given):
+    given, made = run.prompts[0].rows if run.prompts else [], run.generation
+    if made is None or len(given) != 1 or failing_step(made, row.row) or (made.logits and made.logits.chunks > 1):
         return False
-    return row.row < len(given) and _as_given(row, given[row.row])
+    return row.row == 0 and _as_given(row, given[0])
 
 
 def _as_given(row: Continuation, given: Row) -> bool:
@@ -105,6 +105,8 @@ def _texts_will_do(run: Run) -> bool:
     if run.generation is not None and run.generation.rows:
         made = [row for row in run.generation.rows if row.row < len(rows)]
         return all(_as_given(row, rows[row.row]) for row in made)
+    if any(prompt.failed for prompt in run.prompts):
+        return False  # a text says nothing of the step that failed on it
     alone = run.verb == "generate" or all(len(prompt.rows) == 1 for prompt in run.prompts)
     return alone and all("".join(row.tokens) == row.text for row in rows)
 

@@ -89,10 +89,18 @@ def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], r
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
     context = getattr(checkpoint.config, "max_position_embeddings", None)
+    theirs = sorted({str(spec.checkpoint) for spec in specs if spec.failed and spec.checkpoint not in (None, source)})
     prompts, left_out = tokenise(
-        specs, checkpoint.tokenizer, checkpoint.config.vocab_size, context, settings.max_tokens
+        [spec.model_copy(update={"failed": None}) if spec.checkpoint in theirs else spec for spec in specs],
+        checkpoint.tokenizer,
+        checkpoint.config.vocab_size,
+        context,
+        settings.max_tokens,
     )
-    return job_for(checkpoint, source, settings, prompts, left_out)
+    job = job_for(checkpoint, source, settings, prompts, left_out)
+    reason = f"the prompts are from a generation of {', '.join(theirs)}"
+    job.choices.extend([Choice(what="steps that failed", value="not made again", reason=reason)] if theirs else [])
+    return job
 
 
 def job_for(

@@ -5,11 +5,21 @@ May import: no other folder.
 """
 
 from qwen_precision.record.closeup import Closeup, Contribution, Massive, Operand, Source
-from qwen_precision.record.explanation import Control, ControlKind, Explanation, GreedyMatch, Sweep, Swept
+from qwen_precision.record.explanation import (
+    REPLAYS,
+    Control,
+    ControlKind,
+    Explanation,
+    GreedyMatch,
+    Replay,
+    Sweep,
+    Swept,
+)
 from qwen_precision.record.file import MAX_BYTES, load, parse, save, to_json
 from qwen_precision.record.generation import (
     FILTERED,
     MENDED,
+    NOT_FINITE,
     BadKind,
     Continuation,
     Finish,
@@ -25,14 +35,28 @@ from qwen_precision.record.generation import (
     failing_step,
     mended_steps,
 )
-from qwen_precision.record.parts import in_words, rounded
+from qwen_precision.record.parts import Site, in_words, rounded
 from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
-from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Reseed, Row, Run, Site, Weight, WeightTotals
+from qwen_precision.record.run import (
+    Choice,
+    Event,
+    FailedStep,
+    Model,
+    Pass,
+    Prompt,
+    Reseed,
+    Row,
+    Run,
+    Weight,
+    WeightTotals,
+)
 
 __all__ = [
     "FILTERED",
     "MAX_BYTES",
     "MENDED",
+    "NOT_FINITE",
+    "REPLAYS",
     "BadKind",
     "Choice",
     "Closeup",
@@ -43,6 +67,7 @@ __all__ = [
     "Event",
     "Explanation",
     "Exported",
+    "FailedStep",
     "Finish",
     "Generation",
     "GreedyMatch",
@@ -57,6 +82,7 @@ __all__ = [
     "Poison",
     "ProbeSummary",
     "Prompt",
+    "Replay",
     "Rescaling",
     "Rescue",
     "Reseed",

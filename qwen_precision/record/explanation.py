@@ -1,8 +1,13 @@
 """What the record keeps of why something failed: control runs, greedy matches, a sweep. Facts only."""
 
-from typing import Literal
+from typing import Literal, get_args
 
-from qwen_precision.record.parts import Count, Number, Part
+from qwen_precision.record.parts import Count, Number, Part, Site
+
+Replay = Literal["as generated", "generated alone", "prefilled whole", "without cache"]
+"""A failing step of a generation, made again as it was, or changed in one way."""
+
+REPLAYS = get_args(Replay)
 
 ControlKind = Literal[
     "same again",
@@ -19,6 +24,7 @@ ControlKind = Literal[
     "as many first tokens",
     "as many other tokens",
     "up to the token",
+    Replay,
 ]
 
 
@@ -35,12 +41,11 @@ class Control(Part):
     position: int | None
     """Token position in the padded row that it is about; null where it is about the whole row."""
     clean: bool
-    """Whether every operation was finite."""
-    site: int | None
-    """The first operation that was not, as an index into the run's ``sites``; null where it is not
-    there, or none was."""
+    """Whether every operation was finite; of a step made again, the row's logits."""
     detail: str
     """What was changed, in words."""
+    began: Site | None
+    """Where this row is first not finite; null where it was clean, and where that was not looked at."""
 
 
 class GreedyMatch(Part):

@@ -18,6 +18,9 @@ BAD_LOGITS = get_args(BadKind)
 FILTERED = ("all filtered", "overflowed")
 """Those of them in which the logits themselves were healthy."""
 
+NOT_FINITE = ("wholly bad", "partly bad")
+"""Those of them in which the logits held NaN or infinities."""
+
 Kind = (
     BadKind
     | Literal["repaired", "likeliest kept", "recovered", "not recovered", "stopped", "returned", "stays"]

@@ -36,6 +36,19 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, protected_namespaces=())
 
 
+class Site(Part):
+    """One operation of the model: a place where a number can leave the range."""
+
+    layer: int | None
+    """Decoder layer, or null outside the layers."""
+    module: str
+    """Path of the module whose forward ran it."""
+    op: str
+    """The operation's own name: linear, add, mul, scaled_dot_product_attention, …"""
+    call: int
+    """The how-manieth such operation of that module in one forward, from 0."""
+
+
 def rounded(value: float) -> float:
     """Six significant digits: more than fp16 and bf16 have, and half the bytes in the file."""
     return float(f"{value:.6g}") if math.isfinite(value) else value

@@ -13,7 +13,8 @@ _DEEPEST = 12
 
 def misfit(run: Run) -> str | None:
     """The key of the first reference that points nowhere, or None."""
-    return next((key for check in (_depth, _passes, _tables, _weights, _generation) for key in check(run)), None)
+    checks = (_depth, _prompts, _passes, _tables, _weights, _generation)
+    return next((key for check in checks for key in check(run)), None)
 
 
 def _depth(run: Run) -> Iterator[str]:
@@ -33,6 +34,12 @@ def _depth(run: Run) -> Iterator[str]:
             ]
         if level:
             yield key
+
+
+def _prompts(run: Run) -> Iterator[str]:
+    for number, each in enumerate(run.prompts):
+        if each.failed is not None and not each.failed.fits([len(row.ids) for row in each.rows]):
+            yield f"prompts.{number}.failed"
 
 
 def _passes(run: Run) -> Iterator[str]:

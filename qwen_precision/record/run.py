@@ -8,6 +8,7 @@ magnitudes in the same order, null where that operation did not run. A generatio
 has is in ``generation``.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field
@@ -15,7 +16,7 @@ from pydantic import ConfigDict, Field
 from qwen_precision.record.closeup import Closeup, Massive
 from qwen_precision.record.explanation import Explanation, Sweep
 from qwen_precision.record.generation import Generation
-from qwen_precision.record.parts import Column, Number, Part
+from qwen_precision.record.parts import Column, Count, Number, Part, Site
 from qwen_precision.record.rescue import Rescue
 
 Schema = Literal[4]
@@ -63,24 +64,30 @@ class Row(Part):
     """How many pad positions stand before the ids."""
 
 
+class FailedStep(Part):
+    """What a generation's record says of the step that a prompt is what it was given: its logits were not finite."""
+
+    dtype: str
+    """In which it was computed."""
+    step: Count
+    """So many of each row's last ids were generated, one by one; those before them were prefilled."""
+    rows: list[Count]
+    """Rows whose logits failed."""
+    chunk: Count
+    """So many tokens of the prompt went through the model at once; 0 for all."""
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of so many ids can be what the step was given."""
+        return all(self.step < length for length in lengths) and all(row < len(lengths) for row in self.rows)
+
+
 class Prompt(Part):
     """A batch of one or more rows that goes through the model together, padded on the left."""
 
     name: str
     rows: list[Row]
-
-
-class Site(Part):
-    """One operation of the model: a place where a number can leave the range."""
-
-    layer: int | None
-    """Decoder layer, or null outside the layers."""
-    module: str
-    """Path of the module whose forward ran it."""
-    op: str
-    """The operation's own name: linear, add, mul, scaled_dot_product_attention, …"""
-    call: int
-    """The how-manieth such operation of that module in one forward, from 0."""
+    failed: FailedStep | None
+    """Of a prompt that a failing step of a generation was given; null for all others."""
 
 
 class Event(Part):

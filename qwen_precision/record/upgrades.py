@@ -41,16 +41,21 @@ def _not_rescaled(row: Any) -> Any:
 
 
 def _harm_came_in(data: Record) -> Record:
-    """Schema 4 holds whether an overflow made a difference, an extreme element in exact arithmetic, and where a control
-    failed."""
-    made = data.get("explanation")
-    if isinstance(made, dict) and isinstance(made.get("controls"), list):
-        controls = [{**each, "site": None} if isinstance(each, dict) else each for each in made["controls"]]
-        data = {**data, "explanation": {**made, "controls": controls}}
-    passes = data.get("passes")
+    """Schema 4 holds whether an overflow made a difference, an extreme element in exact arithmetic, where a control
+    failed, and steps of a generation that are made again."""
+    prompts, passes, why = data.get("prompts"), data.get("passes"), data.get("explanation")
+    if isinstance(prompts, list):
+        data = {**data, "prompts": [_with(each, failed=None) for each in prompts]}
+    if isinstance(why, dict) and isinstance(why.get("controls"), list):
+        data = {**data, "explanation": {**why, "controls": [_with(each, began=None) for each in why["controls"]]}}
     if not isinstance(passes, list):
         return data
     return {**data, "passes": [_events(each, _with_harm) for each in passes]}
+
+
+def _with(each: Any, **more: Any) -> Any:
+    """A part with new keys; what is no part stays as it is."""
+    return {**each, **more} if isinstance(each, dict) else each
 
 
 def _events(each: Any, change: Callable[[Record], Record]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.record import Generation, Prompt, Row, failing_step, load
+from qwen_precision.record import NOT_FINITE, FailedStep, Generation, Prompt, Row, bad_trips, failing_step, load
 from qwen_precision.settings.config import configs_folder, read_yaml
 
 _EXPECTED = (
@@ -31,6 +31,10 @@ class PromptSpec(BaseModel):
     batch: list[str] | None = None
     rows: list[Row] | None = None
     """Of a saved run: their ids are taken as they are, padded on the left where they are not of one length."""
+    failed: FailedStep | None = None
+    """Of a saved run: the failing step that these rows were given to."""
+    checkpoint: str | None = None
+    """Which checkpoint that was, as it was typed then."""
     max_tokens: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -110,22 +114,38 @@ def _from_record(path: Path, again: bool) -> list[PromptSpec]:
     run = load(path)
     if any(row.ids and not any(row.tokens) for prompt in run.prompts for row in prompt.rows):
         raise UsageError(f"--prompts: {path} is redacted, its token ids are made up; give the record as it was saved.")
-    items = [(prompt.name, prompt.rows) for prompt in run.prompts]
+    prompts = run.prompts
     if run.generation is not None and not again:
-        items = _failing(run.generation, run.prompts[0].rows) or items
-    return [_valid({"name": name, "rows": rows}, number, path) for number, (name, rows) in enumerate(items, 1)]
+        prompts = _failing(run.generation, prompts[0].rows) or prompts
+    shared = {"checkpoint": run.model.source}
+    items = [{"name": each.name, "rows": each.rows, "failed": each.failed, **shared} for each in prompts]
+    return [_valid(item, number, path) for number, item in enumerate(items, 1)]
 
 
-def _failing(made: Generation, given: list[Row]) -> list[tuple[str, list[Row]]]:
-    """What the failing steps of a generation were given: the row, or the batch with its padding where it had some."""
+def _failing(made: Generation, given: list[Row]) -> list[Prompt]:
+    """What the failing steps of a generation were given: the row, or the whole batch where there was more than one."""
     steps = {row.row: failing_step(made, row.row) for row in made.rows if row.row < len(given)}
-    failed = {row: step for row, step in steps.items() if step is not None}
-    if not any(row.padding for row in given):
-        return [(f"row {row}", [_at(made, given[row], row, step)]) for row, step in failed.items()]
     return [
-        (f"batch at step {step}", [_at(made, given[row], row, step) for row in steps])
-        for step in sorted(set(failed.values()))
+        Prompt(
+            name=f"batch at step {step}" if len(given) > 1 else "row 0",
+            rows=[_at(made, given[row], row, step) for row in steps],
+            failed=_failed(made, given, step, [row for row in steps if steps[row] == step]),
+        )
+        for step in sorted({step for step in steps.values() if step is not None})
     ]
+
+
+def _failed(made: Generation, given: list[Row], step: int, rows: list[int]) -> FailedStep | None:
+    """What the record says of a step; None where no logits were seen to be anything but finite."""
+    trips = [trip for row in rows for trip in bad_trips(made.trips, row) if trip.step == step]
+    dtypes = {trip.row: trip.dtype for trip in reversed(trips) if trip.kind in NOT_FINITE}
+    if not dtypes:
+        return None
+    dtype = next(iter(dtypes.values()))  # a row leaves the dtype asked for when it fails, and not before: all agree
+    guard = made.guards.get("float32_logits")
+    chunk = guard.get("chunk") if isinstance(guard, dict) and guard.get("enabled") else 0
+    chunked = isinstance(chunk, int) and 0 < chunk < len(given[0].ids) + given[0].padding
+    return FailedStep(dtype=dtype, step=step, rows=sorted(dtypes), chunk=chunk if chunked else 0)
 
 
 def _at(made: Generation, given: Row, row: int, step: int) -> Row:
@@ -215,11 +235,19 @@ def tokenise(
                     )
                     for text, ids in rows
                 ],
+                failed=_still(spec, [ids for _, ids in rows]),
             )
         )
     if not prompts:
         raise UsageError("--prompts: only chat prompts, but this tokenizer has no chat template; give texts.")
     return prompts, left_out
+
+
+def _still(spec: PromptSpec, rows: list[list[int]]) -> FailedStep | None:
+    """The step that failed on these ids; none where they were cut, or a record from elsewhere lacks a row."""
+    given = [row.ids for row in spec.rows or ()]
+    fits = spec.failed is not None and rows == given and spec.failed.fits([len(ids) for ids in rows])
+    return spec.failed if fits else None
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -270,7 +298,7 @@ def as_batch(prompts: Sequence[Prompt]) -> Prompt:
     rows = [row for prompt in prompts for row in prompt.rows]
     longest = max(len(row.ids) for row in rows)
     padded = [row.model_copy(update={"padding": longest - len(row.ids)}) for row in rows]
-    return Prompt(name="batch" if len(rows) > 1 else prompts[0].name, rows=padded)
+    return Prompt(name="batch" if len(rows) > 1 else prompts[0].name, rows=padded, failed=None)
 
 
 def _check(name: str, ids: list[int], vocabulary: int, context: int | None, cut_with: str | None) -> None:

@@ -82,11 +82,12 @@ def test_a_failing_batch_is_probed_with_its_padding(capsys: Capture, tmp_path: P
     assert origin("qprec-run.json") == (PLACE, token, len(long) - 1)
 
 
-def test_rows_of_one_length_are_probed_one_by_one(capsys: Capture, tmp_path: Path) -> None:
+def test_rows_of_one_length_are_probed_as_the_batch_they_were(capsys: Capture, tmp_path: Path) -> None:
     token = half_a_character()
     folder = make_checkpoint(tmp_path / "model", edit=says(token))
     assert main(generated(folder, ["a c", "b c"], capsys)) == 1
     assert rows("qprec-run.json") == [([*ids_of(text), token], 0) for text in ("a c", "b c")]
+    assert [len(prompt.rows) for prompt in load(Path("qprec-run.json")).prompts] == [2]
 
 
 def test_a_row_that_was_over_is_filled_up_as_it_was(capsys: Capture, tmp_path: Path) -> None:

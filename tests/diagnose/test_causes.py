@@ -393,8 +393,8 @@ def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
         tokens=2,
         position=None,
         clean=True,
-        site=None,
         detail="the same row without the batch and its padding",
+        began=None,
     )
     made = Explanation(budget=8, controls=[control], left_out=[], hashes={}, continuations=[])
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])

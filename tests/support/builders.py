@@ -39,7 +39,7 @@ def a_model(**changes: Any) -> Model:
 
 def a_prompt(name: str = "plain", text: str = "Hello there", **changes: Any) -> Prompt:
     row = Row(**{"text": text, "ids": [9707, 1052], "tokens": ["Hello", " there"], "padding": 0, **changes})
-    return Prompt(name=name, rows=[row])
+    return Prompt(name=name, rows=[row], failed=None)
 
 
 def an_event(site: int, **changes: Any) -> Event:
@@ -227,8 +227,8 @@ def explained_run() -> Run:
             tokens=1,
             position=None,
             clean=False,
-            site=None,
             detail="token 0 alone",
+            began=None,
         ),
         Control(
             what="without the token",
@@ -238,8 +238,8 @@ def explained_run() -> Run:
             tokens=1,
             position=None,
             clean=True,
-            site=None,
             detail="the row without token 0, wherever it stands",
+            began=None,
         ),
     ]
     made = Explanation(
@@ -372,7 +372,7 @@ def generated(made: Generation, dtypes: list[str], **changes: Any) -> Run:
             "reference": False,
             "weight_totals": [],
             "settings": {"dtype": dtypes[0]},
-            "prompts": [Prompt(name="prompt", rows=rows)],
+            "prompts": [Prompt(name="prompt", rows=rows, failed=None)],
             **changes,
         },
     )
@@ -510,7 +510,7 @@ def hostile_run(text: str) -> Run:
     )
     passes = [run.passes[0], run.passes[1].model_copy(update={"events": [an_event(0, closeup=look), an_event(1)]})]
     control = Control(
-        what="sdpa", dtype=text, prompt=text, row=0, tokens=1, position=None, clean=True, site=0, detail=text
+        what="sdpa", dtype=text, prompt=text, row=0, tokens=1, position=None, clean=True, detail=text, began=None
     )
     made = Explanation(
         budget=1,
