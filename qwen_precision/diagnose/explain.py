@@ -11,13 +11,14 @@ from itertools import groupby
 import torch
 
 from qwen_precision.diagnose.again import outcomes, run_again, run_prompts
+from qwen_precision.diagnose.replays import run_replays
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.judge import Candidate, Report, asked, candidates, starts_at
 from qwen_precision.model import Models, encode, out_of_memory
 from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress, said
-from qwen_precision.record import Control, ControlKind, Explanation, GreedyMatch, Run
+from qwen_precision.record import REPLAYS, Control, ControlKind, Explanation, GreedyMatch, Run
 from qwen_precision.settings import PromptSpec, has_template, tokenise
 
 NEW_TOKENS = 16
@@ -58,7 +59,9 @@ def explained(job: Job, report: Report, run: Run, progress: Progress, announce: 
         for each in affordable:
             if each.what == "same again":
                 _run_same(job, each, report, made, progress)
-        _run_controls(job, [each for each in affordable if each.what != "same again"], made, progress)
+        run_replays(job, [each for each in affordable if each.what in REPLAYS], made, progress)
+        changed = [each for each in affordable if each.what != "same again" and each.what not in REPLAYS]
+        _run_controls(job, changed, made, progress)
         made.hashes.update({file: _hash(job, file, progress) for file in damaged})
         if wish:
             made.continuations.extend(_continuations(job, made.left_out, progress))

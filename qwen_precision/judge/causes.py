@@ -24,6 +24,9 @@ CAUSES: dict[str, str] = {
     "trigger-token": "a token overflows alone, and without it the row is clean",
     "trigger-prompt": "this text: only with (or without) the chat template, or only these tokens together",
     "out-of-range": "an activation is larger than the dtype's largest number",
+    "batch": "a step of a generation, not its ids in a single forward; generated without the batch it is clean",
+    "chunked-prefill": "a step of a generation, not its ids in a single forward; prefilled whole it is clean",
+    "cache": "a step of a generation, not its ids in a single forward; only without a cache it is clean",
     "precision": "finite everywhere, but too far from fp32",
     "not-told": "nothing that was measured or run tells which",
 }

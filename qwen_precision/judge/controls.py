@@ -12,6 +12,7 @@ from typing import NamedTuple
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Finding, Limits, Report
+from qwen_precision.judge.replays import Unseen, unseen
 from qwen_precision.qwen3 import row_of
 from qwen_precision.record import ControlKind, Pass, Row, Run, Site
 
@@ -110,7 +111,9 @@ def _own(columns: Columns, each: Pass, row: int, layer: int) -> bool:
 
 
 def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Candidate]:
-    """Controls of every failing row, the most telling of each first; before them all failing rows as they were.
+    """Controls of every failing row, the most telling of each first.
+
+    Before them all failing rows as they were, and all that make one failing step of a generation again.
 
     Args:
         report: of the run.
@@ -131,12 +134,20 @@ def candidates(report: Report, templates: Sequence[Candidate] = ()) -> list[Cand
                 planned.add(same)
                 lot.append(control)
         lots.append(lot[: 1 if each.hidden else None])
-    return [*again.values(), *(control for control in chain(*zip_longest(*lots)) if control is not None)]
+    replays = [control for each in unseen(Columns(report.run, Limits())) for control in _replays(each)]
+    return [*again.values(), *replays, *(control for control in chain(*zip_longest(*lots)) if control is not None)]
 
 
 def _same(each: Asked) -> Candidate:
     """The cheapest control, for all failing rows of a dtype: where chance is at work, a change tells nothing."""
     return Candidate("same again", each.finding.dtype, str(each.finding.place.prompt), each.number, (), "as it was")
+
+
+def _replays(each: Unseen) -> Iterator[Candidate]:
+    """One tells nothing without the one before it: they are not mixed with those of other rows."""
+    ids = tuple(each.prompt.rows[each.number].ids)
+    for what, detail in each.replays():
+        yield Candidate(what, each.failed.dtype, each.prompt.name, each.number, ids, detail)
 
 
 class Start(NamedTuple):

@@ -138,7 +138,7 @@ def _findings(report: Report) -> str:
 
 
 def _facts(report: Report, finding: Finding) -> Iterator[str]:
-    if finding.place.step is None and finding.kind != "advice":
+    if (finding.place.step is None or finding.origin) and finding.kind != "advice":
         yield f"where: {escaped(finding.place.module)}, {escaped(finding.place.op)}"
     if finding.magnitude.reference is not None:
         size = finding.magnitude

@@ -5,7 +5,7 @@ May import: record, qwen3, settings.
 """
 
 from qwen_precision.watcher.inspector import Clamp, Inspector, Located, storages
-from qwen_precision.watcher.mode import Onlooker, Watcher, attached, watch
+from qwen_precision.watcher.mode import Onlooker, Seen, Watcher, attached, watch
 from qwen_precision.watcher.readings import Reading, Spot
 from qwen_precision.watcher.sequences import Sequences
 
@@ -15,6 +15,7 @@ __all__ = [
     "Located",
     "Onlooker",
     "Reading",
+    "Seen",
     "Sequences",
     "Spot",
     "Watcher",

@@ -19,7 +19,7 @@ from qwen_precision.qwen3 import row_of
 from qwen_precision.record import Event
 from qwen_precision.watcher.aten import ELEMENTWISE, WITHIN_A_TOKEN
 from qwen_precision.watcher.closeup import closeup
-from qwen_precision.watcher.mode import Seen
+from qwen_precision.watcher.mode import Onlooker, Seen
 from qwen_precision.watcher.readings import Spot
 
 
@@ -53,7 +53,7 @@ class Located:
 
 
 @dataclass
-class Inspector:
+class Inspector(Onlooker):
     """Collects a ``Located`` for every operation that is not finite or comes near its format's limit.
 
     Args:
@@ -395,7 +395,7 @@ def storages(module: nn.Module) -> dict[int, int | None]:
 
 
 @dataclass
-class Clamp:
+class Clamp(Onlooker):
     """Keeps what reads the scores that one operation gives; first puts the lowest finite number in place of every -inf.
 
     Args:
@@ -418,13 +418,3 @@ class Clamp:
                 seen.out.masked_fill_(low, torch.finfo(seen.out.dtype).min)
         elif self._met and self.read is None and seen.path == self.wanted[0] and seen.op in _READERS:
             self.read = seen.out.clone()
-
-    def bad(self, tensor: Tensor) -> Tensor:
-        """Nothing depends on it."""
-        return torch.zeros_like(tensor, dtype=torch.bool)
-
-    def note_sort(self, values: Tensor) -> None:
-        """Nothing depends on it."""
-
-    def note_index(self, args: tuple[Any, ...]) -> None:
-        """Nothing depends on it."""

@@ -16,10 +16,11 @@ minimum or an infinity is an additive mask; scores that one was added to are jud
 What it does not see: values inside a fused kernel (the scores of ``scaled_dot_product_attention``).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +48,16 @@ class Seen:
     """Of an operation in place: where the tensor it writes into was bad before."""
 
 
-class Onlooker(Protocol):
+class Onlooker(ABC):
     """Takes a close second look at operations while they run."""
 
+    @abstractmethod
     def __call__(self, seen: Seen) -> None:
         """Look at one operation."""
 
     def bad(self, tensor: Tensor) -> Tensor:
-        """What of a tensor counts as not finite."""
+        """What of a tensor counts as not finite; bool, of its shape."""
+        return ~torch.isfinite(tensor)
 
     def note_sort(self, values: Tensor) -> None:
         """See the result of a sort: fused experts order their rows by expert."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from qwen_precision.qwen3 import row_of
-from qwen_precision.watcher.mode import Seen
+from qwen_precision.watcher.mode import Onlooker, Seen
 from qwen_precision.watcher.readings import Spot
 
 
-class Sequences:
+class Sequences(Onlooker):
     """An onlooker that keeps the largest magnitude of every sequence; what is not finite is larger than anything.
 
     Args:
@@ -58,13 +58,6 @@ class Sequences:
             return
         largest, place = size.flatten(1).max(dim=1) if size.dim() > 1 else (size, torch.zeros_like(owner))
         self._keep(owner, largest, place % width + self.shift, site)
-
-    def bad(self, tensor: Tensor) -> Tensor:
-        """What is not finite."""
-        return ~torch.isfinite(tensor)
-
-    def note_sort(self, values: Tensor) -> None:
-        """Which row goes to which expert: of no matter here."""
 
     def note_index(self, args: tuple[Any, ...]) -> None:
         """Follow rows that are picked from the tokens, or from rows that were picked before."""

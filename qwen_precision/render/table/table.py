@@ -191,7 +191,8 @@ def _group(report: Report, position: int, group: list[Finding]) -> RenderableTyp
 
 def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
     if first.place.step is not None:
-        yield "where", f"step {first.place.step}, row {first.place.row}"
+        began = f", {safe(first.place.module)}  {safe(first.place.op)}" if first.origin else ""
+        yield "where", f"step {first.place.step}, row {first.place.row}{began}"
     elif first.kind != "advice":
         yield "where", f"{safe(first.place.module)}  {safe(first.place.op)}"
     if first.magnitude.reference is not None:
