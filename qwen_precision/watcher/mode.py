@@ -59,10 +59,10 @@ class Onlooker(ABC):
         """What of a tensor counts as not finite; bool, of its shape."""
         return ~torch.isfinite(tensor)
 
-    def note_sort(self, values: Tensor) -> None:
+    def note_sort(self, values: Tensor) -> None:  # noqa: B027  # most do not ask
         """See the result of a sort: fused experts order their rows by expert."""
 
-    def note_index(self, args: tuple[Any, ...]) -> None:
+    def note_index(self, args: tuple[Any, ...]) -> None:  # noqa: B027
         """See an indexing: experts pick their rows from the tokens by one."""
 
 
