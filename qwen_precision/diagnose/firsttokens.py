@@ -98,11 +98,11 @@ def first_tokens(
 def _rows(job: Job, limit: int | None, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of everything that is tried, shortest first so that equal lengths go together."""
     if texts:
-        context = getattr(job.checkpoint.config, "max_position_embeddings", None)
+        context = getattr(job.checkpoint.text_config, "max_position_embeddings", None)
         cut = min(filter(None, (job.settings.max_tokens, context)), default=None)
         rows = [list(job.checkpoint.tokenizer(text)["input_ids"])[:cut] for text in texts]
         return sorted((row for row in rows if row), key=len)
-    vocabulary = int(job.checkpoint.config.vocab_size)
+    vocabulary = int(job.checkpoint.text_config.vocab_size)
     count = vocabulary if limit is None else min(limit, vocabulary)
     return [[number * vocabulary // count] for number in range(count)]
 

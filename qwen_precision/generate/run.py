@@ -137,8 +137,8 @@ def _prepare(
     if without:
         remedy = "use --raw" if settings.chat else "give it as text"
         raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
-    context = getattr(checkpoint.config, "max_position_embeddings", None)
-    prompts, _ = tokenise(specs, tokenizer, checkpoint.config.vocab_size, context, None, cut_with=None)
+    context = getattr(checkpoint.text_config, "max_position_embeddings", None)
+    prompts, _ = tokenise(specs, tokenizer, checkpoint.text_config.vocab_size, context, None, cut_with=None)
     prompt = as_batch(prompts)
     inputs = [each for spec, made in zip(specs, prompts, strict=True) for each in _inputs(spec, made, tokenizer)]
     width = len(prompt.rows[0].ids) + prompt.rows[0].padding
@@ -176,7 +176,7 @@ def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeS
     """What a probe said of the dtype."""
     if run.verb != "probe":
         raise UsageError(f"--probe-run {path}: was made by `qprec {run.verb}`; give one that `qprec probe -o` saved.")
-    if (run.model.parameters, run.model.vocabulary) != (checkpoint.parameters, checkpoint.config.vocab_size):
+    if (run.model.parameters, run.model.vocabulary) != (checkpoint.parameters, checkpoint.text_config.vocab_size):
         raise UsageError(
             f"--probe-run {path}: is of {run.model.source} with {run.model.parameters:,} parameters, "
             f"this checkpoint has {checkpoint.parameters:,}; give a probe of the same one."

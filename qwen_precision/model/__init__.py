@@ -8,7 +8,7 @@ from qwen_precision.model.encode import Encoded, encode
 from qwen_precision.model.folder import FLOAT_TYPES, Checkpoint, TensorInfo, model_part, open_checkpoint
 from qwen_precision.model.hub import locate
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
-from qwen_precision.model.loaded import Models
+from qwen_precision.model.loaded import Models, NoRoom
 from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
 from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.skeleton import (
@@ -16,8 +16,11 @@ from qwen_precision.model.skeleton import (
     build,
     decoder_layers,
     finish,
+    is_layerwise,
     layer_calls,
+    layers_of,
     move_buffers,
+    outline,
     path_of,
     run_layer,
 )
@@ -31,6 +34,7 @@ __all__ = [
     "Lane",
     "LayerCall",
     "Models",
+    "NoRoom",
     "Scratch",
     "TensorInfo",
     "WeightCheck",
@@ -44,13 +48,16 @@ __all__ = [
     "encode",
     "environment",
     "finish",
+    "is_layerwise",
     "layer_calls",
+    "layers_of",
     "locate",
     "model_part",
     "move_buffers",
     "only_the_last",
     "open_checkpoint",
     "out_of_memory",
+    "outline",
     "path_of",
     "positions_of",
     "read_tensor",

@@ -25,7 +25,7 @@ def encode(prompt: Prompt, checkpoint: Checkpoint, device: torch.device) -> Enco
     tokenizer: Any = checkpoint.tokenizer
     # Any id does at a pad position: it is masked. The tokenizer's own is what generation would use.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
-    pad = pad if pad < checkpoint.config.vocab_size else 0
+    pad = pad if pad < checkpoint.text_config.vocab_size else 0
     ids = torch.tensor([[pad] * row.padding + row.ids for row in prompt.rows], device=device)
     mask = torch.tensor([[0] * row.padding + [1] * len(row.ids) for row in prompt.rows], device=device)
     return Encoded(ids, mask)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qwen_precision.errors import QprecError, in_one_line
@@ -60,6 +61,11 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     @property
+    def text_config(self) -> Any:
+        """What of the config is about text: all of it, or a part, where the model reads images too."""
+        return self.config.get_text_config()
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.size for info in self.tensors.values())
@@ -98,7 +104,7 @@ def model_part(checkpoint: Checkpoint, source: str, architecture: str, layers: i
         architecture: class of the model.
         layers: how many decoder layers it has.
     """
-    config = checkpoint.config
+    config = checkpoint.text_config
     return Model(
         source=source,
         revision=checkpoint.revision,
@@ -147,12 +153,17 @@ def _check_config(raw: dict[str, Any], folder: Path) -> None:
     if "auto_map" in raw:
         raise QprecError(f"{path}: this model needs Python code of its own, which qprec does not run.")
     names = raw.get("architectures") or []
-    known = isinstance(names, list) and (_names_a_head(names) or not _WITHOUT_HEAD.isdisjoint(map(str, names)))
+    known = isinstance(names, list) and any(_is_known(str(name)) for name in names)
     if not known:
         found = ", ".join(map(str, names)) if isinstance(names, list) and names else "no architecture"
-        raise QprecError(f"{path}: names {found}, not a causal language model (…ForCausalLM); qprec probes only those.")
+        raise QprecError(f"{path}: names {found}, which this transformers does not have; try a newer one.")
     if raw.get("quantization_config"):
         raise QprecError(f"{path}: the weights are quantised; probe the checkpoint they were made from.")
+
+
+def _is_known(name: str) -> bool:
+    """Whether transformers has a model of this name; a causal one may be of a class of its own maker."""
+    return name.endswith("ForCausalLM") or isinstance(getattr(transformers, name, None), type)
 
 
 def _names_a_head(architectures: Any) -> bool:

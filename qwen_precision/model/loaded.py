@@ -6,12 +6,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.machine import free_bytes
+from qwen_precision.model.skeleton import model_class
 
 
 class NoRoom(QprecError):
@@ -83,7 +83,7 @@ class Models:
         folder = self._checkpoint.folder
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(self._checkpoint.config).from_pretrained(
                 folder,
                 dtype=getattr(torch, DTYPES[dtype].torch_name),
                 use_safetensors=True,

@@ -8,14 +8,16 @@ refused. Nothing of the architecture is written again here.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qwen_precision.errors import QprecError, in_one_line
 
@@ -54,6 +56,64 @@ def build(config: PretrainedConfig, attention: str | None) -> nn.Module:
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _make_buffers(path, module)
     return model.eval()
+
+
+def outline(config: PretrainedConfig, attention: str | None) -> nn.Module:
+    """The model on the meta device, of the class that transformers would load; for its names, it cannot be run.
+
+    Args:
+        config, attention: as for ``build``.
+
+    Raises:
+        QprecError: transformers cannot build it.
+    """
+    made = model_class(config)
+    build_from = made.from_config if made is AutoModelForCausalLM else made._from_config
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build_from(
+                config, dtype=torch.float32, **({"attn_implementation": attention} if attention else {})
+            )
+    except Exception as error:  # whatever the broken value in the config leads to
+        raise QprecError(f"config.json: transformers cannot build this model: {in_one_line(error)}") from error
+    return model.eval()
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that a checkpoint names, or what its config is mapped to."""
+    for name in config.architectures or []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return AutoModelForCausalLM
+
+
+def is_layerwise(config: PretrainedConfig) -> bool:
+    """Whether the model can be run layer by layer: its family was compared with transformers' own forward, bit by bit.
+
+    ``tests/probe/test_families.py`` does, for every family of the table and every supported version.
+    """
+    named = [str(name) for name in config.architectures or []]
+    return config.model_type in LAYERWISE and all(name.endswith(("ForCausalLM", "Model")) for name in named)
+
+
+LAYERWISE = frozenset(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral"))
+"""``model_type`` of the families whose layers can be run one by one."""
+
+
+def layers_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """Path and layers of the decoder: of the lists of modules nearest the top the longest; none where there is none."""
+    lists = [
+        (path.count("."), -len(part), path, list(part))
+        for path, part in model.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) > 1 and not _ASIDE.search(path)
+    ]
+    _, _, path, layers = min(lists, key=lambda each: each[:2], default=(0, 0, "", []))
+    return path, layers
+
+
+_ASIDE = re.compile(r"vis|audio|expert")
+"""Lists of modules that are not the decoder's layers."""
 
 
 _LOGIT_SCALES = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}

@@ -6,19 +6,16 @@ bit). In both, the tokens go in pieces when the logits of all of them would be t
 holds ``[tokens, vocabulary]`` of a long prompt.
 """
 
-import math
 import time
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.model import Encoded, Scratch, WeightStore, path_of
-from qwen_precision.probe.logprobs import LogProbs
+from qwen_precision.probe.answers import Answers
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import Section, WatchedRun
-from qwen_precision.record import rounded
 from qwen_precision.torch_dtypes import torch_dtype
 
 LOGITS_BYTES = 1 << 30
@@ -54,10 +51,8 @@ class Head:
                 if on_final is not None:
                     on_final(dtype, prompt, states, None)
             return
-        best: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        last: dict[tuple[str, int], list[Tensor]] = {}
         step = task.vocabulary_rows or (1 << 62)
-        self._logprobs = LogProbs(prompts)
+        answers = Answers(prompts, self._measure.collector)
         for start, rows in self._store.row_chunks(name, step):
             for dtype in task.dtypes:
                 started = time.perf_counter()
@@ -67,23 +62,17 @@ class Head:
                 for key, states in hidden.items():
                     if key[0] != dtype:
                         continue
-                    logits = self._one(key, states, prompts[key[1]].mask.bool(), start)
-                    best[key] = _better(best.get(key), logits[:, -1], start)
-                    last.setdefault(key, []).append(logits[:, -1].float())
+                    logits = self._one(key, states, prompts[key[1]].mask.bool(), start, answers)
                     if on_final is not None and task.vocabulary_rows == 0:
                         on_final(dtype, key[1], states, logits)
                 seconds[dtype] += time.perf_counter() - started
             self._scratch.release()
-        ends = {key: torch.cat(parts, dim=-1) for key, parts in last.items()}
+        ends = answers.close()
         if on_final is not None and task.vocabulary_rows:
             for (dtype, prompt), states in hidden.items():
                 on_final(dtype, prompt, states, ends[dtype, prompt][:, None])
-        self._write(best)
-        self._diverge(ends)
-        for key, errors in self._logprobs.errors().items():
-            self._measure.collector.column(*key).logprob_error = errors
 
-    def _one(self, key: tuple[str, int], states: Tensor, valid: Tensor, start: int) -> Tensor:
+    def _one(self, key: tuple[str, int], states: Tensor, valid: Tensor, start: int, answers: Answers) -> Tensor:
         """Logits of one stream for the placed rows, all positions looked at; gives the last piece."""
         weight = self._head._parameters["weight"]
         assert weight is not None
@@ -99,37 +88,5 @@ class Head:
             self._measure.look(part, readings)
             if key[0] == REFERENCE and self._measure.beyond(readings):
                 self._measure.foresee(part)
-            self._logprobs.add(key, logits, begin, start)
+            answers.add(key, logits, begin, start)
         return logits
-
-    def _write(self, best: dict[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
-        for (dtype, prompt), (values, ids) in best.items():
-            finite = torch.isfinite(values).tolist()
-            column = self._measure.collector.column(dtype, prompt)
-            column.top1 = [token if fine else None for token, fine in zip(ids.tolist(), finite, strict=True)]
-
-    def _diverge(self, last: dict[tuple[str, int], Tensor]) -> None:
-        """Kullback-Leibler divergence of each row's next token from the reference's, in float64."""
-        for (dtype, prompt), logits in last.items():
-            reference = last.get((REFERENCE, prompt))
-            if reference is None or dtype == REFERENCE:
-                continue
-            wanted, ours = torch.log_softmax(reference.double(), -1), torch.log_softmax(logits.double(), -1)
-            rows = (wanted.exp() * (wanted - ours)).sum(dim=-1).tolist()
-            # Rounding can make it a hair less than nothing.
-            kl = [rounded(max(row, 0.0)) if math.isfinite(row) else None for row in rows]
-            self._measure.collector.column(dtype, prompt).kl = kl
-
-
-def _better(before: tuple[Tensor, Tensor] | None, last: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """The larger of the best so far and the best of a slice, row by row; NaN wins and stays (as in argmax)."""
-    values, ids = last.max(dim=-1)
-    ids = ids + start
-    # A row that holds -inf logits is as broken as one that holds NaN.
-    values = torch.where(torch.isfinite(last).all(dim=-1), values, torch.full_like(values, torch.nan))
-    if before is None:
-        return values, ids
-    take = (values > before[0]) | torch.isnan(values)
-    keep_nan = torch.isnan(before[0])
-    take = take & ~keep_nan
-    return torch.where(take, values, before[0]), torch.where(take, ids, before[1])

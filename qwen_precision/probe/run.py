@@ -11,10 +11,11 @@ from torch import nn
 
 from qwen_precision import __version__
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.errors import QprecError
+from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.model import (
     Checkpoint,
     Encoded,
+    Models,
     WeightCheck,
     WeightStore,
     attention_used,
@@ -24,15 +25,20 @@ from qwen_precision.model import (
     decoder_layers,
     encode,
     environment,
+    is_layerwise,
+    layers_of,
     locate,
     model_part,
     move_buffers,
     open_checkpoint,
     out_of_memory,
+    outline,
+    read_tensor,
 )
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.probe.task import FinalHook, Task
+from qwen_precision.probe.whole import Whole
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Choice, Prompt, Run
 from qwen_precision.settings import ProbeSettings, PromptSpec, tokenise
@@ -51,6 +57,8 @@ class Job:
     settings: ProbeSettings
     device: torch.device
     resident: bool
+    whole: bool
+    """Whether the model runs as transformers loads it, and not layer by layer."""
     prompts: list[Prompt]
     choices: list[Choice]
     passes: list[str]
@@ -88,12 +96,12 @@ def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], r
     """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
-    context = getattr(checkpoint.config, "max_position_embeddings", None)
+    context = getattr(checkpoint.text_config, "max_position_embeddings", None)
     theirs = sorted({str(spec.checkpoint) for spec in specs if spec.failed and spec.checkpoint not in (None, source)})
     prompts, left_out = tokenise(
         [spec.model_copy(update={"failed": None}) if spec.checkpoint in theirs else spec for spec in specs],
         checkpoint.tokenizer,
-        checkpoint.config.vocab_size,
+        checkpoint.text_config.vocab_size,
         context,
         settings.max_tokens,
     )
@@ -109,14 +117,18 @@ def job_for(
     """A job of prompts that are token ids already; ``left_out`` names those that could not be made into ids."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device, device_choice = choose_device(settings.device)
-    model = build(checkpoint.config, settings.attention)
+    whole = not is_layerwise(checkpoint.config)
+    model = (outline if whole else build)(checkpoint.config, settings.attention)
     # Asked for as a dtype, fp32 is run anyway, and then it serves as the reference too.
     reference = settings.reference or REFERENCE in settings.dtypes
     passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
-    resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
+    if whole:
+        resident, memory = True, _whole(settings.memory, model)
+    else:
+        resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
     choices = [device_choice, memory, attention_used(model, settings.attention), *_notes(checkpoint, left_out)]
     check = WeightCheck(passes)
-    return Job(source, checkpoint, model, settings, device, resident, prompts, choices, passes, check)
+    return Job(source, checkpoint, model, settings, device, resident, whole, prompts, choices, passes, check)
 
 
 def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = None) -> Run:
@@ -125,6 +137,15 @@ def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = 
     stopped = _run(job, progress, on_final)
     job.seconds["total"] = time.perf_counter() - started
     return _record(job, stopped)
+
+
+def _whole(memory: str, model: nn.Module) -> Choice:
+    """What is said of a model that runs as a whole."""
+    name = type(model).__name__
+    if memory == "streamed":
+        raise UsageError(f"--memory streamed: {name} is not run layer by layer, but whole; leave it out.")
+    reason = f"{name} is run as transformers loads it, one dtype after another, not layer by layer"
+    return Choice(what="memory", value="whole", reason=reason)
 
 
 def _working(model: nn.Module) -> int:
@@ -140,24 +161,19 @@ def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
     if left_out:
         reason = "the tokenizer has no chat template"
         notes.append(Choice(what="prompts left out", value=", ".join(left_out), reason=reason))
-    if checkpoint.bare:
+    if checkpoint.bare and is_layerwise(checkpoint.config):
         notes.append(Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model"))
     return notes
 
 
 def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None:
-    """Run the shadow; gives why it stopped early, or None."""
-    store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
-    unused = store.unused(job.model)
-    if unused:
-        value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
-        job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
-    move_buffers(job.model, job.device)
+    """Run all passes; gives why they stopped early, or None."""
     near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
     task = Task(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
-    shadow = Shadow(job.model, store, encoded(job), task, job.collector, progress, on_final)
+    passes: Shadow | Whole | None = None
     try:
-        shadow.run()
+        passes = (_as_a_whole if job.whole else _layer_by_layer)(job, task, progress, on_final)
+        passes.run()
     except KeyboardInterrupt:
         return "interrupted"
     except (MemoryError, RuntimeError) as error:
@@ -167,8 +183,26 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
     except QprecError as error:
         return str(error)
     finally:
-        job.seconds.update(shadow.seconds)
+        job.seconds.update(passes.seconds if passes is not None else {})
     return None
+
+
+def _layer_by_layer(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Shadow:
+    store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
+    unused = store.unused(job.model)
+    if unused:
+        value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
+        job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
+    move_buffers(job.model, job.device)
+    return Shadow(job.model, store, encoded(job), task, job.collector, progress, on_final)
+
+
+def _as_a_whole(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Whole:
+    for number, (name, info) in enumerate(job.checkpoint.tensors.items()):
+        progress(number, len(job.checkpoint.tensors), "checking the weights")
+        job.check.feed(name, info.file, read_tensor(job.checkpoint, name))
+    models = Models(job.checkpoint, job.device, job.settings.attention)
+    return Whole(models, encoded(job), task, job.collector, progress, on_final)
 
 
 def encoded(job: Job) -> list[Encoded]:
@@ -178,7 +212,7 @@ def encoded(job: Job) -> list[Encoded]:
 
 def vocabulary_rows(job: Job) -> int:
     """Rows of the vocabulary that lm_head takes at once; 0 for all."""
-    return 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.config.hidden_size))
+    return 0 if job.resident else max(1, SLICE_BYTES // (4 * job.checkpoint.text_config.hidden_size))
 
 
 def _not_run(job: Job) -> list[str]:
@@ -195,7 +229,7 @@ def _record(job: Job, stopped: str | None) -> Run:
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         stopped=stopped,
         unfinished=None,
-        model=model_part(checkpoint, job.source, type(job.model).__name__, len(decoder_layers(job.model)[1])),
+        model=model_part(checkpoint, job.source, type(job.model).__name__, len(layers_of(job.model)[1])),
         environment=environment(job.device),
         settings=job.settings.model_dump(),
         choices=job.choices,

@@ -9,7 +9,6 @@ into its range where the reference itself is out of it) and marked so: what over
 layer is then found too, not only the first place.
 """
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,10 +32,11 @@ from qwen_precision.model import (
 )
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
+from qwen_precision.probe.hidden import MASSIVE, massive, relative_error
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import Section, WatchedRun, suspicious
 from qwen_precision.progress import Progress, silent
-from qwen_precision.record import Massive, Reseed, rounded
+from qwen_precision.record import Reseed
 from qwen_precision.torch_dtypes import torch_dtype
 from qwen_precision.watcher import Reading, Spot, Watcher, attached
 
@@ -51,38 +51,6 @@ class _Stream:
     given: Tensor = field(default_factory=lambda: torch.empty(0))
     """What went into the layer that ran last."""
     reseeded_rows: set[int] = field(default_factory=set)
-
-
-_CHANNELS = 4
-"""Channels with massive activations that are kept of a layer."""
-_MASSIVE, _TIMES = 100.0, 1000.0
-"""A massive activation is above both: the magnitude, and so many times the median (arXiv 2402.17762, section 2)."""
-
-
-def massive(hidden: Tensor, valid: Tensor, layer: int) -> list[Massive]:
-    """The largest hidden state of each channel that has a massive one, at real tokens; of few channels, the largest.
-
-    Args:
-        hidden: ``[batch, tokens, hidden]``.
-        valid: ``[batch, tokens]`` bool, False at padding.
-        layer: after which it is.
-    """
-    size = hidden.abs().float()
-    size = torch.where(valid[..., None] & torch.isfinite(size), size, torch.zeros_like(size))
-    median = float(size[valid].median())
-    values, places = size.flatten(0, 1).max(dim=0)
-    found = []
-    for channel in values.topk(min(_CHANNELS, len(values))).indices.tolist():
-        value = float(values[channel])
-        if value <= max(_MASSIVE, _TIMES * median):
-            break
-        row, position = divmod(int(places[channel]), size.shape[1])
-        found.append(
-            Massive(
-                layer=layer, row=row, position=position, channel=channel, value=rounded(value), median=rounded(median)
-            )
-        )
-    return found
 
 
 class Shadow:
@@ -253,7 +221,7 @@ class Shadow:
             return
         own = self.prompts[prompt].mask.bool().clone()
         own[sorted(stream.reseeded_rows)] = False
-        error = _relative(stream.hidden[own], reference.hidden[own])
+        error = relative_error(stream.hidden[own], reference.hidden[own])
         self.collector.column(name, prompt).layer_error.append(error)
 
     def _local(self, name: str, prompt: int, layer: nn.Module, call: LayerCall) -> None:
@@ -263,14 +231,14 @@ class Shadow:
             return
         out = run_layer(layer, reference.given.to(stream.hidden.dtype), call)
         own = self.prompts[prompt].mask.bool()
-        self.collector.column(name, prompt).local_error.append(_relative(out[own], reference.hidden[own]))
+        self.collector.column(name, prompt).local_error.append(relative_error(out[own], reference.hidden[own]))
 
     def _massive(self, name: str, prompt: int, index: int) -> None:
         """Note the reference's largest hidden state after a layer, where it dwarfs the others."""
         if name != REFERENCE:
             return
         hidden = self._streams[name, prompt].hidden
-        if not all(float(bound.abs()) <= _MASSIVE for bound in torch.aminmax(hidden)):
+        if not all(float(bound.abs()) <= MASSIVE for bound in torch.aminmax(hidden)):
             self.collector.column(name, prompt).massive += massive(hidden, self.prompts[prompt].mask.bool(), index)
 
     def _reseed(self, name: str, prompt: int, index: int) -> None:
@@ -324,11 +292,3 @@ class Shadow:
                 for measured in (column.kl, column.logprob_error):
                     if row < len(measured):
                         measured[row] = None
-
-
-def _relative(ours: Tensor, wanted: Tensor) -> float | None:
-    """Norm of the difference over the norm, or None where there is nothing finite to compare."""
-    if not len(wanted):
-        return None
-    error = float((ours.double() - wanted.double()).norm() / wanted.double().norm())
-    return rounded(error) if math.isfinite(error) else None

@@ -2,7 +2,7 @@
 
 import re
 
-_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)(?:\.(.*))?$")
+_LAYER = re.compile(r"^(?:.*\.)?(?:layers?|h|blocks?)\.(\d+)(?:\.(.*))?$")
 _EXPERT = re.compile(r"\.experts\.(\d+)(?:\.|$)")
 
 

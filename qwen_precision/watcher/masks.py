@@ -46,10 +46,12 @@ class Masks:
         self, func: Any, kind: Kind, op: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
     ) -> Tensor | None:
         """The unmasked entries of an operation's output (broadcastable bool), or None if it is not masked."""
-        keep = self._of_arguments(args)
+        keep = self._joined(args, kwargs) if op == "cat" else self._of_arguments(args)
         if keep is None or not isinstance(out, Tensor):
             return None
-        if kind is Kind.MOVE:
+        if op == "cat":
+            pass  # it is as long as the output already
+        elif kind is Kind.MOVE:
             keep = keep if out.shape == args[0].shape else _moved(func, args, kwargs, keep)
         elif op not in COMBINES_WITH_MASK:
             return None
@@ -68,6 +70,18 @@ class Masks:
             if held is not None and held[0]() is arg:
                 keep = held[1] if keep is None else keep & held[1]
         return keep
+
+    def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Tensor | None:
+        """What to keep of tensors that are put together, masked scores and attention sinks say."""
+        parts = [self._of_arguments((each,)) for each in args[0]]
+        if all(part is None for part in parts):
+            return None
+        dim = args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)
+        whole = [
+            torch.ones(each.shape, dtype=torch.bool, device=each.device) if part is None else part.expand(each.shape)
+            for each, part in zip(args[0], parts, strict=True)
+        ]
+        return torch.cat(whole, dim=dim)
 
     def _remember(self, tensor: Tensor, keep: Tensor) -> None:
         key = id(tensor)
