@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qwen_precision.diagnose.again import outcomes, run_again
-from qwen_precision.diagnose.walk import Walker
+from qwen_precision.diagnose.walk import Walker, walker
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
@@ -62,14 +62,14 @@ def first_tokens(
         KeyboardInterrupt: it was interrupted; what was done is in ``state_file`` and is taken up by the same call.
     """
     rows = _rows(job, limit, texts)
-    walker = Walker(job, dtype)
+    walk = walker(job, dtype)
     state = _taken_up(state_file, _key(job, dtype, rows), announce)
-    state.layers = walker.depth
+    state.layers = walk.depth
     started, before = time.perf_counter(), state.seconds
     chunks = [list(range(at, min(at + AT_ONCE, len(rows)))) for at in range(state.done, len(rows), AT_ONCE)]
     for numbers in chunks:
         progress(numbers[0], len(rows), f"sweeping first tokens: {numbers[0]:,} of {len(rows):,}")
-        _chunk(walker, job, dtype, [rows[n] for n in numbers], state)
+        _chunk(walk, job, dtype, [rows[n] for n in numbers], state)
         state.done = numbers[-1] + 1
         state.seconds = before + time.perf_counter() - started
         if numbers[0] == 0 and len(rows) > AT_ONCE:
@@ -156,7 +156,7 @@ def _plain(state: _State) -> dict[str, Any]:
     return {**vars(state), "worst": [each.model_dump() for each in state.worst]}
 
 
-def _chunk(walker: Walker, job: Job, dtype: str, rows: list[list[int]], state: _State) -> None:
+def _chunk(walk: Walker, job: Job, dtype: str, rows: list[list[int]], state: _State) -> None:
     """Some of them: run them by lengths, count what fails in the dtype, keep the worst."""
     lots: dict[int, list[list[int]]] = {}
     for row in rows:
@@ -164,7 +164,7 @@ def _chunk(walker: Walker, job: Job, dtype: str, rows: list[list[int]], state: _
     for length, equal in lots.items():
         size = max(1, AT_ONCE // length)
         for start in range(0, len(equal), size):
-            _lot(walker, job, dtype, equal[start : start + size], state)
+            _lot(walk, job, dtype, equal[start : start + size], state)
     state.worst = sorted(state.worst, key=_rank)[:_WORST]
 
 
@@ -173,16 +173,16 @@ def _rank(each: Swept) -> tuple[bool, float]:
     return not each.fails, -float(each.magnitude)
 
 
-def _lot(walker: Walker, job: Job, dtype: str, rows: list[list[int]], state: _State) -> None:
+def _lot(walk: Walker, job: Job, dtype: str, rows: list[list[int]], state: _State) -> None:
     """Sequences of one length."""
-    found = walker.peaks(torch.tensor(rows))
+    found = walk.peaks(torch.tensor(rows))
     near = found.value * _NEAR > DTYPES[dtype].max
     if any(weight.overflow.get(dtype) for weight in job.check.weights()):
         near = torch.ones_like(near)  # an infinite weight makes an infinity of whatever it is multiplied with
     fails: dict[int, bool] = {}
     tried = [int(place) for place in near.nonzero()]
     if tried:
-        outcome = torch.isinf(walker.peaks(torch.tensor([rows[place] for place in tried]), dtype).value)
+        outcome = torch.isinf(walk.peaks(torch.tensor([rows[place] for place in tried]), dtype).value)
         fails = dict(zip(tried, outcome.tolist(), strict=True))
     state.over += sum(fails.values())
     ranked = sorted(range(len(rows)), key=lambda place: (not fails.get(place), -float(found.value[place])))

@@ -4,6 +4,7 @@ The weights of a layer are read for all sequences together; the logits are compu
 time and never kept.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.model import (
+    Encoded,
     LayerCall,
+    Models,
     Scratch,
     WeightCheck,
     WeightStore,
@@ -21,11 +24,12 @@ from qwen_precision.model import (
     decoder_layers,
     finish,
     layer_calls,
+    layers_of,
     move_buffers,
     path_of,
     run_layer,
 )
-from qwen_precision.probe import Job
+from qwen_precision.probe import Job, forward
 from qwen_precision.qwen3 import layer_of, name_of
 from qwen_precision.torch_dtypes import torch_dtype
 from qwen_precision.watcher import Sequences, Watcher, attached
@@ -59,7 +63,12 @@ class Peaks:
         return Peaks(value, channel, self.layer + more.layer, self.name + more.name)
 
 
-class Walker:
+def walker(job: Job, dtype: str) -> "Walker":
+    """What runs sequences through a job's model; ``dtype`` is the one whose range is asked about."""
+    return (WholeWalker if job.whole else LayerWalker)(job, dtype)
+
+
+class Walker(ABC):
     """Runs sequences through the model, without a prompt or a record.
 
     Args:
@@ -68,20 +77,13 @@ class Walker:
     """
 
     def __init__(self, job: Job, dtype: str) -> None:
-        self.model = build(job.checkpoint.config, job.settings.attention)
-        self._store = WeightStore(job.checkpoint, self.model, job.device, job.resident, WeightCheck([]))
-        self._path, self._layers = decoder_layers(self.model)
-        self._device, self._scratch, self._watcher = job.device, Scratch(), Watcher()
-        move_buffers(self.model, job.device)
+        self._device, self._watcher = job.device, Watcher()
+        self.depth = len(layers_of(job.model)[1])
+        """All layers of the model."""
         # What the dtype's own model computes in a wider format (the insides of norms) may be as large as it likes.
         sites = list(job.collector.sites)
         self._wider = {sites[place] for place in job.collector.wider.get(dtype, {})}
         self._limit = torch.finfo(torch_dtype(dtype)).max
-
-    @property
-    def depth(self) -> int:
-        """All layers of the model."""
-        return len(self._layers)
 
     def peaks(self, ids: Tensor, dtype: str = REFERENCE) -> Peaks:
         """Run these sequences.
@@ -92,20 +94,61 @@ class Walker:
         """
         seen = Sequences(len(ids), ids.shape[1], self._device, lambda site: site not in self._wider)
         try:
-            with torch.inference_mode(), attached(self.model, self._watcher):
-                self._watcher.inspect = seen
-                self._run(ids.to(self._device), torch_dtype(dtype), seen)
+            self._watcher.inspect = seen
+            with torch.inference_mode():
+                self._run(ids.to(self._device), dtype, seen)
         finally:
             self._watcher.inspect = None
             self._watcher.take()
-            self._scratch.clear()
         if float(seen.mixed) <= self._limit or len(ids) == 1:
             return Peaks.of(seen)
         # Something was too large and it cannot be told whose it is: fewer are looked at.
         half = len(ids) // 2
         return self.peaks(ids[:half], dtype).and_then(self.peaks(ids[half:], dtype))
 
-    def _run(self, ids: Tensor, dtype: torch.dtype, seen: Sequences) -> None:
+    @abstractmethod
+    def _run(self, ids: Tensor, dtype: str, seen: Sequences) -> None:
+        """Run ``[sequences, tokens]`` in a dtype, every operation shown to ``seen``."""
+
+
+class WholeWalker(Walker):
+    """For a model that transformers loads as a whole."""
+
+    def __init__(self, job: Job, dtype: str) -> None:
+        super().__init__(job, dtype)
+        self._models = Models(job.checkpoint, job.device, job.settings.attention)
+        self._held = ""
+
+    def _run(self, ids: Tensor, dtype: str, seen: Sequences) -> None:
+        if self._held != dtype:
+            self._models.release(self._held)
+            self._held = dtype
+        model = self._models.get(dtype)
+        self._watcher.forget()
+        seen.enter()
+        with attached(model, self._watcher), self._watcher:
+            forward(model, Encoded(ids, torch.ones_like(ids)))
+
+
+class LayerWalker(Walker):
+    """For a model whose layers hold weights one at a time."""
+
+    def __init__(self, job: Job, dtype: str) -> None:
+        super().__init__(job, dtype)
+        self.model = build(job.checkpoint.config, job.settings.attention)
+        self._store = WeightStore(job.checkpoint, self.model, job.device, job.resident, WeightCheck([]))
+        self._path, self._layers = decoder_layers(self.model)
+        self._scratch = Scratch()
+        move_buffers(self.model, job.device)
+
+    def _run(self, ids: Tensor, dtype: str, seen: Sequences) -> None:
+        try:
+            with attached(self.model, self._watcher):
+                self._through(ids, torch_dtype(dtype), seen)
+        finally:
+            self._scratch.clear()
+
+    def _through(self, ids: Tensor, dtype: torch.dtype, seen: Sequences) -> None:
         hidden = embedded = self._embedded(ids, dtype, seen)
         mask = torch.ones_like(ids)
         calls = layer_calls(self.model, embedded, mask)

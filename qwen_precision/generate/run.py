@@ -1,5 +1,7 @@
 """A checkpoint, prompts, one dtype and guards in; a Run out. What it means is judged elsewhere (``checks.py``)."""
 
+import inspect
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,6 +103,11 @@ def generate(
     models = Models(job.checkpoint, job.device, settings.attention, tell)
     rescaler = Rescaler(models, job.checkpoint, settings.device, settings.attention, guards.recover.margin, tell)
     model = models.get(settings.dtype)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise QprecError(
+            f"{type(model).__name__}: keeps no key-value cache, which `qprec generate` decodes with; find where it "
+            f"overflows with: qprec probe {shlex.quote(source)}"
+        )
     loaded = time.perf_counter()
     job.choices.insert(1, attention_used(model, settings.attention))
     decoder = Decoder(

@@ -1,4 +1,4 @@
-"""Measures a checkpoint: all dtypes through the layers together, every operation watched. Nothing is judged here.
+"""Measures a checkpoint, every operation watched: all dtypes layer by layer, or the whole model in one after another.
 
 Other folders import the names below, from here.
 May import: record, qwen3, settings, judge, model, watcher.
@@ -8,5 +8,18 @@ from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.run import Job, encoded, job_for, measure, prepare, probe, vocabulary_rows
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.probe.task import Task
+from qwen_precision.probe.whole import forward
 
-__all__ = ["Collector", "Job", "Shadow", "Task", "encoded", "job_for", "measure", "prepare", "probe", "vocabulary_rows"]
+__all__ = [
+    "Collector",
+    "Job",
+    "Shadow",
+    "Task",
+    "encoded",
+    "forward",
+    "job_for",
+    "measure",
+    "prepare",
+    "probe",
+    "vocabulary_rows",
+]

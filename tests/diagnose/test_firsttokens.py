@@ -182,7 +182,7 @@ def test_a_token_is_told_from_the_others_whatever_goes_through_with_it(tmp_path:
     folder = make_checkpoint(tmp_path / "model", edit=lambda model: inside_an_expert(model, LIMIT), moe=True)
     job = prepare(str(folder), load_settings(None, {}), [PromptSpec(name="plain", text="abc")])
     measure(job)
-    walker = Walker(job, "fp16")
+    walker = walker_of(job, "fp16")
     texts = torch.arange(96).reshape(32, 3) * 5
     together = walker.peaks(texts)
     for number, ids in enumerate(texts):
