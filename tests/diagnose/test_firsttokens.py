@@ -176,7 +176,7 @@ def test_the_same_a_quarter_as_large_is_healthy(name: str, tmp_path: Path) -> No
 
 
 def test_a_token_is_told_from_the_others_whatever_goes_through_with_it(tmp_path: Path) -> None:
-    from qwen_precision.diagnose.walk import Walker
+    from qwen_precision.diagnose.walk import walker as walker_of
     from qwen_precision.probe.run import measure, prepare
 
     folder = make_checkpoint(tmp_path / "model", edit=lambda model: inside_an_expert(model, LIMIT), moe=True)
