@@ -5,8 +5,9 @@ May import: record, qwen3, settings.
 """
 
 from qwen_precision.model.encode import Encoded, encode
-from qwen_precision.model.folder import FLOAT_TYPES, Checkpoint, TensorInfo, model_part, open_checkpoint
+from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
 from qwen_precision.model.hub import locate
+from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom
 from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
