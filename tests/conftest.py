@@ -65,6 +65,11 @@ def healthy_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    return DEMO
+
+
+@pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The demo, probed once."""
     return run_probe("demo")

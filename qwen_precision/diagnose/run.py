@@ -6,11 +6,12 @@ from pathlib import Path
 from qwen_precision.diagnose.explain import explained
 from qwen_precision.diagnose.firsttokens import held_state
 from qwen_precision.diagnose.triggers import swept, texts_of
+from qwen_precision.errors import UsageError
 from qwen_precision.judge import Report, judge
 from qwen_precision.probe import measure, prepare
 from qwen_precision.progress import Announce, Progress, silent
 from qwen_precision.record import Run
-from qwen_precision.rescue import Finals, check_folder, delivered, wanted, with_plan
+from qwen_precision.rescue import Finals, check_folder, delivered, unsupported, wanted, with_plan
 from qwen_precision.settings import ProbeSettings, PromptSpec, Target
 
 
@@ -46,6 +47,8 @@ def diagnose(
     job = prepare(source, settings, specs, revision)
     if target is not None:
         check_folder(target.folder, job.checkpoint.folder, target.force)
+        if job.checkpoint.quantised is not None:
+            raise UsageError(f"--rescue-to {target.folder}: {unsupported(job.checkpoint)}.")
     before = Finals()
     measured = judge(measure(job, progress, before if target is not None else None))
     run = measured.run

@@ -10,7 +10,7 @@ from torch import nn
 
 from qwen_precision.dtypes import RESCUED
 from qwen_precision.errors import QprecError
-from qwen_precision.model import Checkpoint, Models
+from qwen_precision.model import Checkpoint, Models, filled
 from qwen_precision.probe import job_for, measure
 from qwen_precision.record import Prompt, Rescaling, Rescue, Row
 from qwen_precision.rescue import can_plan, rescaled_store, with_plan
@@ -103,10 +103,4 @@ class Rescaler:
         """
         self._tell(f"loading the rescaled weights in {RESCUED}")
         model, store = rescaled_store(self._checkpoint, rescaling, self._attention, device, resident=False)
-        for name, parameter in list(model.named_parameters()):
-            new = nn.Parameter(store.tensor(name).to(torch_dtype(RESCUED)), requires_grad=False)
-            for module in model.modules():  # tied weights are one parameter that two modules hold
-                for key, held in module._parameters.items():
-                    if held is parameter:
-                        module._parameters[key] = new
-        return model.to(device)
+        return filled(model, store, torch_dtype(RESCUED)).to(device)

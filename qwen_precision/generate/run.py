@@ -152,7 +152,16 @@ def _prepare(
     config, choices = generation_config(checkpoint, settings, width)
     summary = _summary(probed, probe_run, checkpoint, settings.dtype) if probed and probe_run else None
     return _Job(
-        checkpoint, source, settings, guards, device, prompt, inputs, config, [device_choice, *choices], summary
+        checkpoint,
+        source,
+        settings,
+        guards,
+        device,
+        prompt,
+        inputs,
+        config,
+        [device_choice, *checkpoint.notes, *choices],
+        summary,
     )
 
 
@@ -260,6 +269,7 @@ def _record(
         passes=[],
         weights=[],
         weight_totals=[],
+        scale_faults=[],
         seconds={name: round(value, 3) for name, value in seconds.items()},
         generation=made,
         rescue=plan,

@@ -9,7 +9,7 @@ from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
 from qwen_precision.model.hub import locate
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
-from qwen_precision.model.loaded import Models, NoRoom
+from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
 from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.skeleton import (
@@ -48,6 +48,7 @@ __all__ = [
     "decoding",
     "encode",
     "environment",
+    "filled",
     "finish",
     "is_layerwise",
     "layer_calls",

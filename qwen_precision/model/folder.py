@@ -3,17 +3,21 @@
 Nothing of the checkpoint's own Python code is ever run.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qwen_precision.errors import QprecError, in_one_line
-from qwen_precision.model.index import FLOAT_TYPES, TensorInfo, read_index, read_json
+from qwen_precision.model.foreign import adapter_beside, check_readable
+from qwen_precision.model.index import TensorInfo, read_index, read_json
+from qwen_precision.model.quantised import unquantised
 from qwen_precision.qwen3 import EMBEDDING, HEAD
-from qwen_precision.record import Model
+from qwen_precision.record import Choice, Model
 
 _WITHOUT_HEAD = frozenset(("Qwen3Model", "Qwen3MoeModel"))
 """Architectures that are the causal language model but for its lm_head."""
@@ -30,6 +34,9 @@ class Checkpoint:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     tensors: dict[str, TensorInfo]
+    """By name; a quantised weight is one, under the name it would have if it were not."""
+    notes: tuple[Choice, ...] = ()
+    """What a reader of the report has to know of the folder."""
 
     @property
     def text_config(self) -> Any:
@@ -40,6 +47,17 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.size for info in self.tensors.values())
+
+    @property
+    def given_out(self) -> int:
+        """Bytes of all tensors once they are read: quantised weights become float32."""
+        return sum(info.given_out for info in self.tensors.values())
+
+    @property
+    def quantised(self) -> str | None:
+        """How weights are quantised, in words, or None."""
+        found = dict.fromkeys(info.packed.what for info in self.tensors.values() if info.packed is not None)
+        return ", ".join(found) or None
 
     @property
     def parameters(self) -> int:
@@ -99,25 +117,45 @@ def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> C
     """
     if not folder.is_dir():
         raise QprecError(f"{source}: is not a folder; give a checkpoint folder, a hub id (owner/name) or `demo`.")
+    if not (folder / "config.json").exists():
+        check_readable(folder, {})
     raw = read_json(folder / "config.json", "every checkpoint has one; is this the right folder?")
+    check_readable(folder, raw)
     _check_config(raw, folder)
     config = _load_config(folder)
     tensors = read_index(folder)
-    _check_floats(tensors, folder)
-    return Checkpoint(folder, source, revision, config, _load_tokenizer(folder), tensors)
+    settings = raw.get("quantization_config")
+    if settings:
+        tensors = unquantised(tensors, settings if isinstance(settings, dict) else {}, folder)
+    checkpoint = Checkpoint(folder, source, revision, config, _load_tokenizer(folder), tensors)
+    return replace(checkpoint, notes=tuple(_notes(checkpoint, raw)))
+
+
+def _notes(checkpoint: Checkpoint, raw: dict[str, Any]) -> Iterator[Choice]:
+    if checkpoint.quantised is not None:
+        reason = (
+            "each to float32 once, and from there to each dtype; activations run in the dtype asked for: quantised "
+            "ones (W8A8, NVFP4) are not imitated"
+        )
+        yield Choice(what="weights", value=f"dequantised from {checkpoint.quantised}", reason=reason)
+    if "auto_map" in raw:
+        reason = f"config.json points at code of the checkpoint's own, which is not run; {raw['model_type']} is known"
+        yield Choice(what="code", value="transformers' own", reason=reason)
+    yield from adapter_beside(checkpoint.folder)
 
 
 def _check_config(raw: dict[str, Any], folder: Path) -> None:
     path = folder / "config.json"
-    if "auto_map" in raw:
-        raise QprecError(f"{path}: this model needs Python code of its own, which qprec does not run.")
+    if "auto_map" in raw and raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise QprecError(
+            f"{path}: this model needs Python code of its own ({raw.get('model_type')!r} is no model of transformers), "
+            "which qprec does not run; probe a checkpoint that transformers loads without trust_remote_code."
+        )
     names = raw.get("architectures") or []
     known = isinstance(names, list) and any(_is_known(str(name)) for name in names)
     if not known:
         found = ", ".join(map(str, names)) if isinstance(names, list) and names else "no architecture"
         raise QprecError(f"{path}: names {found}, which this transformers does not have; try a newer one.")
-    if raw.get("quantization_config"):
-        raise QprecError(f"{path}: the weights are quantised; probe the checkpoint they were made from.")
 
 
 def _is_known(name: str) -> bool:
@@ -136,6 +174,7 @@ def _load_config(folder: Path) -> PretrainedConfig:
         raise QprecError(f"{folder / 'config.json'}: transformers cannot read it: {in_one_line(error)}") from error
     if not isinstance(config, PretrainedConfig):
         raise QprecError(f"{folder / 'config.json'}: transformers cannot read it.")
+    config.__dict__.pop("quantization_config", None)  # weights are given out as if they had never been quantised
     return config
 
 
@@ -148,11 +187,3 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # Without any of its files transformers makes an empty one.
         raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json is missing); download the checkpoint again.")
     return tokenizer
-
-
-def _check_floats(tensors: dict[str, TensorInfo], folder: Path) -> None:
-    for name, info in tensors.items():
-        if info.dtype not in FLOAT_TYPES:
-            raise QprecError(
-                f"{folder / info.file}: {name} is stored as {info.dtype}; qprec reads F16, BF16, F32 and F64 weights."
-            )

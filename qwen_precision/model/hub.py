@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.model.foreign import file_in_words
 
 DEMO = Path(__file__).parent.parent / "demo"
 """The checkpoint that ships in the package."""
@@ -32,7 +33,7 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
         raise UsageError(f"--revision {revision}: only a model on the hub has revisions; {source} is a folder.")
     if path.exists():
         if not path.is_dir():
-            raise QprecError(f"{source}: is a file; give the checkpoint's folder.")
+            raise QprecError(f"{source}: {file_in_words(path)}.")
         return path, None
     if _looks_local(source):
         raise QprecError(f"{source}: no such folder; give a checkpoint folder, a hub id (owner/name) or `demo`.")

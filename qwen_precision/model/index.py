@@ -7,9 +7,12 @@ shard.
 
 import json
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from qwen_precision.errors import QprecError
 
@@ -20,8 +23,26 @@ _MAX_HEADER = 100_000_000  # safetensors' own bound on its header
 
 
 @dataclass(frozen=True)
+class Packed:
+    """One weight that the files keep as several tensors: quantised numbers, their scales and more."""
+
+    what: str
+    """The scheme in words."""
+    names: dict[str, str]
+    """By role: the tensor's name in the files."""
+    infos: "dict[str, TensorInfo]"
+    """By role: where it lies."""
+    unpack: Callable[[Mapping[str, Tensor]], Tensor]
+    """From its parts by role to the weight in float32; raises ValueError where they contradict each other."""
+    scales: tuple[str, ...]
+    """Roles that are scales; the first is the one of the blocks."""
+    turned: bool
+    """Whether scales are ``[across, down]`` of the weight."""
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """Where one tensor lies; of a quantised weight, where the tensor does that stands in its place."""
 
     file: str
     dtype: str
@@ -29,7 +50,19 @@ class TensorInfo:
     start: int
     """Byte offset in the file."""
     size: int
-    """Bytes."""
+    """Bytes, of a quantised weight those of all its parts."""
+    packed: Packed | None = None
+    """How a quantised weight is kept; its shape is then that of the weight."""
+
+    @property
+    def places(self) -> "list[TensorInfo]":
+        """Where the bytes lie."""
+        return [self] if self.packed is None else list(self.packed.infos.values())
+
+    @property
+    def given_out(self) -> int:
+        """Bytes that it takes once it is read: a quantised weight becomes float32."""
+        return self.size if self.packed is None else 4 * self.elements
 
     @property
     def elements(self) -> int:

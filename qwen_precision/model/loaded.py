@@ -6,12 +6,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.machine import free_bytes
-from qwen_precision.model.skeleton import model_class
+from qwen_precision.model.skeleton import build, is_layerwise, model_class
+from qwen_precision.model.weightcheck import WeightCheck
+from qwen_precision.model.weights import WeightStore, check_formats
+from qwen_precision.qwen3 import HEAD
+from qwen_precision.torch_dtypes import torch_dtype
 
 
 class NoRoom(QprecError):
@@ -80,10 +85,12 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, dtype: str) -> nn.Module:
+        if self._checkpoint.quantised is not None:
+            return self._dequantised(dtype)
         folder = self._checkpoint.folder
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            loaded: Any = model_class(self._checkpoint.config).from_pretrained(
+            loaded: Any = self._class().from_pretrained(
                 folder,
                 dtype=getattr(torch, DTYPES[dtype].torch_name),
                 use_safetensors=True,
@@ -98,6 +105,9 @@ class Models:
             raise QprecError(f"{folder}: transformers cannot load the weights: {in_one_line(error)}") from error
         model, told = loaded
         missing = sorted(told["missing_keys"])
+        if missing == [HEAD] and self._checkpoint.bare:
+            raise QprecError(_BARE.format(folder=folder))
+        check_formats(self._checkpoint, (name for name in model.state_dict() if name in self._checkpoint.tensors))
         if missing:
             raise QprecError(
                 f"{folder}: the tensor {missing[0]} is in none of its files; "
@@ -105,3 +115,37 @@ class Models:
             )
         placed: nn.Module = model.to(self.device).eval()
         return placed
+
+    def _class(self) -> Any:
+        """What transformers would load; of a family that is run layer by layer, the causal model, as it is run there."""
+        config = self._checkpoint.config
+        return AutoModelForCausalLM if is_layerwise(config) else model_class(config)
+
+    def _dequantised(self, dtype: str) -> nn.Module:
+        """As a probe reads it: transformers would run each scheme's own kernels, where it has them for this machine."""
+        if self._checkpoint.bare:
+            raise QprecError(_BARE.format(folder=self._checkpoint.folder))
+        model = build(self._checkpoint.config, self._attention)
+        store = WeightStore(self._checkpoint, model, self.device, resident=False, check=WeightCheck([]))
+        return filled(model, store, torch_dtype(dtype)).to(self.device)
+
+
+_BARE = (
+    "{folder}: has no lm_head (a bare model, as embedding models are), so there is no next token to generate; "
+    "`qprec probe` runs it without one."
+)
+
+
+def filled(model: nn.Module, store: WeightStore, dtype: torch.dtype) -> nn.Module:
+    """A model that was built without weights, with those of a store, each cast to ``dtype`` once.
+
+    Raises:
+        QprecError: a shard cannot be read.
+    """
+    for name, parameter in list(model.named_parameters()):
+        new = nn.Parameter(store.tensor(name).to(dtype), requires_grad=False)
+        for module in model.modules():  # tied weights are one parameter that two modules hold
+            for key, held in module._parameters.items():
+                if held is parameter:
+                    module._parameters[key] = new
+    return model

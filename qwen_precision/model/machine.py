@@ -51,7 +51,7 @@ def choose_memory(asked: str, device: torch.device, weight_bytes: int, working_b
 
     Args:
         asked: ``auto``, ``resident`` or ``streamed``.
-        weight_bytes: all weights in the files' dtype.
+        weight_bytes: all weights as they are kept: in the files' dtype, quantised ones in float32.
         working_bytes: the cast copies of the largest part.
     """
     if asked != "auto":

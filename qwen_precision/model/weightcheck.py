@@ -6,13 +6,15 @@ formats are cast and compared as a whole, in chunks, so that no second copy of a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_precision.record import Weight, WeightTotals
+from qwen_precision.model.index import Packed
+from qwen_precision.model.scalecheck import scale_faults
+from qwen_precision.record import ScaleFault, Weight, WeightTotals
 from qwen_precision.torch_dtypes import short_name, torch_dtype
 
 _CHUNK = 1 << 24
@@ -37,6 +39,7 @@ class WeightCheck:
         self._files: dict[str, str] = {}
         self._parameters: dict[str, str] = {}
         self._rows_done: dict[str, int] = {}
+        self._scale_faults: dict[str, list[ScaleFault]] = {}
 
     def feed(self, name: str, file: str, tensor: Tensor, start: int = 0, parameter: str | None = None) -> None:
         """Check one tensor, or the rows of it from ``start`` on; rows that were checked before are passed over.
@@ -59,6 +62,21 @@ class WeightCheck:
         self._parameters[name] = parameter or name
         for piece in torch.split(tensor.reshape(-1), _CHUNK):
             self._piece(self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0}), piece)
+
+    def feed_scales(
+        self, name: str, packed: Packed, pieces: Mapping[str, Tensor], weight: Tensor, parameter: str
+    ) -> None:
+        """Check the scales of one quantised weight; one that was checked before is passed over.
+
+        Args:
+            name: of the weight.
+            packed: how it is kept.
+            pieces: its parts by role, as the files have them.
+            weight: ``[rows, columns]`` what they make, in float32.
+            parameter: the model's parameter it is (a part of).
+        """
+        if self.dtypes and name not in self._scale_faults:
+            self._scale_faults[name] = scale_faults(packed, pieces, weight, parameter, self.dtypes)
 
     def _piece(self, facts: dict[str, float], piece: Tensor) -> None:
         facts["elements"] += piece.numel()
@@ -104,6 +122,10 @@ class WeightCheck:
                     )
                 )
         return found
+
+    def scale_faults(self) -> list[ScaleFault]:
+        """What is wrong with scales, by tensor in the order in which they were read."""
+        return [fault for found in self._scale_faults.values() for fault in found]
 
     def totals(self) -> list[WeightTotals]:
         """What casting everything costs, by dtype."""

@@ -1,13 +1,14 @@
 """Weights, kept once and in the checkpoint's own dtype: whole (resident) or a module at a time (streamed).
 
-``WeightStore`` gives a module's tensors as they are in the files; the rest of the code cannot tell whether
-they were on the device all along or read just now. ``Scratch`` casts them into buffers that are used again
+``WeightStore`` gives a module's tensors as they are in the files (quantised ones as float32, so that every dtype is
+cast from the same numbers); the rest of the code cannot tell whether they were on the device all along or read just
+now. ``Scratch`` casts them into buffers that are used again
 for the next layer, and puts them into the module: three dtypes cost the memory of one layer.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from qwen_precision.errors import QprecError
 from qwen_precision.model.folder import Checkpoint
+from qwen_precision.model.index import FLOAT_TYPES, Packed, TensorInfo
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
 
@@ -66,6 +68,7 @@ class WeightStore:
                     f"{self._checkpoint.folder}: the tensor {name} is in none of its files; "
                     "the checkpoint is incomplete or its config.json is another model's."
                 )
+            check_formats(self._checkpoint, parts)
             if len(parts) == 1:
                 found = self._checkpoint.tensors[parts[0]].shape
                 if found != tuple(parameter.shape) and not self._fused.has(name):
@@ -119,6 +122,10 @@ class WeightStore:
             return
         part = self.parts(name)[0]
         info = self._checkpoint.tensors[part]
+        if info.packed is not None:  # its blocks would be cut apart; it is made once, in float32
+            whole = self._read(part, name)
+            yield from ((start, whole[start : start + rows].to(self._device)) for start in range(0, len(whole), rows))
+            return
         for start in range(0, info.shape[0], rows):
             yield start, self._read_rows(part, name, start, min(start + rows, info.shape[0])).to(self._device)
 
@@ -136,13 +143,19 @@ class WeightStore:
             return
         for name, _ in module.named_parameters():
             for part in self.parts(f"{path}.{name}"):
-                info = self._checkpoint.tensors[part]
-                with (self._checkpoint.folder / info.file).open("rb") as file:
-                    os.posix_fadvise(file.fileno(), info.start, info.size, os.POSIX_FADV_WILLNEED)
+                for place in self._checkpoint.tensors[part].places:
+                    with (self._checkpoint.folder / place.file).open("rb") as file:
+                        os.posix_fadvise(file.fileno(), place.start, place.size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, part: str, name: str) -> Tensor:
-        tensor = read_tensor(self._checkpoint, part)
-        self._check.feed(part, self._checkpoint.tensors[part].file, tensor, parameter=name)
+        info = self._checkpoint.tensors[part]
+        if info.packed is None:
+            tensor = _tensor(self._checkpoint.folder, info, part)
+        else:
+            pieces = _pieces(self._checkpoint.folder, info.packed)
+            tensor = _unpacked(self._checkpoint.folder, info.packed, pieces)
+            self._check.feed_scales(part, info.packed, pieces, tensor, name)
+        self._check.feed(part, info.file, tensor, parameter=name)
         return self._scaled(tensor, part if self._fused.has(name) else name)
 
     def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
@@ -156,12 +169,50 @@ class WeightStore:
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor as the files have it. The pages are mapped, not copied, and unmapped when it goes.
+    """One tensor as the files have it, a quantised weight in float32. The pages are mapped, not copied, and unmapped
+    when it goes.
 
     Raises:
-        QprecError: its shard cannot be read.
+        QprecError: its shard cannot be read, or the parts of a quantised weight contradict each other.
     """
-    path = checkpoint.folder / checkpoint.tensors[name].file
+    info = checkpoint.tensors[name]
+    if info.packed is None:
+        return _tensor(checkpoint.folder, info, name)
+    return _unpacked(checkpoint.folder, info.packed, _pieces(checkpoint.folder, info.packed))
+
+
+def check_formats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """What a parameter is made of must be numbers that can be cast; what no parameter is made of may be anything.
+
+    Raises:
+        QprecError: a tensor is not; the message names it.
+    """
+    for name in names:
+        info = checkpoint.tensors[name]
+        if info.packed is None and info.dtype not in FLOAT_TYPES:
+            raise QprecError(
+                f"{checkpoint.folder / info.file}: {name} is stored as {info.dtype}, and config.json says nothing of "
+                "how it was quantised; qprec reads F16, BF16, F32 and F64 weights."
+            )
+
+
+def _pieces(folder: Path, packed: Packed) -> dict[str, Tensor]:
+    return {role: _tensor(folder, packed.infos[role], name) for role, name in packed.names.items()}
+
+
+def _unpacked(folder: Path, packed: Packed, pieces: dict[str, Tensor]) -> Tensor:
+    try:
+        return packed.unpack(pieces)
+    except ValueError as error:
+        role, name = next(iter(packed.names.items()))
+        raise QprecError(
+            f"{folder / packed.infos[role].file}: the parts of {name} contradict each other: one {error}; "
+            "download the file again."
+        ) from error
+
+
+def _tensor(folder: Path, info: TensorInfo, name: str) -> Tensor:
+    path = folder / info.file
     with _reading(path), safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor

@@ -123,9 +123,14 @@ def job_for(
     reference = settings.reference or REFERENCE in settings.dtypes
     passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
     if whole:
+        if checkpoint.quantised is not None:
+            raise QprecError(
+                f"{source}: is quantised, and of {type(model).__name__} quantised weights are not read; "
+                "probe the checkpoint they were made from."
+            )
         resident, memory = True, _whole(settings.memory, model)
     else:
-        resident, memory = choose_memory(settings.memory, device, checkpoint.weight_bytes, _working(model))
+        resident, memory = choose_memory(settings.memory, device, checkpoint.given_out, _working(model))
     choices = [device_choice, memory, attention_used(model, settings.attention), *_notes(checkpoint, left_out)]
     check = WeightCheck(passes)
     return Job(source, checkpoint, model, settings, device, resident, whole, prompts, choices, passes, check)
@@ -157,7 +162,7 @@ def _working(model: nn.Module) -> int:
 
 
 def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
-    notes = []
+    notes = [*checkpoint.notes]
     if left_out:
         reason = "the tokenizer has no chat template"
         notes.append(Choice(what="prompts left out", value=", ".join(left_out), reason=reason))
@@ -243,6 +248,7 @@ def _record(job: Job, stopped: str | None) -> Run:
         passes=job.collector.passes(),
         weights=job.check.weights(),
         weight_totals=job.check.totals(),
+        scale_faults=job.check.scale_faults(),
         seconds={name: round(value, 3) for name, value in job.seconds.items()},
         generation=None,
         rescue=None,

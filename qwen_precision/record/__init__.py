@@ -47,6 +47,7 @@ from qwen_precision.record.run import (
     Reseed,
     Row,
     Run,
+    ScaleFault,
     Weight,
     WeightTotals,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "Row",
     "Run",
     "SamplingError",
+    "ScaleFault",
     "Site",
     "Source",
     "Stretch",

@@ -75,6 +75,8 @@ def _weights(run: Run) -> Iterator[str]:
     for weight in run.weights:
         if not {*weight.overflow, *weight.underflow, *weight.inexact} <= set(DTYPES):
             yield "weights"
+    if any(fault.dtype not in {None, *DTYPES} for fault in run.scale_faults):
+        yield "scale_faults"
 
 
 def _generation(run: Run) -> Iterator[str]:

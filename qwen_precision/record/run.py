@@ -48,7 +48,8 @@ class Model(Part):
     parameters: Annotated[int, Field(ge=0, le=2**53)]
     weight_bytes: Annotated[int, Field(ge=0, le=2**53)]
     source_dtype: str
-    """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32)."""
+    """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32), or what they are quantised to
+    (FP8, INT8, INT4, NVFP4)."""
     tied_embeddings: bool
 
 
@@ -185,6 +186,35 @@ class Weight(Part):
     """Elements whose value changes in any way, by dtype."""
 
 
+class ScaleFault(Part):
+    """Scales of a quantised weight that cannot be right, or with which its numbers leave a dtype's range."""
+
+    name: str
+    """The tensor of scales, in the files."""
+    parameter: str
+    """The model's parameter they are for, or for a part of."""
+    file: str
+    kind: Literal["nan", "infinite", "unwritten", "zero", "overflow"]
+    """Unwritten: the lowest finite number of a format, which is what a loader fills scales with before it reads them.
+    Overflow: the scale is a number, and times it a weight is larger than ``dtype`` can hold."""
+    dtype: str | None
+    """Of an overflow; what else is wrong is wrong in every dtype."""
+    count: Count
+    """How many scales (blocks of weights) it is."""
+    scales: Count
+    """How many there are."""
+    row: Count
+    """Of the first: the block's place, counted in blocks down the weight's outputs …"""
+    column: Count
+    """… and across its inputs."""
+    height: Count
+    """Rows of weights that one scale is for …"""
+    width: Count
+    """… and columns."""
+    value: Number
+    """The first one's scale."""
+
+
 class WeightTotals(Part):
     """What casting the checkpoint to one dtype costs, over all tensors."""
 
@@ -228,6 +258,8 @@ class Run(Part):
     weights: list[Weight]
     """Tensors that are damaged or inexact in some dtype; every other is exact in all of them."""
     weight_totals: list[WeightTotals]
+    scale_faults: list[ScaleFault]
+    """Of quantised weights; empty where all scales are sound, and where nothing is quantised."""
     seconds: dict[str, float]
     """Wall time by part: reading, arithmetic of each dtype, everything."""
     generation: Generation | None

@@ -133,7 +133,7 @@ def _no_architecture(folder: Path) -> None:
 
 
 def _remote_code(folder: Path) -> None:
-    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Evil"})
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Evil"}, model_type="evil")
 
 
 def _unknown_type(folder: Path) -> None:
@@ -141,7 +141,7 @@ def _unknown_type(folder: Path) -> None:
 
 
 def _quantised(folder: Path) -> None:
-    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "hqq"})
 
 
 def _no_weights(folder: Path) -> None:
@@ -231,9 +231,9 @@ def _index_leaves_the_folder(folder: Path) -> None:
         (_no_config, ["config.json", "missing"]),
         (_config_not_json, ["config.json", "not readable JSON"]),
         (_no_architecture, ["config.json", "BertModel", "ForCausalLM"]),
-        (_remote_code, ["config.json", "does not run"]),
+        (_remote_code, ["config.json", "'evil'", "does not run", "trust_remote_code"]),
         (_unknown_type, ["config.json", "nonesuch"]),
-        (_quantised, ["config.json", "quantised"]),
+        (_quantised, ["config.json", "quantised by 'hqq'", "made from"]),
         (_no_weights, ["no weights", "model.safetensors"]),
         (_only_pickle, ["pytorch_model.bin", "pickle", "safetensors"]),
         (_truncated, ["model.safetensors", "truncated"]),

@@ -8,6 +8,8 @@ import pytest
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.checks import CHECKS
+from qwen_precision.model.quantised import FORMATS as FORMATS_READ
+from qwen_precision.model.quantised import METHODS
 from qwen_precision.render import FORMATS
 from qwen_precision.settings.guards import GUARDS
 from support.checkpoints import ROOT
@@ -105,6 +107,11 @@ def test_the_generated_block_of_the_readme_is_current(
 def test_the_readme_names_every_exit_code_and_no_other() -> None:
     section = README.read_text().split("## Exit codes")[1].split("##")[0]
     assert re.findall(r"^\| (\d) \|", section, flags=re.MULTILINE) == ["0", "1", "2", "3"]
+
+
+def test_the_readme_names_every_quantisation_that_is_read() -> None:
+    section = README.read_text(encoding="utf-8").split("### What is read")[1].split("\n#")[0]
+    assert {f"`{name}`" for name in (*METHODS, *FORMATS_READ)} <= set(re.findall(r"`[\w-]+`", section))
 
 
 def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:

@@ -1,0 +1,55 @@
+"""What we unpack, against the libraries that defined the formats, where they are installed and have code for a CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_precision.model.folder import open_checkpoint
+from qwen_precision.model.weights import read_tensor
+from support.quantise import SCHEMES, quantised
+
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
+
+
+def parts_of(folder: Path, module: str) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / "model.safetensors")
+    return {name.removeprefix(f"{module}."): each for name, each in tensors.items() if name.startswith(f"{module}.")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_fp8_blocks_are_what_transformers_makes_of_them(module: str, healthy: Path, tmp_path: Path) -> None:
+    integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    if not hasattr(getattr(integration, "Fp8Dequantize", None), "_dequantize_one"):
+        pytest.skip("this transformers has no such step of its own")
+    folder, _ = quantised(healthy, tmp_path / "q", SCHEMES["fp8 blocks"])
+    parts = parts_of(folder, module)
+    theirs = integration.Fp8Dequantize(None)._dequantize_one(parts["weight"], parts["weight_scale_inv"], torch.float32)
+    assert torch.equal(read_tensor(open_checkpoint(folder, "x"), f"{module}.weight"), theirs)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name.startswith("ct ")])
+def test_compressed_tensors_are_what_their_library_makes_of_them(
+    name: str, module: str, healthy: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    config: dict[str, Any] = SCHEMES[name].config
+    scheme = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    compressor = BaseCompressor.get_value_from_registry(config["format"])
+    folder, _ = quantised(healthy, tmp_path / "q", SCHEMES[name])
+    parts = parts_of(folder, module)
+    # The library gives the format of the scale: in float32 it has nothing to round that we have not. What it makes of
+    # NVFP4 is bf16 whatever is asked for.
+    wide = {
+        leaf: part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for leaf, part in parts.items()
+    }
+    theirs = compressor.decompress(wide, scheme)["weight"]
+    ours = read_tensor(open_checkpoint(folder, "x"), f"{module}.weight")
+    assert theirs.dtype == (torch.bfloat16 if "nvfp4" in name else torch.float32)
+    assert torch.equal(ours.to(theirs.dtype), theirs)
