@@ -70,9 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 3
+    except ModuleNotFoundError as error:
+        return _not_installed(error)
     except Exception as error:
         return _from_typer(error)
     return result if isinstance(result, int) else 0
+
+
+def _not_installed(error: ModuleNotFoundError) -> int:
+    """A dependency that is not there is no bug: `report` needs no torch, so qprec may be installed without it."""
+    name = (error.name or "").partition(".")[0]
+    if not name or name == "qwen_precision":
+        return _from_typer(error)
+    terminal.error(f"needs {name}, which is not installed in {sys.prefix}; install it with: pip install {name}")
+    return 3
 
 
 def _from_typer(error: Exception) -> int:

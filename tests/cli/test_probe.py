@@ -1,6 +1,7 @@
 """The command line through `main`: exit codes, one sentence a mistake, results on stdout alone, no half files."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_precision.cli.app import main
 from qwen_precision.record.run import SCHEMA
-from support.checkpoints import edit_json, make_checkpoint
+from support.checkpoints import ROOT, edit_json, make_checkpoint
 from support.runs import sentence
 
 Capture = pytest.CaptureFixture[str]
@@ -286,6 +287,19 @@ def test_a_checkpoint_saved_from_the_bare_model_is_probed_without_its_head(broke
     assert main(["probe", "./model", "-o", "run.json", "--memory", "streamed"]) == 1
 
 
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+@pytest.mark.parametrize("verb", ["probe", "generate"])
+def test_a_dependency_that_is_not_installed_is_named_with_how_to_install_it(verb: str, missing: str) -> None:
+    """In a process of its own: here torch is imported long since."""
+    hide = f"import sys; sys.modules[{missing!r}] = None"
+    code = f"{hide}; from qwen_precision.cli import main; sys.exit(main(sys.argv[1:]))"
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, verb, "demo", "--prompt", "Hello"]
+    done = subprocess.run(command, capture_output=True, text=True, env=path)
+    assert done.returncode == 3 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"needs {missing}" in done.stderr and f"pip install {missing}" in done.stderr and "bug" not in done.stderr
+
+
 def test_ctrl_c_saves_what_was_read_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     from qwen_precision.probe.shadow import Shadow
 
@@ -472,7 +486,6 @@ def test_an_output_that_is_an_input_is_refused_and_the_input_stays(broken: Path,
 
 
 def test_an_output_that_is_a_link_is_followed_and_a_pipe_is_never_replaced(demo_run, capsys: Capture) -> None:
-    import os
     import threading
 
     from qwen_precision.record.file import save
@@ -545,8 +558,6 @@ def test_no_reference_leaves_fp32_out_unless_it_is_asked_for(capsys: Capture) ->
 
 
 def test_a_terminal_without_unicode_still_gets_the_table(demo_run, tmp_path: Path) -> None:
-    import os
-
     from qwen_precision.record.file import save
 
     save(demo_run, tmp_path / "run.json")
