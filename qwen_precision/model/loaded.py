@@ -102,6 +102,7 @@ class Models:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers and safetensors raise whatever a broken file leads to
+            check_formats(self._checkpoint, self._checkpoint.tensors)  # 4.56 stops at an integer, in its own words
             raise QprecError(f"{folder}: transformers cannot load the weights: {in_one_line(error)}") from error
         model, told = loaded
         missing = sorted(told["missing_keys"])

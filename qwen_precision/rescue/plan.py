@@ -74,7 +74,7 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
     if kind not in FAMILIES:
         return f"only Qwen3 models ({', '.join(FAMILIES)}) can be rescaled, this is {kind!r}"
     if checkpoint.quantised is not None:
-        return f"the weights are quantised ({checkpoint.quantised}); rescale the checkpoint they were made from"
+        return f"the weights are quantised, as {checkpoint.quantised}; rescale the checkpoint they were made from"
     unknown = [name for name in checkpoint.tensors if powers_of(name) is None and not name.endswith("inv_freq")]
     if unknown:
         return f"the tensor {unknown[0]} is not one that qprec knows how to rescale"

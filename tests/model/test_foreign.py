@@ -127,6 +127,7 @@ def test_a_tensor_that_no_parameter_is_made_of_may_be_anything(broken: Path, cap
     assert main(["generate", "./model", "--prompt", "Hello", "--dtype", "bf16", "--max-new-tokens", "2"]) == 0
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(("dtype", "name"), [(torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")])
 @pytest.mark.parametrize("verb", ["probe", "generate"])
 def test_a_parameter_of_no_float_format_is_named(

@@ -48,6 +48,7 @@ def test_a_probe_equals_that_of_the_folder_with_the_same_numbers(
     assert column(folder) != column(healthy)
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 @pytest.mark.parametrize("name", ["fp8 blocks", "ct int4"])
 def test_experts_that_files_keep_one_by_one_are_dequantised_and_put_together(
@@ -89,6 +90,7 @@ def test_an_overflow_in_a_quantised_model_is_named_as_in_a_plain_one(tmp_path: P
     assert ours == theirs and ours
 
 
+@pytest.mark.transformers
 def test_generate_gives_the_tokens_of_the_folder_with_the_same_numbers(
     demo_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
