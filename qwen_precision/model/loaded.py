@@ -118,7 +118,7 @@ class Models:
         return placed
 
     def _class(self) -> Any:
-        """What transformers would load; of a family that is run layer by layer, the causal model, as it is run there."""
+        """What transformers would load; of a family that is run layer by layer, the causal model."""
         config = self._checkpoint.config
         return AutoModelForCausalLM if is_layerwise(config) else model_class(config)
 
