@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeGuard
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.columns import Columns, depth_of, token_of
+from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause
 from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
@@ -93,6 +93,8 @@ def _beside(columns: Columns, each: Pass, event: Event) -> bool:
 
 def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
     """Controls of this very row (and token, where they are about one), by what was changed."""
+    if event.row is None and len(run.prompts[each.prompt].rows) > 1:
+        return {}
     name, row = run.prompts[each.prompt].name, event.row or 0
     made = run.explanation.controls if run.explanation is not None else []
     mine = [c for c in made if (c.dtype, c.prompt, c.row) == (each.dtype, name, row)]
@@ -102,8 +104,7 @@ def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
 def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_padding: bool, reference: bool) -> str:
     """What happened, in one sentence."""
     padding = " What overflows stands at pad positions." if in_padding else ""
-    head = what.partition(" of ")[0]
-    many = head.endswith("s") and not head.endswith("ss")  # attention scores, logits
+    many = what.endswith(("scores", "logits", "weights", "values"))
     reach, are, leave = ("reach", "are", "yet are") if many else ("reaches", "is", "yet is")
     if dtype == REFERENCE:
         return f"The {what} {are} not finite even in fp32, from finite inputs.{padding}"
@@ -169,7 +170,7 @@ def _clean(control: Control | None, case: _Case) -> TypeGuard[Control]:
     """Whether the operation that is asked about stayed finite in a control: nothing failed, or only a later layer."""
     if control is None or control.clean or control.began is None:
         return control is not None and control.clean
-    return depth_of(control.began) > case.columns.depth(case.event.site)
+    return case.columns.depth_of(control.began) > case.columns.depth(case.event.site)
 
 
 def _what_is(control: Control) -> str:
@@ -253,10 +254,15 @@ def _harmless(case: _Case) -> _Found:
         return None
     return (
         "harmless-overflow",
-        "with the lowest finite number in place of -inf the layer gives the same bits",
-        "Nothing is lost on these prompts. It does harm where all scores of a token are as low, for then softmax gives "
-        "NaN, or where one is as high; sdpa attention keeps scores in fp32.",
+        "with the largest finite number in place of the infinity the same finite bits come out",
+        _OF_SCORES if _role(case.site) in ("scores", "router") else "Nothing is lost on these prompts.",
     )
+
+
+_OF_SCORES = (
+    "Nothing is lost on these prompts. It does harm where all scores of a token are as low, for then softmax gives "
+    "NaN, or where one is as high; sdpa attention keeps scores in fp32."
+)
 
 
 def _absorbed(case: _Case) -> _Found:

@@ -9,6 +9,7 @@ in, divided by the largest magnitude in the reference pass (the dtype's own pass
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,25 +39,25 @@ def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
     """
     columns = Columns(run, limits or limits_of(run.settings))
     findings = [finding for check in CHECKS.values() for finding in check.find(columns)]
-    findings.sort(key=_order)
+    findings.sort(key=partial(_order, columns))
     headroom = {dtype: columns.headroom(dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
     return Report(verdict, findings, headroom, run.stopped, run, name)
 
 
-def _order(finding: Finding) -> tuple[int, bool, float]:
+def _order(columns: Columns, finding: Finding) -> tuple[int, bool, float]:
     """Errors in the order of the forward, or of the steps, so that the first is the first; then by headroom."""
     severity = -SEVERITIES.index(finding.severity)
     if finding.place.step is not None:
         return severity, False, finding.place.step
     if finding.severity != "error":
         return severity, False, finding.magnitude.headroom if finding.magnitude.headroom is not None else 0.0
-    before_layers = row_of(finding.place.module, finding.place.op, 0).role == "embedding"
-    return (
-        severity,
-        finding.predicted,
-        -1 if before_layers else math.inf if finding.place.layer is None else finding.place.layer,
-    )
+    place = finding.place
+    if place.site is not None:
+        return severity, finding.predicted, columns.depth(place.site)
+    before_layers = row_of(place.module, place.op, 0).role == "embedding"
+    layer = -1 if before_layers else math.inf if place.layer is None else place.layer
+    return severity, finding.predicted, layer
 
 
 def _verdict(run: Run, dtype: str, findings: list[Finding]) -> str:
@@ -82,8 +83,8 @@ def _overflow(columns: Columns) -> Iterator[Finding]:
 
 def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
     """One finding an operation: the worst of all prompts and rows; those that only padding spoiled are another."""
-    worst: dict[tuple[int, bool], tuple[int, Finding, tuple[bool, bool, float]]] = {}
-    prompts: dict[tuple[int, bool], list[str]] = {}
+    worst: dict[_Key, tuple[int, Finding, tuple[bool, bool, float]]] = {}
+    prompts: dict[_Key, list[str]] = {}
     for each in columns.passes(dtype):
         bad = sorted(event.step for event in each.events if event.nan or event.inf)
         origins = columns.origins(each)
@@ -91,7 +92,7 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
             following = min((later.step for later in origins if later.step > event.step), default=math.inf)
             carried = sum(event.step < step < following for step in bad)
             finding = _origin_finding(columns, each, event, carried)
-            key = event.site, finding.cause.kind == "masked-rows"
+            key = event.site, event.expert, finding.cause.kind == "masked-rows"
             prompts.setdefault(key, []).append(columns.run.prompts[each.prompt].name)
             # Harm says more than none, and a real token more than padding.
             size = (not event.harmless, not event.in_padding, finding.magnitude.reference or 0.0)
@@ -99,20 +100,25 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
             if before is None or size > before[2]:
                 worst[key] = (event.step, finding, size)
     begins: dict[int, int] = {}
-    for (site, _), (step, _, _) in worst.items():
+    for (site, _, _), (step, _, _) in worst.items():
         begins[site] = min(step, begins.get(site, step))
-    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (begins[item[0][0]], item[0])):
-        too = [] if key[1] else [each.prompt for each in columns.passes(dtype) if _hidden(columns, each, key[0])]
+    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (begins[item[0][0]], repr(item[0]))):
+        too = [] if key[2] else [each.prompt for each in columns.passes(dtype) if _hidden(columns, each, *key[:2])]
         names = {*prompts[key], *(columns.run.prompts[prompt].name for prompt in too)}
         in_order = tuple(prompt.name for prompt in columns.run.prompts if prompt.name in names)
         yield replace(finding, spread=replace(finding.spread, prompts=in_order))
 
 
-def _hidden(columns: Columns, each: Pass, site: int) -> bool:
+_Key = tuple[int, int | None, bool]
+"""What is one finding: a site, an expert, whether only padding was bad."""
+
+
+def _hidden(columns: Columns, each: Pass, site: int, expert: int | None) -> bool:
     """Whether a site overflows by itself in a pass too, behind something that failed before."""
     if each.dtype != narrowest(columns.run.dtypes) or site in columns.wider(each.dtype):
         return False
-    ahead = [e for (place, _), e in columns.foreseen(each.prompt).items() if place == site and not e.in_padding]
+    mine = [event for (place, _), event in columns.foreseen(each.prompt).items() if place == site]
+    ahead = [event for event in mine if not event.in_padding and event.expert == expert]
     return bool(ahead) and columns.came_to_nothing(each, site)
 
 

@@ -115,8 +115,22 @@ class Columns:
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     def depth(self, site: int) -> float:
-        """``depth_of`` a site."""
-        return depth_of(self.run.sites[site])
+        """The layer of a site; before all layers for what ran before them (embeddings), behind them for the rest."""
+        layer = self.run.sites[site].layer
+        if layer is not None:
+            return layer
+        return -1 if site < self._first_layered else math.inf
+
+    def depth_of(self, site: Site) -> float:
+        """``depth`` of a site that another run names."""
+        if site.layer is not None:
+            return site.layer
+        alike = (number for number, each in enumerate(self.run.sites) if each.module == site.module)
+        return self.depth(next(alike, len(self.run.sites) - 1))
+
+    @cached_property
+    def _first_layered(self) -> int:
+        return next((number for number, site in enumerate(self.run.sites) if site.layer is not None), 0)
 
     def magnitude(self, each: Pass, site: int) -> float | None:
         """Largest magnitude the site would have: the reference's if it ran it, else the dtype's own.
@@ -184,13 +198,6 @@ class Columns:
             Headroom(dtype, site, value, left, passes[row].prompt)
             for site, row, value, left in zip(*(column.tolist() for column in columns), strict=True)
         ]
-
-
-def depth_of(site: Site) -> float:
-    """The layer of a site; before all layers for the embedding, behind them for what follows."""
-    if site.layer is not None:
-        return site.layer
-    return -1 if row_of(*_spot(site)).role == "embedding" else math.inf
 
 
 def _spot(site: Site) -> tuple[str, str, int]:

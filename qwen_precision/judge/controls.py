@@ -94,6 +94,8 @@ def _asked(columns: Columns, finding: Finding) -> Asked | None:
     if not measured or prompt is None or finding.dtype == REFERENCE or finding.cause.kind == "dead-in-fp32":
         return None
     token = finding.place.token
+    if token is None and len(prompt.rows) > 1:
+        return None  # which of the rows it was is not known
     number = token.row if token is not None else 0
     mine = [p for p in run.passes if p.dtype == finding.dtype and run.prompts[p.prompt].name == prompt.name]
     layer = finding.place.layer if finding.place.layer is not None else len(run.sites)

@@ -99,7 +99,7 @@ def model_part(checkpoint: Checkpoint, source: str, architecture: str, layers: i
         revision=checkpoint.revision,
         architecture=architecture,
         layers=layers,
-        hidden_size=config.hidden_size,
+        hidden_size=getattr(config, "hidden_size", 0),
         vocabulary=config.vocab_size,
         parameters=checkpoint.parameters,
         weight_bytes=checkpoint.weight_bytes,

@@ -36,10 +36,14 @@ class WatchedRun:
         collector: takes what was measured.
         near: look closely at operations whose headroom is below this.
         limit: magnitudes from which on the narrowest dtype of all passes overflows; None where none is narrow.
+        strict: as for ``Inspector``.
     """
 
-    def __init__(self, watcher: Watcher, collector: Collector, near: float, limit: float | None) -> None:
+    def __init__(
+        self, watcher: Watcher, collector: Collector, near: float, limit: float | None, strict: bool = False
+    ) -> None:
         self.watcher, self.collector, self.near, self._limit = watcher, collector, near, limit
+        self._strict = strict
         self._largest: dict[int, dict[Spot, list[tuple[int, ...]]]] = {}
 
     def run(self, section: Section) -> tuple[Tensor, list[Reading]]:
@@ -59,7 +63,9 @@ class WatchedRun:
         """
         if suspicious(readings, self.near):
             largest = self._largest.get(section.key[1], {})
-            inspector = Inspector(section.valid, self.near, storages(section.module), prefer=largest)
+            inspector = Inspector(
+                section.valid, self.near, storages(section.module), prefer=largest, strict=self._strict
+            )
             self._again(section, inspector)
             self._keep(section, [self._tried(section, each) for each in inspector.found])
 
@@ -70,7 +76,7 @@ class WatchedRun:
             section: the part.
             wide: operations that the narrowest dtype computes in a wider format.
         """
-        inspector = Inspector(section.valid, self.near, storages(section.module), self._limit)
+        inspector = Inspector(section.valid, self.near, storages(section.module), self._limit, strict=self._strict)
         self._again(section, inspector)
         found = [each for each in inspector.found if each.spot not in wide]
         largest = self._largest[section.key[1]] = {}
@@ -96,38 +102,46 @@ class WatchedRun:
             self.watcher.take()
 
     def _tried(self, section: Section, each: Located) -> Located:
-        """Scores that overflowed to -inf alone, with whether that made any difference to what reads them.
+        """An origin that gave infinities alone, with whether they made any difference.
 
-        What reads scores (softmax, sigmoid, top-k) is monotonic in them. So if the lowest finite number and -inf give
-        the same finite bits, every number between them does, and the true one, which overflowed, is between them.
+        With the largest finite number in their place the same finite bits must come out: of a softmax (or what does
+        its work), where one reads the operation, else of the whole part. Every number between the two then does the
+        same, and the true one, which overflowed, is between them: what reads it is monotonic.
         """
         event, spot = each.event, each.spot
-        if not (each.only_low and event.clean_inputs and event.clean_weights and row_of(*spot).role in _SOFTENED):
+        if not (each.infinite and event.clean_inputs and event.clean_weights):
             return each
+        softened = row_of(*spot).role in _SOFTENED
         before, after = Clamp(spot, clamp=False), Clamp(spot, clamp=True)
-        self._again(section, before)
-        self._again(section, after)
-        one, other = (self._mine(section, event.row, clamp.read) for clamp in (before, after))
-        harmless = (
-            one is not None and other is not None and bool(torch.isfinite(other).all()) and _same_bits(one, other)
-        )
-        return replace(each, event=event.model_copy(update={"harmless": harmless}))
+        out = self._again(section, before)
+        one = self._mine(section, event.row, before.read if softened else out, softened)
+        if one is None or not bool(torch.isfinite(one).all()):
+            return replace(each, event=event.model_copy(update={"harmless": False}))
+        out = self._again(section, after)
+        other = self._mine(section, event.row, after.read if softened else out, softened)
+        same = other is not None and _same_bits(one, other)
+        return replace(each, event=event.model_copy(update={"harmless": same}))
 
-    def _mine(self, section: Section, row: int | None, read: Tensor | None) -> Tensor | None:
-        """Of what was read from scores, the part of a row's real tokens; all if that cannot be told.
+    def _mine(self, section: Section, row: int | None, read: Tensor | None, softened: bool) -> Tensor | None:
+        """What counts of a row: its real tokens, but of a layer's output all, for the next layer reads padding too.
 
         Args:
             section: the part that ran.
             row: of the batch.
-            read: ``[batch, heads, tokens, keys]`` or ``[batch * tokens, experts]``.
+            read: ``[batch, …, tokens, …]``, ``[batch * tokens, experts]``, or of a whole model ``[batch, labels]``.
         """
         rows, tokens = section.valid.shape
         if read is None or row is None:
             return read
-        valid = section.valid[row]
+        last = softened or self._strict
+        valid = section.valid[row] if last else torch.ones_like(section.valid[row])
         if read.dim() == 4 and read.shape[0] == rows and read.shape[2] == tokens:
             return read[row][:, valid]
-        return read.view(rows, tokens, -1)[row, valid] if read.shape[0] == rows * tokens else read
+        if read.dim() == 3 and read.shape[:2] == (rows, tokens):
+            return read[row, valid]
+        if read.shape[0] == rows * tokens:
+            return read.view(rows, tokens, -1)[row, valid]
+        return read[row] if read.shape[0] == rows else read
 
     def _keep(self, section: Section, found: list[Located]) -> None:
         moved = [each.shifted(*section.slice_at) for each in found] if section.slice_at else found

@@ -54,7 +54,7 @@ class Whole:
         self._watcher = Watcher()
         self._narrow = narrowest(task.dtypes)
         limit = overflows_from(self._narrow) if self._narrow is not None else None
-        self._measure = WatchedRun(self._watcher, collector, task.near, limit)
+        self._measure = WatchedRun(self._watcher, collector, task.near, limit, strict=True)
         self._answers = Answers(prompts, collector)
         self._ran: dict[tuple[str, int], list[Reading]] = {}
         self._hidden: dict[tuple[int, int], Tensor] = {}

@@ -46,7 +46,7 @@ def plan_rescue(run: Run, checkpoint: Checkpoint, margin: float, progress: Progr
         QprecError: a shard cannot be read.
     """
     config = checkpoint.config
-    eps, reason = float(getattr(config, "rms_norm_eps", 0.0)), unsupported(checkpoint)
+    eps, reason = float(getattr(config, "rms_norm_eps", None) or 0.0), unsupported(checkpoint)
     if reason is not None:
         nothing = Rescaling(stream=0, final_norm=0, untied=False, eps=eps, layers=[])
         return Rescue(

@@ -95,5 +95,5 @@ def writes_in_place(func: Any) -> bool:
     return bool(func._schema.is_mutable)
 
 
-COMBINES_WITH_MASK = frozenset("add sub mul div cast clone contiguous maximum where masked_fill".split())
+COMBINES_WITH_MASK = frozenset("add sub mul div cast clone contiguous maximum max where masked_fill".split())
 """Elementwise operations after which masked entries are still masked; softmax, for one, ends it."""

@@ -34,8 +34,8 @@ class Located:
     """As it goes into the record, but for the number of its site."""
     index: tuple[int, ...] = ()
     """Of the element that is named, in the output as the operation gave it."""
-    only_low: bool = False
-    """Whether all that is bad is -inf."""
+    infinite: bool = False
+    """Whether all that is bad is infinite, and nothing NaN."""
 
     @property
     def spot(self) -> Spot:
@@ -63,6 +63,7 @@ class Inspector(Onlooker):
         limit: in a pass that is finite, what a narrower dtype would not hold counts as not finite: magnitudes from
             here on.
         prefer: by operation, the elements to name before others that are as bad.
+        strict: of an unknown family: where sizes allow two readings of an output's axes, none is taken.
     """
 
     valid: Tensor
@@ -70,6 +71,7 @@ class Inspector(Onlooker):
     weights: dict[int, int | None]
     limit: float | None = None
     prefer: Mapping[Spot, Sequence[tuple[int, ...]]] = field(default_factory=dict)
+    strict: bool = False
     found: list[Located] = field(default_factory=list)
     # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
     _picked: Tensor | None = None
@@ -98,10 +100,10 @@ class Inspector(Onlooker):
         parts = [(hits & fine, True), (hits & ~fine, False)] if failed and clean else [(hits, bool(fine.all()))]
         for part, clean_weights in parts:
             for mine in self._by_row(part, seen) if failed and clean else [part]:
-                low = failed and bool((out[mine] == -math.inf).all())
+                infinite = failed and bool(torch.isinf(out[mine]).all())
                 event, index = self._event(seen, mine, failed, clean)
                 event = event.model_copy(update={"clean_weights": clean_weights})
-                self.found.append(Located(seen.path, seen.op, seen.call, event, index, low))
+                self.found.append(Located(seen.path, seen.op, seen.call, event, index, infinite))
 
     def _by_row(self, hits: Tensor, seen: Seen) -> list[Tensor]:
         """Hits of each row of the batch that has any: one row must not hide behind another at the same operation."""
@@ -200,7 +202,7 @@ class Inspector(Onlooker):
             reduce = partial(_over, shape=out.shape, axes=[axis for axis in _REST[layout] if axis < out.dim()])
         else:
             depth = min(out.dim(), 2 if seen.op in WITHIN_A_TOKEN and layout == "btx" else 1)
-            reduce = partial(_split_alike, lead=out.shape[:depth], dims=out.dim())
+            reduce = partial(_split_alike, lead=out.shape[:depth], dims=out.dim(), strict=self.strict)
         clean = torch.ones([1] * out.dim(), dtype=torch.bool, device=out.device)
         for arg in _tensors(seen.args):
             if not arg.is_floating_point() or arg is out or self._is_weight(arg):
@@ -219,7 +221,8 @@ class Inspector(Onlooker):
         for arg in _tensors(seen.args):
             if not (arg.is_floating_point() and self._is_weight(arg)):
                 continue
-            used = arg[torch.unique(self._experts)] if arg.dim() == 3 and self._experts is not None else arg
+            hit = torch.unique(self._experts) if arg.dim() == 3 and self._experts is not None else None
+            used = arg[hit] if hit is not None and int(hit.max()) < len(arg) else arg
             own = ~self.bad(used)
             if own.shape == (channels,):
                 fine = fine & own
@@ -283,6 +286,8 @@ class Inspector(Onlooker):
     def _layout(self, seen: Seen) -> str:
         """How rows and tokens lie in the output's axes."""
         shape, (rows, length) = tuple(seen.out.shape), self.valid.shape
+        if self.strict and _ambiguous(shape, rows, length):
+            return "unknown"
         if len(shape) == 4 and shape[0] == rows:
             # [batch, heads, tokens, …] after the transpose, [batch, tokens, heads, …] in q_norm and k_norm.
             in_norm = seen.path.endswith("norm")
@@ -317,6 +322,13 @@ class Inspector(Onlooker):
         return row, position, channel, head, expert
 
 
+def _ambiguous(shape: tuple[int, ...], rows: int, length: int) -> bool:
+    """Whether an output's axes could be read in two ways: as many heads, or experts, as tokens."""
+    if len(shape) == 4:
+        return shape[0] == rows and shape[1] == shape[2] == length
+    return len(shape) == 3 and shape[0] == rows * length and shape[:2] != (rows, length)
+
+
 _REST = {"btx": [2, 3], "bhtx": [1, 3]}
 """By layout: the axes that are neither rows nor tokens."""
 
@@ -338,8 +350,10 @@ def _harmful(hits: Tensor, seen: Seen) -> Tensor:
     return high if bool(high.any()) else hits
 
 
-def _split_alike(fine: Tensor, lead: torch.Size, dims: int) -> Tensor:
+def _split_alike(fine: Tensor, lead: torch.Size, dims: int, strict: bool) -> Tensor:
     """``fine`` reduced to the leading axes that it shares with an output of ``dims`` axes, broadcastable to it."""
+    if strict and fine.dim() != dims:
+        return fine.all()  # as many experts as tokens look the same
     for depth in range(min(len(lead), fine.dim()), 0, -1):
         if fine.shape[:depth] == lead[:depth]:
             alike = fine.flatten(depth).all(dim=-1) if fine.dim() > depth else fine
@@ -396,7 +410,7 @@ def storages(module: nn.Module) -> dict[int, int | None]:
 
 @dataclass
 class Clamp(Onlooker):
-    """Keeps what reads the scores that one operation gives; first puts the lowest finite number in place of every -inf.
+    """Puts the largest finite number in place of every infinity that one operation gives, and keeps what reads it.
 
     Args:
         wanted: the operation.
@@ -414,7 +428,7 @@ class Clamp(Onlooker):
         if (seen.path, seen.op, seen.call) == self.wanted:
             self._met = True
             if self.clamp:
-                low = seen.out == -math.inf if seen.keep is None else (seen.out == -math.inf) & seen.keep
-                seen.out.masked_fill_(low, torch.finfo(seen.out.dtype).min)
+                bad = torch.isinf(seen.out) if seen.keep is None else torch.isinf(seen.out) & seen.keep
+                seen.out.copy_(torch.where(bad, torch.nan_to_num(seen.out), seen.out))
         elif self._met and self.read is None and seen.path == self.wanted[0] and seen.op in _READERS:
             self.read = seen.out.clone()

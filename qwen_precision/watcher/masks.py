@@ -53,7 +53,7 @@ class Masks:
             pass  # it is as long as the output already
         elif kind is Kind.MOVE:
             keep = keep if out.shape == args[0].shape else _moved(func, args, kwargs, keep)
-        elif op not in COMBINES_WITH_MASK:
+        elif op not in COMBINES_WITH_MASK or out.dim() < args[0].dim():
             return None
         elif kind is Kind.FILL:
             more = _kept_by_fill(op, args, out)

@@ -154,6 +154,8 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if self.masks and self._read_masked(func, rule, args, kwargs, out):
             return out
         kind = rule.kind
+        if args and out is args[0] and not rule.mutates:
+            return out  # a type_as of what has that type: nothing was done
         if kind is _READ:
             if type(out) is Tensor:
                 self._read(rule, args, out, None)
@@ -209,6 +211,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             return  # a cast to the dtype it has already
         if (
             last is not None
+            and isinstance(source, Tensor)
             and source.data_ptr() == last.data_ptr()
             and source.numel() == last.numel()
             and source.dtype == last.dtype
