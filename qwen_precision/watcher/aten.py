@@ -12,6 +12,7 @@ ALIASES = {
     # The same operation is called differently with and without autograd, and by device.
     "to": "cast",
     "_to_copy": "cast",
+    "type_as": "cast",
     "mm": "linear",
     "addmm": "linear",
     "bmm": "matmul",
@@ -73,7 +74,7 @@ def kind_of(func: Any) -> Kind:
     checks the exponent.
     """
     name: str = func.overloadpacket.__name__
-    if name in {"to", "_to_copy", "pow"}:
+    if name in {"to", "_to_copy", "type_as", "pow"}:
         return Kind.EXACT
     if name in _MOVES:
         return Kind.MOVE

@@ -310,7 +310,7 @@ class Inspector(Onlooker):
         row, position = self._token(index, layout) or (None, None)
         if len(index) > 1 and seen.out.shape[-1] > 1:
             channel = index[-1]
-        if len(index) == 4:
+        if len(index) == 4 and layout in _REST:
             head = index[1] if layout == "bhtx" else index[2]
         if layout == "picked" and self._experts is not None and self._experts.shape == seen.out.shape[:1]:
             expert = int(self._experts[index[0]])
