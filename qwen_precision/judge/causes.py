@@ -13,6 +13,7 @@ from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
 CAUSES: dict[str, str] = {
     "dead-in-fp32": "the reference itself is not finite",
     "damaged-weight": "a tensor holds NaN or infinity",
+    "damaged-scale": "a scale of quantised weights is NaN, infinite or was never written",
     "weight-range": "a weight is larger than the dtype's largest number",
     "harmless-overflow": "what overflowed comes to nothing: -inf in a softmax (tried bit by bit), or padding alone",
     "masked-rows": "only pad positions, or only in a batch",

@@ -21,6 +21,7 @@ from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
 from qwen_precision.judge.precision import precision
 from qwen_precision.judge.replays import unseen_failure
+from qwen_precision.judge.scales import scales
 from qwen_precision.qwen3 import layer_of, name_of, row_of
 from qwen_precision.record import Event, Pass, Run, Weight
 from qwen_precision.settings import SEVERITIES
@@ -378,6 +379,7 @@ class Check(NamedTuple):
 
 CHECKS: dict[str, Check] = {
     "weights": Check(_weights, ("weight-overflow", "weight-nonfinite"), ("weights",)),
+    "scales": Check(scales, ("bad-scale",), ("weights",)),
     "overflow": Check(_overflow, ("overflow", "nan"), ("prompt",)),
     "unseen-failure": Check(unseen_failure, ("unseen-failure",), ("prompt",)),
     "near-overflow": Check(_near_overflow, ("near-overflow",), ("prompt",)),
