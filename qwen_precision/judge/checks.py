@@ -90,6 +90,8 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
         bad = sorted(event.step for event in each.events if event.nan or event.inf)
         origins = columns.origins(each)
         for event in origins:
+            if columns.is_meant(each, event.site):
+                continue
             following = min((later.step for later in origins if later.step > event.step), default=math.inf)
             carried = sum(event.step < step < following for step in bad)
             finding = _origin_finding(columns, each, event, carried)

@@ -94,6 +94,11 @@ class Columns:
         dead = any(event.site == site and (event.nan or event.inf) for event in each.events)
         return dead or any(seed.layer <= self.depth(site) for seed in each.reseeded)
 
+    def is_meant(self, each: Pass, site: int) -> bool:
+        """Whether the reference is infinite at a site as well, and takes no harm: the model says never by it."""
+        reference = self.by_key.get((REFERENCE, each.prompt))
+        return reference is not None and any(event.site == site and event.harmless for event in reference.events)
+
     def is_read(self, site: int) -> bool:
         """Whether other tokens read what a site gives at one: attention follows."""
         return any(each.op in _MIXING for each in self.run.sites[site + 1 :])

@@ -203,9 +203,11 @@ def _layer_by_layer(job: Job, task: Task, progress: Progress, on_final: FinalHoo
 
 
 def _as_a_whole(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Whole:
+    kept = {name for name, _ in job.model.named_buffers()}  # limits may be infinite there, and are no weights
     for number, (name, info) in enumerate(job.checkpoint.tensors.items()):
         progress(number, len(job.checkpoint.tensors), "checking the weights")
-        job.check.feed(name, info.file, read_tensor(job.checkpoint, name))
+        if name not in kept:
+            job.check.feed(name, info.file, read_tensor(job.checkpoint, name))
     models = Models(job.checkpoint, job.device, job.settings.attention)
     return Whole(models, encoded(job), task, job.collector, progress, on_final)
 
