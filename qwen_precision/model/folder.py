@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.foreign import adapter_beside, check_readable
 from qwen_precision.model.index import TensorInfo, read_index, read_json
 from qwen_precision.model.quantised import unquantised
+from qwen_precision.model.skeleton import model_class
 from qwen_precision.qwen3 import EMBEDDING, HEAD
 from qwen_precision.record import Choice, Model
 
@@ -123,6 +123,7 @@ def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> C
     check_readable(folder, raw)
     _check_config(raw, folder)
     config = _load_config(folder)
+    _check_class(config, folder / "config.json")
     tensors = read_index(folder)
     settings = raw.get("quantization_config")
     if settings:
@@ -151,16 +152,17 @@ def _check_config(raw: dict[str, Any], folder: Path) -> None:
             f"{path}: this model needs Python code of its own ({raw.get('model_type')!r} is no model of transformers), "
             "which qprec does not run; probe a checkpoint that transformers loads without trust_remote_code."
         )
-    names = raw.get("architectures") or []
-    known = isinstance(names, list) and any(_is_known(str(name)) for name in names)
-    if not known:
-        found = ", ".join(map(str, names)) if isinstance(names, list) and names else "no architecture"
-        raise QprecError(f"{path}: names {found}, which this transformers does not have; try a newer one.")
 
 
-def _is_known(name: str) -> bool:
-    """Whether transformers has a model of this name; a causal one may be of a class of its own maker."""
-    return name.endswith("ForCausalLM") or isinstance(getattr(transformers, name, None), type)
+def _check_class(config: PretrainedConfig, path: Path) -> None:
+    """Transformers must have the model that is named; a causal one may be of a class of its own maker."""
+    names = config.architectures if isinstance(config.architectures, list) else []
+    if not _names_a_head(names) and model_class(config) is AutoModelForCausalLM:
+        found = ", ".join(map(str, names)) or "no architecture"
+        raise QprecError(
+            f"{path}: names {found}, which is no {config.model_type} model of this transformers; try a newer one, or "
+            "compare config.json with the hub's."
+        )
 
 
 def _names_a_head(architectures: Any) -> bool:

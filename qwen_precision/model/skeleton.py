@@ -84,7 +84,9 @@ def model_class(config: PretrainedConfig) -> Any:
     for name in config.architectures or []:
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
+            own = found.config_class
+            if own is None or isinstance(config, own):
+                return found
     return AutoModelForCausalLM
 
 

@@ -175,9 +175,8 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
     """Run all passes; gives why they stopped early, or None."""
     near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
     task = Task(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
-    passes: Shadow | Whole | None = None
+    passes = (_as_a_whole if job.whole else _layer_by_layer)(job, task, progress, on_final)
     try:
-        passes = (_as_a_whole if job.whole else _layer_by_layer)(job, task, progress, on_final)
         passes.run()
     except KeyboardInterrupt:
         return "interrupted"
@@ -188,7 +187,7 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
     except QprecError as error:
         return str(error)
     finally:
-        job.seconds.update(passes.seconds if passes is not None else {})
+        job.seconds.update(passes.seconds)
     return None
 
 

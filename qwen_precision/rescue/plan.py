@@ -8,7 +8,7 @@ import torch
 
 from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge import Report
-from qwen_precision.model import Checkpoint, read_tensor
+from qwen_precision.model import Checkpoint, is_layerwise, read_tensor
 from qwen_precision.progress import Progress, silent
 from qwen_precision.qwen3 import EMBEDDING, HEAD, powers_of
 from qwen_precision.record import Rescaling, Rescue, Run
@@ -73,6 +73,8 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
     kind = getattr(checkpoint.config, "model_type", "")
     if kind not in FAMILIES:
         return f"only Qwen3 models ({', '.join(FAMILIES)}) can be rescaled, this is {kind!r}"
+    if not is_layerwise(checkpoint.config):
+        return f"only causal and bare models can be rescaled, this is {checkpoint.config.architectures[0]}"
     if checkpoint.quantised is not None:
         return f"the weights are quantised, as {checkpoint.quantised}; rescale the checkpoint they were made from"
     unknown = [name for name in checkpoint.tensors if powers_of(name) is None and not name.endswith("inv_freq")]

@@ -64,7 +64,7 @@ def test_the_report_as_json_has_the_promised_keys(capsys: Capture) -> None:
     )
     assert set(promised.split()) <= set(first)
     assert (first["kind"], first["layer"], first["module"]) == ("overflow", 3, "model.layers.3.mlp.down_proj")
-    assert first["token"]["position"] == 0 and first["channel"] == 42 and first["head"] is None
+    assert first["token"]["position"] == 1 and first["channel"] == 42 and first["head"] is None
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def _index_leaves_the_folder(folder: Path) -> None:
     [
         (_no_config, ["config.json", "missing"]),
         (_config_not_json, ["config.json", "not readable JSON"]),
-        (_no_architecture, ["config.json", "BertModel", "ForCausalLM"]),
+        (_no_architecture, ["config.json", "BertModel", "no qwen3 model"]),
         (_remote_code, ["config.json", "'evil'", "does not run", "trust_remote_code"]),
         (_unknown_type, ["config.json", "nonesuch"]),
         (_quantised, ["config.json", "quantised by 'hqq'", "made from"]),

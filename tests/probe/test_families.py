@@ -18,7 +18,7 @@ from qwen_precision.torch_dtypes import torch_dtype
 from support.families import FAMILIES, SKIPPED, WRAPPERS, make_family
 from support.runs import run_probe
 
-pytestmark = [pytest.mark.transformers]
+pytestmark: list[pytest.MarkDecorator] = []
 
 TEXTS = ["hello there, this is a test", "ab"]
 NAMES = [*(name for name in FAMILIES if name not in SKIPPED), *(n for n, t in WRAPPERS.items() if t in CONFIG_MAPPING)]

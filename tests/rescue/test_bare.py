@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.errors import UsageError
 from qwen_precision.judge.checks import judge
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.render.words import rescue as words
@@ -132,11 +132,11 @@ def test_the_words_say_what_was_compared(tmp_path: Path) -> None:
     assert "final hidden states equal to" in lines["in fp32"] and "logits" not in str(lines)
 
 
-def test_another_bare_model_is_still_refused(tmp_path: Path) -> None:
+def test_another_model_without_a_head_is_not_rescued(tmp_path: Path) -> None:
     source = make_bare(tmp_path / "bare", SAVED[0])
     edit_json(source / "config.json", architectures=["Qwen3ForSequenceClassification"])
-    with pytest.raises(QprecError, match="not a causal language model"):
-        open_checkpoint(source, "x")
+    report = judge(rescue(source, tmp_path / "safe"))
+    assert report.run.rescue is None and "score.weight" in str(report.run.stopped)
 
 
 def test_generate_does_not_rescale_what_has_no_lm_head(tmp_path: Path) -> None:
