@@ -74,7 +74,7 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
     if kind not in FAMILIES:
         return f"only Qwen3 models ({', '.join(FAMILIES)}) can be rescaled, this is {kind!r}"
     if not is_layerwise(checkpoint.config):
-        return f"only causal and bare models can be rescaled, this is {checkpoint.config.architectures[0]}"
+        return f"only causal and bare models can be rescaled, this is {(checkpoint.config.architectures or [kind])[0]}"
     if checkpoint.quantised is not None:
         return f"the weights are quantised, as {checkpoint.quantised}; rescale the checkpoint they were made from"
     unknown = [name for name in checkpoint.tensors if powers_of(name) is None and not name.endswith("inv_freq")]
