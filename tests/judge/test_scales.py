@@ -48,6 +48,7 @@ def test_a_bad_scale_fails_every_dtype_and_a_zero_one_is_a_risk(
     assert finding.place.layer == 2 and finding.place.module == "model.layers.2.self_attn.o_proj"
     assert f"2 of 256 scales of {NAME}_scale in model.safetensors" in finding.cause.sentence
     assert words in finding.cause.sentence
+    assert (finding.cause.kind == "damaged-scale") == (verdict == "fail")
     assert "block row 5, column 3 (outputs 5, inputs 48 to 63)" in finding.cause.evidence[0]
 
 
