@@ -11,7 +11,6 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from qwen_precision.dtypes import REFERENCE
 from qwen_precision.model import Encoded, Scratch, WeightStore, path_of
 from qwen_precision.probe.answers import Answers
 from qwen_precision.probe.task import FinalHook, Task
@@ -86,7 +85,5 @@ class Head:
             )
             logits, readings = self._measure.run(part)
             self._measure.look(part, readings)
-            if key[0] == REFERENCE and self._measure.beyond(readings):
-                self._measure.foresee(part)
             answers.add(key, logits, begin, start)
         return logits

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest, overflows_from
+from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.model import (
     Encoded,
     LayerCall,
@@ -34,11 +34,11 @@ from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
 from qwen_precision.probe.hidden import MASSIVE, massive, relative_error
 from qwen_precision.probe.task import FinalHook, Task
-from qwen_precision.probe.watched import Section, WatchedRun, suspicious
+from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Reseed
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Reading, Spot, Watcher, attached
+from qwen_precision.watcher import Reading, Watcher, attached
 
 
 @dataclass
@@ -79,9 +79,7 @@ class Shadow:
         self.model, self.store, self.prompts, self.task = model, store, prompts, task
         self.collector, self.progress, self.on_final = collector, progress, on_final
         self.watcher = Watcher()
-        self._narrow = narrowest(task.dtypes)
-        limit = overflows_from(self._narrow) if self._narrow is not None else None
-        self.measure = WatchedRun(self.watcher, collector, task.near, limit)
+        self.measure = WatchedRun(self.watcher, collector, task)
         self.scratch = Scratch()
         self.seconds: dict[str, float] = {"read and cast": 0.0, **dict.fromkeys(task.dtypes, 0.0)}
         self._streams: dict[tuple[str, int], _Stream] = {}
@@ -171,26 +169,15 @@ class Shadow:
         """Run the layer again where something was not finite or near a limit: the reference first, which tells more."""
         placed = self.task.dtypes[-1]
         for (name, prompt), readings in ran.items():
-            wide = self._wide(ran, prompt)
-            foresee = name == REFERENCE and self.measure.beyond(readings, wide)
-            if not foresee and not suspicious(readings, self.task.near):
+            wide = self.measure.wide(ran, prompt)
+            if not self.measure.is_asked(name, readings, wide):
                 continue
             started = time.perf_counter()
             if placed != name:
                 self.scratch.place(self._layers[index], sources, torch_dtype(name))
                 placed = name
-            section = self._section(name, prompt, index)
-            self.measure.look(section, readings)
-            if foresee:
-                self.measure.foresee(section, wide)
+            self.measure.look(self._section(name, prompt, index), readings, wide)
             self.seconds[name] += time.perf_counter() - started
-
-    def _wide(self, ran: dict[tuple[str, int], list[Reading]], prompt: int) -> set[Spot]:
-        """Operations of a layer that the narrowest dtype computes in a wider format."""
-        if self._narrow is None:
-            return set()
-        own = torch_dtype(self._narrow)
-        return {each.spot for each in ran[self._narrow, prompt] if each.dtype != own}
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """A layer's weights, read ahead of time; sends the reader for the next and the disk for the one after."""
@@ -210,8 +197,6 @@ class Shadow:
         section = Section((name, prompt), self.prompts[prompt].mask.bool(), module, forward)
         out, readings = self.measure.run(section)
         self.measure.look(section, readings)
-        if name == REFERENCE and self.measure.beyond(readings):
-            self.measure.foresee(section)
         return out
 
     def _compare(self, name: str, prompt: int) -> None:

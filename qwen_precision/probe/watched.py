@@ -1,13 +1,16 @@
 """Run a part of the model watched, and once more, closely, where something was not finite or near a limit."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from qwen_precision.dtypes import REFERENCE, narrowest, overflows_from
 from qwen_precision.probe.collect import Collector
+from qwen_precision.probe.task import Task
 from qwen_precision.qwen3 import row_of
+from qwen_precision.torch_dtypes import torch_dtype
 from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Spot, Watcher, storages
 
 
@@ -34,16 +37,14 @@ class WatchedRun:
     Args:
         watcher: attached to the model.
         collector: takes what was measured.
-        near: look closely at operations whose headroom is below this.
-        limit: magnitudes from which on the narrowest dtype of all passes overflows; None where none is narrow.
+        task: which dtypes run, and from where on to look closely.
         strict: as for ``Inspector``.
     """
 
-    def __init__(
-        self, watcher: Watcher, collector: Collector, near: float, limit: float | None, strict: bool = False
-    ) -> None:
-        self.watcher, self.collector, self.near, self._limit = watcher, collector, near, limit
-        self._strict = strict
+    def __init__(self, watcher: Watcher, collector: Collector, task: Task, strict: bool = False) -> None:
+        self.watcher, self.collector, self._near, self._strict = watcher, collector, task.near, strict
+        self._narrow = narrowest(task.dtypes)
+        self._limit = overflows_from(self._narrow) if self._narrow is not None else None
         self._largest: dict[int, dict[Spot, list[tuple[int, ...]]]] = {}
 
     def run(self, section: Section) -> tuple[Tensor, list[Reading]]:
@@ -56,27 +57,41 @@ class WatchedRun:
         self.collector.add(*section.key, readings, fold=section.slice_at is not None)
         return out, readings
 
-    def look(self, section: Section, readings: list[Reading]) -> None:
+    def wide(self, ran: Mapping[tuple[str, int], list[Reading]], prompt: int) -> set[Spot]:
+        """Of what ran of a prompt, by dtype: the operations that the narrowest dtype computes in a wider format."""
+        if self._narrow is None:
+            return set()
+        own = torch_dtype(self._narrow)
+        return {each.spot for each in ran[self._narrow, prompt] if each.dtype != own}
+
+    def is_asked(self, dtype: str, readings: list[Reading], wide: Container[Spot] = ()) -> bool:
+        """Whether ``look`` would run a part again; arguments as there."""
+        return suspicious(readings, self._near) or self._beyond(dtype, readings, wide)
+
+    def look(self, section: Section, readings: list[Reading], wide: Container[Spot] = ()) -> None:
         """Run a part that was run before once more, closely, if anything in it was not finite or near a limit.
 
-        Of several elements that failed alike, the one is named where the reference is largest; so ``foresee`` it first.
-        """
-        if suspicious(readings, self.near):
-            largest = self._largest.get(section.key[1], {})
-            inspector = Inspector(
-                section.valid, self.near, storages(section.module), prefer=largest, strict=self._strict
-            )
-            self._again(section, inspector)
-            self._keep(section, [self._tried(section, each) for each in inspector.found])
-
-    def foresee(self, section: Section, wide: Container[Spot] = ()) -> None:
-        """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself.
+        The reference is looked at where it leaves the narrowest range, too. Of several elements that failed
+        alike, the one is named where it is largest: so look at the reference first.
 
         Args:
             section: the part.
+            readings: that it gave.
             wide: operations that the narrowest dtype computes in a wider format.
         """
-        inspector = Inspector(section.valid, self.near, storages(section.module), self._limit, strict=self._strict)
+        if suspicious(readings, self._near):
+            largest = self._largest.get(section.key[1], {})
+            inspector = Inspector(
+                section.valid, self._near, storages(section.module), prefer=largest, strict=self._strict
+            )
+            self._again(section, inspector)
+            self._keep(section, [self._tried(section, each) for each in inspector.found])
+        if self._beyond(section.key[0], readings, wide):
+            self._foresee(section, wide)
+
+    def _foresee(self, section: Section, wide: Container[Spot]) -> None:
+        """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself."""
+        inspector = Inspector(section.valid, self._near, storages(section.module), self._limit, strict=self._strict)
         self._again(section, inspector)
         found = [each for each in inspector.found if each.spot not in wide]
         largest = self._largest[section.key[1]] = {}
@@ -84,11 +99,11 @@ class WatchedRun:
             largest.setdefault(each.spot, []).append(each.index)
         self._keep(section, found)
 
-    def beyond(self, reference: list[Reading], wide: Container[Spot] = ()) -> bool:
-        """Whether the reference leaves the narrowest dtype's range; ``wide`` as for ``foresee``."""
-        if self._limit is None:
+    def _beyond(self, dtype: str, readings: list[Reading], wide: Container[Spot]) -> bool:
+        """Whether this is the reference, and it leaves the narrowest dtype's range."""
+        if self._limit is None or dtype != REFERENCE:
             return False
-        large = [each for each in reference if not each.abs_max < self._limit]
+        large = [each for each in readings if not each.abs_max < self._limit]
         return any(each.spot not in wide for each in large)
 
     def _again(self, section: Section, onlooker: Onlooker) -> Tensor:

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qwen_precision.dtypes import REFERENCE, narrowest, overflows_from
+from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.model import Encoded, Models, NoRoom, layers_of, positions_of
 from qwen_precision.probe.answers import Answers
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.hidden import massive, relative_error
 from qwen_precision.probe.task import FinalHook, Task
-from qwen_precision.probe.watched import Section, WatchedRun, suspicious
+from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.progress import Progress, silent
-from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Reading, Spot, Watcher, attached
+from qwen_precision.watcher import Reading, Watcher, attached
 
 _HELD = 1 << 30
 """Bytes of the reference's hidden states that are kept for comparison; of longer prompts none are."""
@@ -52,9 +51,7 @@ class Whole:
         self._models, self._prompts, self._task, self._collector = models, prompts, task, collector
         self._progress, self._on_final = progress, on_final
         self._watcher = Watcher()
-        self._narrow = narrowest(task.dtypes)
-        limit = overflows_from(self._narrow) if self._narrow is not None else None
-        self._measure = WatchedRun(self._watcher, collector, task.near, limit, strict=True)
+        self._measure = WatchedRun(self._watcher, collector, task, strict=True)
         self._answers = Answers(prompts, collector)
         self._ran: dict[tuple[str, int], list[Reading]] = {}
         self._hidden: dict[tuple[int, int], Tensor] = {}
@@ -163,22 +160,11 @@ class Whole:
             with self._running(name, model):
                 for prompt in asked:
                     self._progress(0, 0, f"{name}, closely")
-                    section, readings = self._section(model, name, prompt), self._ran[name, prompt]
-                    self._measure.look(section, readings)
-                    if name == REFERENCE and self._measure.beyond(readings, self._wide(prompt)):
-                        self._measure.foresee(section, self._wide(prompt))
+                    wide = self._measure.wide(self._ran, prompt)
+                    self._measure.look(self._section(model, name, prompt), self._ran[name, prompt], wide)
 
     def _is_asked(self, name: str, prompt: int) -> bool:
-        readings = self._ran[name, prompt]
-        beyond = name == REFERENCE and self._measure.beyond(readings, self._wide(prompt))
-        return beyond or suspicious(readings, self._task.near)
-
-    def _wide(self, prompt: int) -> set[Spot]:
-        """Operations that the narrowest dtype computes in a wider format."""
-        if self._narrow is None:
-            return set()
-        own = torch_dtype(self._narrow)
-        return {each.spot for each in self._ran[self._narrow, prompt] if each.dtype != own}
+        return self._measure.is_asked(name, self._ran[name, prompt], self._measure.wide(self._ran, prompt))
 
 
 def has_head(model: nn.Module) -> bool:
