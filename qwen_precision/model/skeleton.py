@@ -44,13 +44,7 @@ def build(config: PretrainedConfig, attention: str | None) -> nn.Module:
     Raises:
         QprecError: transformers has no causal model for this config, or a buffer cannot be made.
     """
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float32, **({"attn_implementation": attention} if attention else {})
-            )
-    except Exception as error:  # whatever the broken value in the config leads to
-        raise QprecError(f"config.json: transformers cannot build this model: {in_one_line(error)}") from error
+    model = _on_meta(AutoModelForCausalLM, config, attention)
     _check_head(model)
     for path, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -67,7 +61,11 @@ def outline(config: PretrainedConfig, attention: str | None) -> nn.Module:
     Raises:
         QprecError: transformers cannot build it.
     """
-    made = model_class(config)
+    return _on_meta(model_class(config), config, attention).eval()
+
+
+def _on_meta(made: Any, config: PretrainedConfig, attention: str | None) -> nn.Module:
+    """A model of a class of transformers, every tensor of it on the meta device."""
     build_from = made.from_config if made is AutoModelForCausalLM else made._from_config
     try:
         with torch.device("meta"):
@@ -76,7 +74,7 @@ def outline(config: PretrainedConfig, attention: str | None) -> nn.Module:
             )
     except Exception as error:  # whatever the broken value in the config leads to
         raise QprecError(f"config.json: transformers cannot build this model: {in_one_line(error)}") from error
-    return model.eval()
+    return model
 
 
 def model_class(config: PretrainedConfig) -> Any:
