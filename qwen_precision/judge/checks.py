@@ -90,7 +90,7 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
         bad = sorted(event.step for event in each.events if event.nan or event.inf)
         origins = columns.origins(each)
         for event in origins:
-            if columns.is_meant(each, event.site):
+            if columns.is_meant(each, event.site) or _stands_in(columns, dtype, event):
                 continue
             following = min((later.step for later in origins if later.step > event.step), default=math.inf)
             carried = sum(event.step < step < following for step in bad)
@@ -123,6 +123,17 @@ def _hidden(columns: Columns, each: Pass, site: int, expert: int | None) -> bool
     mine = [event for (place, _), event in columns.foreseen(each.prompt).items() if place == site]
     ahead = [event for event in mine if not event.in_padding and event.expert == expert]
     return bool(ahead) and columns.came_to_nothing(each, site)
+
+
+def _stands_in(columns: Columns, dtype: str, event: Event) -> bool:
+    """Whether only padding overflowed where real tokens, dead before, would have: then those are foreseen instead."""
+    if not event.in_padding:
+        return False
+    passes = columns.passes(dtype)
+    alike = (other for each in passes for other in columns.origins(each) if other.site == event.site)
+    if any(not other.in_padding for other in alike):
+        return False
+    return any(_hidden(columns, each, event.site, event.expert) for each in passes)
 
 
 def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) -> Finding:
@@ -165,7 +176,8 @@ def _near_overflow(columns: Columns) -> Iterator[Finding]:
         if dtype == REFERENCE:
             continue
         bad = {event.site for each in columns.passes(dtype) for event in each.events if event.nan or event.inf}
-        origins = {event.site for each in columns.passes(dtype) for event in columns.origins(each)}
+        began = (event for each in columns.passes(dtype) for event in columns.origins(each))
+        origins = {event.site for event in began if not _stands_in(columns, dtype, event)}
         yield from _foreseen(columns, dtype, origins)
         for row in columns.headroom(dtype):
             if row.headroom >= columns.limits.near_overflow:

@@ -20,6 +20,7 @@ from support.plants import (
     ids_of,
     lm_head_output,
     loud_token,
+    o_proj_and_product,
     one_channel,
     one_unit,
     product_and_sum,
@@ -45,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 SPARSE: dict[str, dict[str, Any]] = {
     "moe": {"moe": True},
     "moe, another head ratio": {"moe": True, **RATIO},
-    "moe, all experts": {"moe": True, "num_experts": 4, "num_experts_per_tok": 4},
+    "moe, all experts": {"moe": True, "num_experts_per_tok": 8},
     "moe, in a loop": {"moe": True, "loop": True},
 }
 
@@ -58,16 +59,6 @@ def just_below(model: Any) -> None:
     """The SwiGLU product reaches 60,000: risk, and no failure."""
     one_channel(model, 3, 100.0)
     one_unit(model, 1, 3, 245.0, 245.0)
-
-
-def o_proj_and_product(model: Any) -> None:
-    """Attention's output and, behind it in the same layer, the SwiGLU product."""
-    swiglu_product(model)
-    attention = model.model.layers[1].self_attn
-    attention.v_proj.weight.zero_()
-    attention.v_proj.weight[:, 3] = 10.0
-    attention.o_proj.weight.zero_()
-    attention.o_proj.weight[3, 0] = 2000.0
 
 
 def first_and_last_layer(model: Any) -> None:

@@ -15,6 +15,7 @@ from support.plants import (
     down_proj_output,
     expert_product,
     lm_head_output,
+    o_proj_and_product,
     one_channel,
     one_unit,
     residual_add,
@@ -133,15 +134,7 @@ def test_a_place_in_a_slice_of_the_logits_is_told_as_a_place_in_the_whole(
 
 
 def test_a_second_overflow_behind_the_first_in_the_same_layer_is_found(tmp_path: Path) -> None:
-    def plant(model: Any) -> None:
-        swiglu_product(model)
-        attention = model.model.layers[1].self_attn
-        attention.v_proj.weight.zero_()
-        attention.v_proj.weight[:, 3] = 10.0
-        attention.o_proj.weight.zero_()
-        attention.o_proj.weight[3, 0] = 2000.0
-
-    report = judge(run_probe(make_checkpoint(tmp_path, edit=plant), TEXTS))
+    report = judge(run_probe(make_checkpoint(tmp_path, edit=o_proj_and_product), TEXTS))
     found = [(finding.place.layer, finding.place.name, finding.predicted) for finding in errors(report, "fp16")]
     assert found == [(1, "o_proj output", False), (1, "SwiGLU product", True)]
 

@@ -47,6 +47,16 @@ def swiglu_product(model: Any) -> None:
     one_unit(model, 1, 3, 400.0, 400.0)
 
 
+def o_proj_and_product(model: Any) -> None:
+    """Attention's output and, behind it in the same layer, the SwiGLU product."""
+    swiglu_product(model)
+    attention = model.model.layers[1].self_attn
+    attention.v_proj.weight.zero_()
+    attention.v_proj.weight[:, 3] = 10.0
+    attention.o_proj.weight.zero_()
+    attention.o_proj.weight[3, 0] = 2000.0
+
+
 def lm_head_output(model: Any) -> None:
     """A logit beyond 65504 from finite hidden states."""
     one_channel(model, 3, 100.0)
@@ -158,7 +168,8 @@ def two_units(model: Any, size: float) -> tuple[Any, Any, Any]:
     embed[early, 5], embed[late, 6] = 100.0, size
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
+        experts = getattr(layer.mlp, "experts", None)
+        (layer.mlp.down_proj.weight if experts is None else experts.down_proj).zero_()
     block = model.model.layers[1]
     block.post_attention_layernorm.weight.zero_()
     block.post_attention_layernorm.weight[5:7] = 1.0
