@@ -91,13 +91,13 @@ def model_class(config: PretrainedConfig) -> Any:
 def is_layerwise(config: PretrainedConfig) -> bool:
     """Whether the model can be run layer by layer: its family was compared with transformers' own forward, bit by bit.
 
-    ``tests/probe/test_families.py`` does, for every family of the table and every supported version.
+    ``tests/probe/test_families.py`` does, for every family of the table.
     """
     named = [str(name) for name in config.architectures or []]
     return config.model_type in LAYERWISE and all(name.endswith(("ForCausalLM", "Model")) for name in named)
 
 
-LAYERWISE = frozenset(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "llama", "mistral"))
+LAYERWISE = frozenset(("qwen2", "qwen3", "qwen3_moe", "llama", "mistral"))
 """``model_type`` of the families whose layers can be run one by one."""
 
 

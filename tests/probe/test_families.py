@@ -1,6 +1,6 @@
 """Every causal language model that transformers has: the same bits as its own forward, no false alarm, the plant named.
 
-Run against the oldest and the newest transformers. What cannot be made is listed with its reason in
+What cannot be made is listed with its reason in
 ``support.families``; what is made must be probed.
 """
 
@@ -17,8 +17,6 @@ from qwen_precision.model.skeleton import LAYERWISE, model_class
 from qwen_precision.torch_dtypes import torch_dtype
 from support.families import FAMILIES, SKIPPED, WRAPPERS, make_family
 from support.runs import run_probe
-
-pytestmark: list[pytest.MarkDecorator] = []
 
 TEXTS = ["hello there, this is a test", "ab"]
 NAMES = [*(name for name in FAMILIES if name not in SKIPPED), *(n for n, t in WRAPPERS.items() if t in CONFIG_MAPPING)]
