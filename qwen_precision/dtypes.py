@@ -43,6 +43,12 @@ DTYPES: dict[str, Dtype] = {
     )
 }
 
+DTYPE_ALIASES: dict[str, str] = {
+    **{row.torch_name: row.name for row in DTYPES.values()},
+    **{"half": "fp16", "float": "fp32", "f16": "fp16", "f32": "fp32"},
+}
+"""Other words for the formats, as torch, safetensors and engines have them."""
+
 REFERENCE = "fp32"
 """The dtype of the reference pass: headroom and origin are read off it."""
 

@@ -14,14 +14,17 @@ import typer
 from qwen_precision import __version__
 from qwen_precision.cli import outcome, terminal
 from qwen_precision.cli.generate import generate
+from qwen_precision.cli.help import Grouped
 from qwen_precision.cli.probe import probe
 from qwen_precision.cli.report import report
 from qwen_precision.errors import QprecError
 
+_HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="qprec",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
+    context_settings=_HELP,
     pretty_exceptions_enable=False,
     help="Find where a Qwen3 checkpoint overflows in half precision, why, and how much headroom the rest has.",
     epilog="Exit codes: 0 nothing found, 1 findings at or above --fail-on, 2 bad usage, 3 could not run.",
@@ -43,8 +46,12 @@ def _top(
     pass
 
 
-for _command in (probe, generate, report):
-    app.command()(_command)
+for _command, _short in (
+    (probe, "Which operation overflows first, where, and why."),
+    (generate, "Text in one dtype, with guards against NaN and overflow."),
+    (report, "Saved runs shown again, in any format; measures nothing."),
+):
+    app.command(cls=Grouped, context_settings=_HELP, short_help=_short)(_command)
 
 _TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it
 
@@ -52,6 +59,7 @@ _TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code and never raises for a user's mistake."""
     outcome.saved.clear()
+    terminal.be_quiet(False)
     try:
         result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="qprec", standalone_mode=False)
         if result == _TYPER_INTERRUPTED:

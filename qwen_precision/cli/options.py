@@ -7,6 +7,9 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
+from qwen_precision.cli import terminal
+from qwen_precision.dtypes import DTYPE_ALIASES, DTYPES
+from qwen_precision.report import NAMES
 from qwen_precision.settings import ATTENTION, FAIL_ON, RESCUE_DTYPES, SWEEPS, flag_of
 
 
@@ -28,6 +31,20 @@ def given(context: typer.Context, settings: type[BaseModel]) -> dict[str, Any]:
     return found
 
 
+def dtypes(value: Any) -> Any:
+    """A callback that takes the names of ``DTYPES`` and those that torch and engines use, several with commas."""
+    if value is None:
+        return None
+    words = [word.strip() for each in (value if isinstance(value, list) else [value]) for word in each.split(",")]
+    names = [DTYPE_ALIASES.get(word.lower(), word) for word in words]
+    choice_from(DTYPES, "dtype")(names)
+    if isinstance(value, list):
+        return names
+    if len(names) > 1:
+        raise typer.BadParameter(f"{value!r} is more than one dtype; give one.")
+    return names[0]
+
+
 def choice_from(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[Any], Any]:
     """A callback that accepts only the names of a table, so that help, check and table cannot drift."""
 
@@ -40,10 +57,42 @@ def choice_from(names: Sequence[str] | dict[str, Any], what: str) -> Callable[[A
     return check
 
 
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "-q", "--quiet", help="Say nothing but errors.", callback=lambda value: (terminal.be_quiet(value), value)[1]
+    ),
+]
+FullOption = Annotated[bool, typer.Option("--full", help="Everything, in place of one screen.")]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "-f",
+        "--format",
+        help="What to print. Default: screen.",
+        metavar="NAME",
+        callback=lambda value: choice_from(NAMES, "format")(value),
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Where to save the run (.json); with another suffix a report beside it; - prints and saves nothing.",
+    ),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace what is there: a file that is not an older run, an earlier export.")
+]
+
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.", metavar="NAME")
+]
 AttentionOption = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +101,7 @@ AttentionOption = Annotated[
         callback=choice_from(ATTENTION, "attention implementation"),
     ),
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="NAME")]
 
 FailOnOption = Annotated[
     str, typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=choice_from(FAIL_ON, "level"))
@@ -68,7 +117,8 @@ ExplainOption = Annotated[
     ),
 ]
 BudgetOption = Annotated[
-    int | None, typer.Option(help="Forwards that control runs may take. Default: 10.", rich_help_panel=_WHY)
+    int | None,
+    typer.Option(help="Forwards that control runs may take. Default: 10.", metavar="N", rich_help_panel=_WHY),
 ]
 
 SweepOption = Annotated[
@@ -81,20 +131,28 @@ SweepOption = Annotated[
     ),
 ]
 SweepLimitOption = Annotated[
-    int | None, typer.Option(help="So many first tokens, evenly spread. Default: all.", rich_help_panel=_WHY)
+    int | None,
+    typer.Option(help="So many first tokens, evenly spread. Default: all.", metavar="N", rich_help_panel=_WHY),
 ]
 SweepTextsOption = Annotated[
-    str | None, typer.Option(help="A file of texts, one a line, in place of tokens.", rich_help_panel=_WHY)
+    str | None,
+    typer.Option(help="A file of texts, one a line, in place of tokens.", metavar="FILE", rich_help_panel=_WHY),
 ]
 
 _RESCUE = "Rescue"
 RescueToOption = Annotated[
     Path | None,
-    typer.Option(help="Write the checkpoint, rescaled to be safe in fp16, into this folder.", rich_help_panel=_RESCUE),
+    typer.Option(
+        help="Write the checkpoint, rescaled to be safe in fp16, into this folder.",
+        metavar="FOLDER",
+        rich_help_panel=_RESCUE,
+    ),
 ]
 RescueMarginOption = Annotated[
     float | None,
-    typer.Option(help="Headroom that every operation shall have then. Default: 4.", rich_help_panel=_RESCUE),
+    typer.Option(
+        help="Headroom that every operation shall have then. Default: 4.", metavar="X", rich_help_panel=_RESCUE
+    ),
 ]
 RescueDtypeOption = Annotated[
     str | None,
@@ -105,7 +163,6 @@ RescueDtypeOption = Annotated[
         rich_help_panel=_RESCUE,
     ),
 ]
-ReplaceOption = Annotated[bool, typer.Option("--force", help="Replace an earlier export.", rich_help_panel=_RESCUE)]
 KeepOption = Annotated[
     bool,
     typer.Option("--keep-unverified", help="Keep the folder although it was not verified.", rich_help_panel=_RESCUE),

@@ -7,8 +7,8 @@ import typer
 
 from qwen_precision.cli import options, outcome, terminal
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.files import check_writable
-from qwen_precision.settings import FAIL_ON, MEMORY, ProbeSettings, load_settings, load_target, read_prompts
+from qwen_precision.render import safe
+from qwen_precision.settings import FAIL_ON, MEMORY, ProbeSettings, PromptSpec, load_settings, load_target, read_prompts
 
 
 def probe(
@@ -17,14 +17,22 @@ def probe(
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            help="Dtype to try; repeatable. Default: all three.",
+            help="Dtype to try; repeatable, or with commas. Default: all three.",
             metavar="|".join(DTYPES),
-            callback=options.choice_from(DTYPES, "dtype"),
+            callback=options.dtypes,
         ),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. Default: a built-in set.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="A file of prompts: YAML, one a line, or a saved run.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Cut every prompt to so many tokens.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt; repeatable; - reads standard input. Default: a built-in set.", metavar="TEXT"),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="A file of prompts: YAML, one a line, or a saved run; - is standard input.", metavar="FILE"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut every prompt to so many tokens.", metavar="N")
+    ] = None,
     device: options.DeviceOption = None,
     attn: options.AttentionOption = None,
     memory: Annotated[
@@ -38,9 +46,18 @@ def probe(
     no_reference: Annotated[
         bool, typer.Option("--no-reference", help="Leave the fp32 reference out: no headroom is predicted.")
     ] = False,
-    config: Annotated[str | None, typer.Option(help="A YAML profile, by file or name. Flags win over it.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="A YAML profile, by file or name. Flags win over it.", metavar="FILE")
+    ] = None,
     revision: options.RevisionOption = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to save the run.")] = Path("qprec-run.json"),
+    output: options.OutputOption = None,
+    format: options.FormatOption = None,
+    full: options.FullOption = False,
+    quiet: options.QuietOption = False,
+    force: options.ForceOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take (download, memory, time), and stop.")
+    ] = False,
     fail_on: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +74,6 @@ def probe(
     rescue_to: options.RescueToOption = None,
     rescue_margin: options.RescueMarginOption = None,
     rescue_dtype: options.RescueDtypeOption = None,
-    force: options.ReplaceOption = False,
     keep_unverified: options.KeepOption = False,
 ) -> None:
     """Find the operation that overflows first, in which layer, at which token and channel.
@@ -68,11 +84,15 @@ def probe(
     """
     settings = load_settings(config, options.given(context, ProbeSettings))
     specs = read_prompts(prompt, settings.prompts if not prompt or prompts else None)
-    check_writable(output, [Path(each) for each in (model, settings.prompts, config) if each])
-    target = load_target(rescue_to, settings, output, rescue_dtype, force, keep_unverified)
-    from qwen_precision.diagnose import diagnose  # torch
-
+    wanted = outcome.output_for(output, format, "qprec-run.json", full, force, (model, settings.prompts, config))
+    record = wanted.record or Path("qprec-run.json")
+    target = load_target(rescue_to, settings, record, rescue_dtype, force, keep_unverified)
+    if dry_run:
+        _tell(model, settings, specs, revision)
+        raise typer.Exit
     with terminal.progress() as (progress, _):
+        from qwen_precision.diagnose import diagnose  # torch
+
         report = diagnose(
             model,
             settings,
@@ -81,8 +101,18 @@ def probe(
             target,
             progress,
             terminal.note,
-            lambda run: outcome.save(run, output),
-            output.with_name(f"{output.name}.sweep"),
+            lambda run: outcome.save(run, wanted),
+            record.with_name(f"{record.name}.sweep"),
         )
-    outcome.save(report.run, output)
-    outcome.show(report, output, settings.fail_on, rescue_asked=target is not None)
+    outcome.save(report.run, wanted)
+    outcome.show(report, wanted, settings.fail_on, rescue_asked=target is not None)
+
+
+def _tell(model: str, settings: ProbeSettings, specs: list[PromptSpec], revision: str | None) -> None:
+    """What a probe would take, a line each."""
+    with terminal.progress() as (progress, _):
+        from qwen_precision.probe import dry_run as told  # torch
+
+        progress(0, 0, "looking at the checkpoint")
+        lines = [f"{key:10}{safe(said, 400)}\n" for key, said in told(model, settings, specs, revision)]
+    terminal.result("".join(lines))

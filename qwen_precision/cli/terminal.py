@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 from rich import progress as bars
@@ -16,15 +19,35 @@ from qwen_precision.progress import Progress
 from qwen_precision.render import FORMATS, View, safe
 
 
+class _State:
+    """Of one call of the program."""
+
+    quiet = False
+    bar: bars.Progress | None = None
+    """While there is one, notes are printed above it."""
+
+
+def be_quiet(quiet: bool) -> None:
+    """From here on nothing but errors is said (or, again, everything)."""
+    _State.quiet = quiet
+
+
+def quiet() -> bool:
+    """Whether only errors are said."""
+    return _State.quiet
+
+
 def render(view: View, name: str, plain: bool = False) -> str | bytes:
     """Reports in one of the formats, as wide as the terminal; ``plain`` for what goes into a file."""
     terminal = sys.stdout is not None and sys.stdout.isatty() and not plain
     width = shutil.get_terminal_size((80, 24)).columns if terminal or "COLUMNS" in os.environ else 80
-    return FORMATS[name].render(replace(view, width=width, colour=_colour(terminal)))
+    return FORMATS[name].render(replace(view, width=width, colour=_colour(terminal) and not plain))
 
 
 def _colour(terminal: bool) -> bool:
-    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    """https://no-color.org and https://force-color.org: the first wins."""
+    wanted = terminal or bool(os.environ.get("FORCE_COLOR"))
+    return wanted and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def result(text: str) -> None:
@@ -43,8 +66,11 @@ def result(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line on stderr that says what happened or what to do next."""
-    _stderr().print(safe(text, 10_000), markup=False, style="dim")
+    """A line on stderr that says what happened or what is done now."""
+    if _State.quiet:
+        return
+    console = _State.bar.console if _State.bar is not None else _stderr()
+    console.print(safe(text, 10_000), markup=False, highlight=False, emoji=False, soft_wrap=True, style="dim")
 
 
 OnToken = Callable[[Any, int, int], None]
@@ -56,16 +82,45 @@ def progress() -> Iterator[tuple[Progress, OnToken]]:
     console = Console(stderr=True)
     columns = (
         bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
+        bars.BarColumn(bar_width=24),
+        bars.TextColumn("{task.fields[counted]}", markup=False),
         bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
     )
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("opening the checkpoint", total=None)
+    off = not console.is_terminal or _State.quiet
+    with bars.Progress(*columns, console=console, transient=True, disable=off) as bar, _interruptible():
+        task = bar.add_task("loading torch and transformers", total=None, counted="")
+        _State.bar = None if off else bar
 
         def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total or None, description=what)
+            counted = f"{done:,} of {total:,}" if total else ""
+            bar.update(task, completed=done, total=total or None, description=what, counted=counted)
 
-        yield show, lambda tokenizer, row, token: None
+        try:
+            yield show, lambda tokenizer, row, token: None
+        finally:
+            _State.bar = None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """The first Ctrl-C says that what there is will be kept; the second is torch's and Python's own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        if not _State.quiet:
+            said = b"\ninterrupted: finishing with what there is; Ctrl-C again leaves at once\n"
+            os.write(2, said)  # a handler may not wait for the lock of a console
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Stream:
@@ -117,14 +172,15 @@ def streaming() -> Iterator[tuple[Progress, OnToken]]:
     """Tokens on stdout as they come, as text; no bar beside them."""
     stream = _Stream()
     try:
-        yield stream.show, stream.on_token
+        with _interruptible():
+            yield stream.show, stream.on_token
     finally:
         stream.end()
 
 
 def error(text: str) -> None:
     """The one sentence of a failure, on stderr."""
-    _stderr().print(f"qprec: {text}", markup=False)
+    _stderr().print(f"qprec: {safe(text, 10_000)}", markup=False)
 
 
 def _stderr() -> Console:

@@ -4,15 +4,16 @@ Other folders import the names below, from here. No torch.
 May import: record, qwen3, settings.
 """
 
-from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.checks import CHECKS, Subject, judge
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
-from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, Token, rescue_exit_code
+from qwen_precision.judge.findings import Finding, Headroom, Limits, Place, Report, Token, rescue_exit_code
+from qwen_precision.judge.groups import Group, grouped
+from qwen_precision.judge.meanings import CAUSES, Meaning
 from qwen_precision.judge.needs import ANSWER, FAR, LOGITS, HeadroomGain, Needs, answer_of, headroom_gains, needs
-from qwen_precision.judge.nextcommand import next_command, next_rescue, same_again
+from qwen_precision.judge.nextcommand import next_command, next_rescue, next_sweep, quoted_for_a_shell, same_again
 from qwen_precision.judge.precision import Precision, precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 
@@ -26,10 +27,13 @@ __all__ = [
     "Changes",
     "Columns",
     "Finding",
+    "Group",
     "Headroom",
     "HeadroomGain",
     "Limits",
+    "Meaning",
     "Needs",
+    "Place",
     "Precision",
     "Report",
     "Subject",
@@ -40,13 +44,16 @@ __all__ = [
     "candidates",
     "changes",
     "closeup_of",
+    "grouped",
     "headroom_gains",
     "judge",
     "massive_channels",
     "needs",
     "next_command",
     "next_rescue",
+    "next_sweep",
     "precision",
+    "quoted_for_a_shell",
     "rescue_exit_code",
     "run_up",
     "same_again",

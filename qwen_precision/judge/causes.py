@@ -6,32 +6,9 @@ from typing import NamedTuple, TypeGuard
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, token_of
-from qwen_precision.judge.findings import Cause
+from qwen_precision.judge.findings import Cause, Tried
 from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
-
-CAUSES: dict[str, str] = {
-    "dead-in-fp32": "the reference itself is not finite",
-    "damaged-weight": "a tensor holds NaN or infinity",
-    "damaged-scale": "a scale of quantised weights is NaN, infinite or was never written",
-    "weight-range": "a weight is larger than the dtype's largest number",
-    "harmless-overflow": "what overflowed comes to nothing: -inf in a softmax (tried bit by bit), or padding alone",
-    "masked-rows": "only pad positions, or only in a batch",
-    "attention-scores": "scores of eager attention; sdpa is clean",
-    "rounding": "the operands as the dtype holds them are too large together; the reference's are not",
-    "accumulation": "operands and reference in range, yet not finite: a sum left the range half-way",
-    "silent-absorption": "an inner operation overflowed, and the output is finite and wrong",
-    "length": "the token is harmless after a few others, and not after so many, whatever they are",
-    "trigger-token": "a token overflows alone, and without it the row is clean",
-    "trigger-prompt": "this text: only with (or without) the chat template, or only these tokens together",
-    "out-of-range": "an activation is larger than the dtype's largest number",
-    "batch": "a step of a generation, not its ids in a single forward; generated without the batch it is clean",
-    "chunked-prefill": "a step of a generation, not its ids in a single forward; prefilled whole it is clean",
-    "cache": "a step of a generation, not its ids in a single forward; only without a cache it is clean",
-    "precision": "finite everywhere, but too far from fp32",
-    "not-told": "nothing that was measured or run tells which",
-}
-"""What a failure can come from, in the order in which it is asked, and what shows it."""
 
 
 class _Case(NamedTuple):
@@ -66,8 +43,7 @@ def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
             break
     usual = advice_for(columns.run, each.dtype, magnitude, limit)
     said = sentence(each.dtype, what, magnitude, limit, event.in_padding, columns.run.reference)
-    shown = tuple(line for line in (*evidence, *_ran(case)) if line)
-    return Cause(kind, said, shown, advice or usual)
+    return Cause(kind, said, tuple(line for line in evidence if line), advice or usual, _tried(case))
 
 
 def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | None:
@@ -132,17 +108,11 @@ def advice_for(run: Run, dtype: str, magnitude: float | None, limit: float) -> s
 
 
 def _measured(case: _Case) -> list[str]:
-    """What the pass itself shows: how far, on which prompts, from which line of code."""
-    lines = []
-    if case.magnitude is not None and case.magnitude > case.limit:
-        times = case.magnitude / case.limit
-        lines.append(
-            f"the reference reaches {case.magnitude:.6g} here, {times:.4g} times {case.run_pass.dtype}'s largest number"
-        )
+    """What the passes themselves show."""
     failing, clean = _by_outcome(case.columns, case.run_pass.dtype)
-    if failing and clean:
-        lines.append(f"{len(failing)} of {len(failing) + len(clean)} prompts fail; clean: {_listed(clean)}")
-    return lines
+    if not (failing and clean):
+        return []
+    return [f"{len(failing)} of {len(failing) + len(clean)} prompts fail; clean: {_listed(clean)}"]
 
 
 def _by_outcome(columns: Columns, dtype: str) -> tuple[list[str], list[str]]:
@@ -156,9 +126,9 @@ def _listed(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _ran(case: _Case) -> list[str]:
-    """The control runs, in words."""
-    return [f"control, {c.detail}: {_outcome(case, c)}" for c in case.controls.values()]
+def _tried(case: _Case) -> tuple[Tried, ...]:
+    """The control runs of this very row."""
+    return tuple(Tried(c.what, c.detail, _outcome(case, c)) for c in case.controls.values())
 
 
 def _outcome(case: _Case, control: Control) -> str:

@@ -227,7 +227,7 @@ def _beyond(columns: Columns, each: Pass, event: Event) -> Finding:
         sentence=f"The {place.name} reaches {value:.6g} in fp32, beyond {dtype}; "
         f"the {dtype} stream itself had failed before and did not get here."
         + (" What overflows stands at pad positions." if event.in_padding else ""),
-        evidence=(f"the reference reaches {value:.6g} here, and all that goes in is within {dtype}'s range",),
+        facts=(f"all that goes in is within {dtype}'s range",),
         advice=advice_for(columns.run, dtype, math.inf, 0.0),
     )
     size = Magnitude(value, columns.limit(dtype, event.site) / value)
@@ -307,7 +307,7 @@ def _damaged(columns: Columns, weight: Weight, dtype: str) -> Finding:
     cause = Cause(
         kind="damaged-weight",
         sentence=f"{weight.name} in {weight.file} holds {weight.nan} NaN and {weight.inf} infinite elements.",
-        evidence=weight_evidence(columns.run, weight, True),
+        facts=weight_evidence(columns.run, weight, True),
         advice="The checkpoint is damaged: compare the file's hash with the hub's and download it again.",
     )
     size = Magnitude(nan=weight.nan, inf=weight.inf)
@@ -320,7 +320,7 @@ def _too_large(columns: Columns, weight: Weight, dtype: str, count: int) -> Find
         kind="weight-range",
         sentence=f"{weight.name} in {weight.file} has {count} elements up to {largest:.6g}; {dtype} ends at "
         f"{limit:.6g}.",
-        evidence=weight_evidence(columns.run, weight, False),
+        facts=weight_evidence(columns.run, weight, False),
         advice=f"Keep this tensor in fp32, or run the checkpoint in a dtype other than {dtype}.",
     )
     size = Magnitude(largest, limit / largest if largest else None, 0, count)
@@ -367,7 +367,7 @@ def _divergence(columns: Columns) -> Iterator[Finding]:
                 kind="precision",
                 sentence=f"{dtype} is finite everywhere; its next token is fp32's on {found.agree} of {found.rows} "
                 "rows.",
-                evidence=(
+                facts=(
                     f"KL divergence up to {kl:.3g} nats (limit {limits.kl:g})",
                     f"log-probability error {logprob:.3g} nats (limit {limits.logprob:g})",
                 ),

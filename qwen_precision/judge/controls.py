@@ -190,7 +190,7 @@ def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Cand
         )
 
     if each.batched:
-        yield control("row alone", ids, "the same row without the batch and its padding")
+        yield control("row alone", ids, "alone, without the batch and its padding")
     if site is not None and row_of(site.module, site.op, site.call).role == "scores":
         yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
     if _on_cuda(run) and finding.magnitude.headroom is not None and finding.magnitude.headroom >= 1:
@@ -200,7 +200,7 @@ def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Cand
     text = f"token {each.position}"
     yield control("token alone", [ids[place]], f"{text} alone")
     others = [i for i in ids if i != ids[place]]
-    yield control("without the token", others, f"the row without {text}, wherever it stands")
+    yield control("without the token", others, f"the prompt with every occurrence of {text} taken out")
     yield from templates
     if place > 0:
         yield from _before(control, ids, place, text, _other(run, ids, place))
@@ -214,13 +214,13 @@ def _before(
     other: int | None,
 ) -> Iterator[Candidate]:
     """What tells a length from what stands before the token."""
-    yield control("before the token", ids[:place], f"what stands before {text}")
+    yield control("before the token", ids[:place], f"only what comes before {text}")
     yield control("token after the first", [ids[0], ids[place]], f"{text} right after the first token")
     many = [ids[0]] * place + [ids[place]]
     yield control("as many first tokens", many, f"{text} after {place} times the first token")
     if other is not None:  # the first may be half of the fault
         yield control("as many other tokens", [other] * place + [ids[place]], f"{text} after {place} times id {other}")
-    yield control("up to the token", ids[: place + 1], f"the row up to {text}")
+    yield control("up to the token", ids[: place + 1], f"the prompt cut after {text}")
 
 
 def _other(run: Run, ids: list[int], place: int) -> int | None:

@@ -80,15 +80,35 @@ class Magnitude:
     inf: int = 0
 
 
+class Tried(NamedTuple):
+    """A control run that was made to tell a cause."""
+
+    what: str
+    """Of ``record.ControlKind``."""
+    detail: str
+    """What was changed, in words."""
+    outcome: str
+    """``fails``, ``clean``, or ``fails in a later layer only``."""
+
+
 class Cause(NamedTuple):
     """Why, with what shows it and what to do."""
 
     kind: str | None
-    """Of ``causes.CAUSES``, where it could be told."""
+    """Of ``meanings.CAUSES``, where it could be told."""
     sentence: str
-    evidence: tuple[str, ...]
-    """What shows the cause: measurements, and control runs with their outcome."""
+    facts: tuple[str, ...]
+    """What was measured that shows the cause, and is not the magnitude itself."""
     advice: str
+    tried: tuple[Tried, ...] = ()
+    """Control runs that it was told by."""
+    done: str = ""
+    """What was done about it already, by a guard."""
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """Measurements, and control runs with their outcome."""
+        return (*self.facts, *(f"control, {each.detail}: {each.outcome}" for each in self.tried))
 
 
 @dataclass(frozen=True)

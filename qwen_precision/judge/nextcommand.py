@@ -4,7 +4,7 @@ import re
 import shlex
 import unicodedata
 
-from qwen_precision.dtypes import DTYPES
+from qwen_precision.dtypes import DTYPES, RESCUED
 from qwen_precision.judge.findings import Report
 from qwen_precision.record import Continuation, Row, Run, failing_step
 from qwen_precision.settings import ProbeSettings, configs_folder, flag_of, read_yaml
@@ -124,6 +124,14 @@ def next_rescue(report: Report, record: str = "RUN") -> str | None:
         start = next((next_probe(run, row, record) for row in run.generation.rows), "") if run.generation else ""
         start = start.replace(" --dtype fp16", "")
     return f"{start} --rescue-to {quoted_for_a_shell(folder)}"
+
+
+def next_sweep(report: Report) -> str | None:
+    """The command that looks for tokens that reach further than the prompts did, where it was not done yet."""
+    run = report.run
+    if run.verb != "probe" or run.sweep is not None or run.stopped or RESCUED not in run.dtypes or not run.reference:
+        return None
+    return " ".join([*_start("probe", run), f"--dtype {RESCUED}", "--sweep first-token"])
 
 
 def _start(verb: str, run: Run) -> list[str]:

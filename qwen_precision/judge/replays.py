@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qwen_precision.judge.columns import Columns
-from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
+from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread, Tried
 from qwen_precision.qwen3 import name_of
 from qwen_precision.record import REPLAYS, Control, FailedStep, Pass, Prompt, Replay, Site
 
@@ -98,24 +98,26 @@ def _place(each: Unseen, began: Site | None) -> Place:
     )
 
 
-def _cause(each: Unseen, controls: dict[str, Control], tried: bool) -> Cause:
+def _cause(each: Unseen, controls: dict[str, Control], explained: bool) -> Cause:
     """What the controls say; where none ran, that, and how to have them."""
     at = f"The logits of row {each.number} were not finite at step {each.failed.step} of the generation ({each.made})"
     finite = "a single forward of the same ids is finite"
     again = controls.get("as generated")
-    evidence = tuple(f"control, {c.detail}: {'clean' if c.clean else 'fails'}" for c in controls.values())
+    tried = tuple(Tried(c.what, c.detail, "clean" if c.clean else "fails") for c in controls.values())
     if again is None:
         why = "the controls that tell what made it were not run"
-        left = "see what was not run, and why, under Controls" if tried else "probe it again without --no-explain"
-        return Cause(None, f"{at}; {finite}, and {why}.", evidence, f"Let the step be made again: {left}.")
+        left = "see what was not run, and why, under Controls" if explained else "probe it again without --no-explain"
+        return Cause(None, f"{at}; {finite}, and {why}.", (), f"Let the step be made again: {left}.", tried)
     if again.clean:
         advice = "Generate it again, on the machine and with the versions it failed with: until it fails twice, no "
-        return Cause("not-told", f"{at}; {finite}, and so is the step made again.", evidence, f"{advice}cause is told.")
+        return Cause(
+            "not-told", f"{at}; {finite}, and so is the step made again.", (), f"{advice}cause is told.", tried
+        )
     kinds = [(kind, advice) for what, (kind, advice) in _TOLD_BY.items() if what in controls and controls[what].clean]
     if not kinds:
         advice = f"Keep this prompt out of {each.failed.dtype}: no other way of making the step is clean."
-        return Cause("not-told", f"{at}, and are not when it is made again; yet {finite}.", evidence, advice)
-    return Cause(kinds[0][0], f"{at}, and are not when it is made again; yet {finite}.", evidence, kinds[0][1])
+        return Cause("not-told", f"{at}, and are not when it is made again; yet {finite}.", (), advice, tried)
+    return Cause(kinds[0][0], f"{at}, and are not when it is made again; yet {finite}.", (), kinds[0][1], tried)
 
 
 _TOLD_BY = {

@@ -48,7 +48,7 @@ def _finding(fault: ScaleFault, dtype: str) -> Finding:
     cause = Cause(
         kind="damaged-scale" if severity == "error" else None,
         sentence=f"{fault.count} of {fault.scales} scales of {fault.name} in {fault.file} {said}; {follows}.",
-        evidence=(f"static check: {first}",),
+        facts=(f"static check: {first}",),
         advice=_ADVICE.get(fault.kind, _DAMAGED),
     )
     name = f"{module.rpartition('.')[2] or fault.parameter} {leaf} scale"

@@ -64,19 +64,19 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
     else:
         cause += " Its KV cache was finite."
     what = "; ".join(dict.fromkeys(f"{trip.guard}: {trip.why}" for trip in done))
-    advice = f"{what[0].upper()}{what[1:]}. " if what else ""
     found = _finding(
         run,
         "nonfinite-logits",
         "warning" if mended else "error",
         first.dtype,
         cause,
-        f"{advice}Find the origin: {next_probe(run, row)}",
+        f"Find the origin: {next_probe(run, row)}",
         row=row.row,
         step=first.step,
     )
     size = Magnitude(nan=_whole(first.before.get("nan")), inf=_whole(first.before.get("inf")))
-    return replace(found, magnitude=size, spread=Spread(propagated=len(steps) - 1))
+    with_done = found.cause._replace(done=f"{what[0].upper()}{what[1:]}." if what else "")
+    return replace(found, magnitude=size, cause=with_done, spread=Spread(propagated=len(steps) - 1))
 
 
 def _whole(value: float | None) -> int:

@@ -6,7 +6,7 @@ May import: record, qwen3, settings.
 
 from qwen_precision.model.encode import Encoded, encode
 from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
-from qwen_precision.model.hub import locate
+from qwen_precision.model.hub import download_bytes, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
@@ -46,10 +46,12 @@ __all__ = [
     "choose_memory",
     "decoder_layers",
     "decoding",
+    "download_bytes",
     "encode",
     "environment",
     "filled",
     "finish",
+    "is_here",
     "is_layerwise",
     "layer_calls",
     "layers_of",
@@ -64,4 +66,5 @@ __all__ = [
     "positions_of",
     "read_tensor",
     "run_layer",
+    "without_weights",
 ]

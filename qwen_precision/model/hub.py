@@ -3,8 +3,13 @@
 Only safetensors, JSON and tokenizer files are fetched; pickles and code are not asked for.
 """
 
+import difflib
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.model.foreign import file_in_words
@@ -35,9 +40,83 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
         if not path.is_dir():
             raise QprecError(f"{source}: {file_in_words(path)}.")
         return path, None
+    if "://" in source or source.startswith(("huggingface.co/", "hf.co/")):
+        raise UsageError(f"{source}: is a web address; give the id alone{_meant(source)}.")
     if _looks_local(source):
-        raise QprecError(f"{source}: no such folder; give a checkpoint folder, a hub id (owner/name) or `demo`.")
+        expected = "give a checkpoint folder, a hub id (owner/name) or `demo`"
+        raise QprecError(f"{source}: no such folder; {expected}{_meant(source)}")
     return _download(source, revision)
+
+
+def _meant(source: str) -> str:
+    """What was probably meant, as the end of a sentence: the id in an address, a name that differs a little."""
+    path = urlsplit(source).path if "://" in source else source.partition("/")[2]
+    parts = [part for part in path.split("/") if part]
+    if "://" in source or source.startswith(("huggingface.co/", "hf.co/")):
+        return f": {'/'.join(parts[:2])}" if len(parts) >= 2 else " (owner/name)"
+    if re.fullmatch(r"qwen[\w.-]+", source, re.IGNORECASE):
+        return f"; did you mean Qwen/{source}?"
+    place = Path(source).expanduser()
+    try:
+        near = [each.name for each in place.parent.iterdir() if each.is_dir()]
+    except OSError:
+        near = []
+    here = source.removesuffix(place.name)
+    words = difflib.get_close_matches(place.name, [*near, *([] if here else ["demo"])], 1, 0.7)
+    return f"; did you mean {here}{words[0]}?" if words else "."
+
+
+def is_here(source: str, revision: str | None = None) -> bool:
+    """Whether nothing has to be downloaded: a folder, the demo, or a whole checkpoint in the hub's cache."""
+    if source == "demo" or Path(source).expanduser().exists() or _looks_local(source):
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(source, revision=revision, allow_patterns=_WANTED, local_files_only=True)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return False
+    return any(Path(folder).glob("*.safetensors"))
+
+
+def without_weights(source: str, revision: str | None = None) -> Path:
+    """A folder with all of a checkpoint on the hub but its weights.
+
+    Raises:
+        QprecError: as ``locate`` does.
+    """
+    from huggingface_hub import snapshot_download
+
+    small = [each for each in _WANTED if each != "*.safetensors"]
+    with _sentences(source, revision):
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=small,
+                ignore_patterns=_UNWANTED,
+                endpoint=os.environ.get("HF_ENDPOINT") or None,
+            )
+        )
+
+
+def download_bytes(source: str, revision: str | None = None) -> tuple[int, int]:
+    """Bytes that a download of a checkpoint would take, in all and of its weights; nothing is fetched.
+
+    Raises:
+        QprecError: as ``locate`` does.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+    with _sentences(source, revision):
+        found = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).model_info(
+            source, revision=revision, files_metadata=True
+        )
+    files = {each.rfilename: each.size or 0 for each in found.siblings or []}
+    wanted = list(filter_repo_objects(files, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    return sum(files[name] for name in wanted), sum(files[n] for n in wanted if n.endswith(".safetensors"))
 
 
 def _looks_local(source: str) -> bool:
@@ -46,15 +125,27 @@ def _looks_local(source: str) -> bool:
 
 def _download(source: str, revision: str | None) -> tuple[Path, str | None]:
     # Imported here: a local probe needs no HTTP client.
-    from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+    with _sentences(source, revision):
+        folder = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=_WANTED,
+            ignore_patterns=_UNWANTED,
+            endpoint=os.environ.get("HF_ENDPOINT") or None,
+        )
+    return Path(folder), Path(folder).name
+
+
+@contextmanager
+def _sentences(source: str, revision: str | None) -> Iterator[None]:
+    """The hub library's errors as sentences."""
+    from huggingface_hub import errors as hub_errors
+
     at = f" at revision {revision}" if revision else ""
     try:
-        folder = snapshot_download(
-            source, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, endpoint=endpoint
-        )
+        yield
     except hub_errors.GatedRepoError as error:
         raise QprecError(
             f"{source}: is gated; accept its terms on its hub page, then set HF_TOKEN or run `hf auth login`."
@@ -80,4 +171,3 @@ def _download(source: str, revision: str | None) -> tuple[Path, str | None]:
         raise QprecError(
             f"{source}{at}: the download was interrupted ({type(error).__name__}); run the same command to go on."
         ) from error
-    return Path(folder), Path(folder).name

@@ -5,6 +5,7 @@ May import: record, qwen3, settings, judge, model, watcher.
 """
 
 from qwen_precision.probe.collect import Collector
+from qwen_precision.probe.dryrun import dry_run
 from qwen_precision.probe.run import Job, encoded, job_for, measure, prepare, probe, vocabulary_rows
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.probe.task import Task
@@ -15,6 +16,7 @@ __all__ = [
     "Job",
     "Shadow",
     "Task",
+    "dry_run",
     "encoded",
     "forward",
     "job_for",

@@ -130,7 +130,7 @@ def job_for(
             )
         resident, memory = True, _whole(settings.memory, model)
     else:
-        resident, memory = choose_memory(settings.memory, device, checkpoint.given_out, _working(model))
+        resident, memory = choose_memory(settings.memory, device, checkpoint.given_out, working_bytes(model))
     choices = [device_choice, memory, attention_used(model, settings.attention), *_notes(checkpoint, left_out)]
     check = WeightCheck(passes)
     return Job(source, checkpoint, model, settings, device, resident, whole, prompts, choices, passes, check)
@@ -153,7 +153,7 @@ def _whole(memory: str, model: nn.Module) -> Choice:
     return Choice(what="memory", value="whole", reason=reason)
 
 
-def _working(model: nn.Module) -> int:
+def working_bytes(model: nn.Module) -> int:
     """Bytes of the cast copies that exist at once: the largest layer in fp32 and a 16-bit dtype, or lm_head."""
     _, layers = decoder_layers(model)
     layer = sum(parameter.numel() for parameter in layers[0].parameters())

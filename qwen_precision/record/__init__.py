@@ -15,7 +15,7 @@ from qwen_precision.record.explanation import (
     Sweep,
     Swept,
 )
-from qwen_precision.record.file import MAX_BYTES, load, parse, save, to_json
+from qwen_precision.record.file import MAX_BYTES, is_record, load, parse, save, to_json
 from qwen_precision.record.generation import (
     FILTERED,
     MENDED,
@@ -103,6 +103,7 @@ __all__ = [
     "bad_trips",
     "failing_step",
     "in_words",
+    "is_record",
     "load",
     "mended_steps",
     "parse",

@@ -37,6 +37,20 @@ def save(run: Run, path: Path) -> None:
     write_atomically(path, to_json(run))
 
 
+def is_record(path: Path) -> bool:
+    """Whether a file is a saved run, by how it begins; it is not read whole."""
+    if not path.is_file():
+        return False  # what is read from a pipe is gone
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_BEGINS)) == _BEGINS
+    except OSError:
+        return False
+
+
+_BEGINS = b'{"schema":'
+
+
 def load(path: Path) -> Run:
     """Read a record.
 

@@ -9,6 +9,7 @@ from qwen_precision.render.json import render_json
 from qwen_precision.render.junit import render_junit
 from qwen_precision.render.markdown import render_markdown
 from qwen_precision.render.pictures import render_png, render_svg
+from qwen_precision.render.screen import render_screen
 from qwen_precision.render.table.table import render_table
 from qwen_precision.render.view import View
 
@@ -26,7 +27,8 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "table": Format(render_table, (".txt",), "for a terminal"),
+    "screen": Format(render_screen, (), "the answer, on one screen of a terminal"),
+    "table": Format(render_table, (".txt",), "everything, for a terminal"),
     "markdown": Format(render_markdown, (".md",), "for a bug report or a pull request"),
     "html": Format(render_html, (".html", ".htm"), "one page with pictures; no network, no script"),
     "json": Format(render_json, (".json",), "for scripts; stable keys, JSON Schema in configs/schema"),

@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_precision.judge import HeadroomGain, Precision, Report, headroom_gains, precision, same_again
+from qwen_precision.judge import Group, HeadroomGain, Precision, Report, grouped, headroom_gains, precision, same_again
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words import why
+from qwen_precision.render.words.answer import Answer, answer
 from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.finding import facts
 from qwen_precision.render.words.notseen import not_seen
+from qwen_precision.render.words.ruledout import ruled_out
 
 _MOST = 60
 """Findings, trips and prompts shown of each; the rest is counted."""
@@ -23,7 +26,11 @@ class _Page:
     """One report as the template sees it."""
 
     report: Report
+    told: Answer
+    ruled_out: list[tuple[str, str]]
+    groups: list[Group]
     pictures: list[tuple[str, Any]]
+    """The first is the one that says most."""
     command: str
     precision: dict[str, Precision]
     rescue: "_Rescue | None"
@@ -56,6 +63,11 @@ def _rescue(report: Report) -> _Rescue | None:
     )
 
 
+def _not_it(report: Report) -> list[tuple[str, str]]:
+    first = next((finding for finding in report.findings if finding.severity == "error"), None)
+    return list(ruled_out(report, first)) if first is not None else []
+
+
 def render_html(view: View) -> str:
     """All reports on one page."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -68,8 +80,7 @@ def render_html(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.globals["not_seen"] = not_seen
-    engine.globals.update(because=why.because, microscope=why.microscope, why=why)
+    engine.globals.update(not_seen=not_seen, facts=facts, why=why)
     engine.filters.update(
         inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room, count=count
     )
@@ -77,6 +88,9 @@ def render_html(view: View) -> str:
         # The SVG is matplotlib's own text, in which every string is drawn as outlines: the one thing not escaped.
         _Page(
             report,
+            answer(report),
+            _not_it(report),
+            grouped(report.findings),
             [(caption, Markup(svg)) for caption, svg in pictures(report)],
             same_again(report.run, report.name or "run.json"),
             precision(report.run),

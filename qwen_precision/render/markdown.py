@@ -1,23 +1,27 @@
 """Markdown for a bug report: what maintainers ask for, in the order in which they read it.
 
-Model and revision, dtype, the first failing operation, findings, the command to run again, prompts and token ids,
-environment. GitHub takes 65,536 characters: sections are cut from the least important up, and that is said. Strings
-from strangers are inert: no markup, no HTML, no mention, no issue link.
+First what one screen says, what it is not, how to see it again, the environment: a section for each field of the issue
+templates of transformers, vLLM and SGLang. All else is folded below. GitHub takes 65,536 characters: sections are cut
+from the least important up, and that is said. Strings from strangers are inert: no markup, no HTML, no mention, no
+issue link.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge import Finding, Report, headroom_gains, precision, same_again
+from qwen_precision.judge import Report, grouped, headroom_gains, precision, same_again
 from qwen_precision.qwen3 import name_of
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words import why
+from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.finding import facts
 from qwen_precision.render.words.notseen import not_seen
+from qwen_precision.render.words.ruledout import ruled_out
 
 LONGEST = 65_000
 """Characters; GitHub's limit is 65,536."""
@@ -69,98 +73,88 @@ def fenced(text: str, longest: int = 20_000) -> str:
     return f"{fence}text\n{shown}\n{fence}"
 
 
-def _details(title: str, text: str) -> str:
-    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
-
-
 def _sections(report: Report) -> Iterator[_Section]:
-    yield _Section(100, "verdict", _head(report))
-    findings: list[tuple[int, str, Callable[[Report], str]]] = [
-        (90, "findings", _findings),
-        (88, "control runs", _controls),
-        (80, "generated text", _texts),
-        (85, "command", _command),
-        (60, "trips", _trips),
-        (70, "environment", _environment),
-        (50, "prompts", _prompts),
-        (40, "headroom", _headroom),
-        (45, "choices", _choices),
-        (65, "precision", _precision),
-        (87, "rescue", _rescue),
-        (75, "triggers", _triggers),
+    told = answer(report)
+    yield _Section(100, "verdict", _head(report, told))
+    sections: list[tuple[int, str, str]] = [
+        (95, "what to do", _steps(told)),
+        (88, "what it is not", _ruled_out(report)),
+        (85, "reproduction", _reproduction(report)),
+        (70, "environment", _environment(report)),
+        (90, "findings", _folded(f"All findings ({len(report.findings)})", _findings(report))),
+        (87, "rescue", _folded("Rescue", _rescue(report))),
+        (80, "generated text", _folded("Generated text", _texts(report))),
+        (60, "trips", _trips(report)),
+        (78, "control runs", _folded("Control runs", _controls(report))),
+        (75, "triggers", _folded("Triggers", _triggers(report))),
+        (65, "precision", _folded("Precision against fp32", _precision(report))),
+        (40, "headroom", _folded("Headroom, tightest operation of each layer", _headroom(report))),
+        (50, "prompts", _folded("Prompts and token ids", _prompts(report))),
+        (45, "choices", _folded("Choices and weight files", _choices(report))),
     ]
-    for weight, name, make in findings:
-        text = make(report)
-        if text:
-            yield _Section(weight, name, text)
+    yield from (_Section(weight, name, text) for weight, name, text in sections if text)
 
 
-def _head(report: Report) -> str:
-    run, model = report.run, report.run.model
-    title = f"# qprec {run.verb}: {escaped(model.source)}" + (f" ({escaped(report.name)})" if report.name else "")
-    revision = f" at {escaped(model.revision, 60)}" if model.revision else ""
-    lines = [
-        title,
-        "",
-        f"{escaped(model.architecture)}{revision}, {model.layers} layers, {model.parameters:,} parameters stored as "
-        f"{escaped(model.source_dtype)}; {escaped(run.tool)}, {escaped(run.created)}.",
-        "",
-        "| dtype | verdict | first |",
-        "|---|---|---|",
-    ]
-    for dtype, verdict in report.verdict.items():
-        first = next((f for f in report.findings if f.dtype == dtype and f.severity != "info"), None)
-        lines.append(f"| {dtype} | **{verdict.upper()}** | {_place(first) if first else '-'} |")
+def _folded(title: str, text: str) -> str:
+    """A section that is opened by whoever wants it."""
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>" if text else ""
+
+
+def _head(report: Report, told: Answer) -> str:
+    """The first screen: what ran, the verdicts, the first failure. "Describe the bug", in most templates."""
+    model = report.run.model
+    title = f"# {escaped(told.title)}" + (f" ({escaped(report.name)})" if report.name else "")
+    ran = f"{escaped(told.ran)}; {model.parameters:,} parameters; {escaped(report.run.tool)}"
+    lines = [title, "", f"{ran}, {escaped(report.run.created)}.", "", "| dtype | verdict | |", "|---|---|---|"]
+    lines += [f"| {each.dtype} | **{each.verdict.upper()}** | {escaped(each.said)} |" for each in told.verdicts]
+    lines.append("")
+    for fact in told.facts:
+        if fact.label == RULED_OUT:
+            continue  # a section of its own
+        lines.append(f"- **{fact.label}**: {escaped(fact.text, 600)}" if fact.label else f"  {escaped(fact.text, 600)}")
     lines += ["", *(escaped(line, 400) for line in not_seen(report))]
-    if report.stopped:
-        lines += ["", f"**Stopped early:** {escaped(report.stopped)}. What was not reached is not judged."]
-    if report.run.unfinished:
-        lines += ["", f"**Not finished:** {escaped(report.run.unfinished)}."]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
-def _place(finding: Finding) -> str:
-    layer = f"layer {finding.place.layer}: " if finding.place.layer is not None else ""
-    step = f"step {finding.place.step}, row {finding.place.row}: " if finding.place.step is not None else ""
-    return f"{step}{layer}{escaped(finding.place.name)} ({escaped(finding.kind)})"
+def _steps(told: Answer) -> str:
+    parts = []
+    for step in told.steps:
+        said = escaped(f"{step.label}: {step.said}" if step.said else step.label, 500)
+        parts.append(f"{said}\n\n{fenced(step.command)}" if step.command else said)
+    return "## What to do\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _ruled_out(report: Report) -> str:
+    """What the first failure is not: what a maintainer would ask next."""
+    first = next((finding for finding in report.findings if finding.severity == "error"), None)
+    lines = [f"- {escaped(what)}: {escaped(how)}" for what, how in ruled_out(report, first)] if first else []
+    return "## Ruled out\n\n" + "\n".join(lines) if lines else ""
+
+
+def _reproduction(report: Report) -> str:
+    """Command, and what should have happened."""
+    good = [dtype for dtype, verdict in report.verdict.items() if verdict == "ok"]
+    expected = (
+        f"Finite numbers, as in {' and '.join(good)} with the same weights and tokens." if good else "Finite numbers."
+    )
+    return (
+        "## Reproduction\n\n"
+        + fenced(same_again(report.run, report.name or "run.json"))
+        + f"\n\n## Expected behaviour\n\n{expected}"
+    )
 
 
 def _findings(report: Report) -> str:
-    if not report.findings:
-        return "## Findings\n\nNone."
-    lines = ["## Findings", ""]
-    for position, finding in enumerate(report.findings[:_FINDINGS], 1):
-        lines.append(f"{position}. **{finding.severity}**, {finding.dtype}, {_place(finding)}")
-        lines += [f"   - {fact}" for fact in _facts(report, finding)]
-    if len(report.findings) > _FINDINGS:
-        lines.append(f"\n… and {len(report.findings) - _FINDINGS} more.")
+    groups = grouped(report.findings)
+    lines = []
+    for position, group in enumerate(groups[:_FINDINGS], 1):
+        first = group.first
+        lines.append(f"{position}. **{first.severity}**, {first.dtype}, {escaped(first.kind)}, {escaped(group.where)}")
+        lines += [f"   - {key + ': ' if key else ''}{escaped(line, 600)}" for key, line in facts(report, group)]
+        lines.append(f"   - advice: {escaped(first.cause.advice, 600)}")
+    if len(groups) > _FINDINGS:
+        lines.append(f"\n… and {len(groups) - _FINDINGS} more.")
     return "\n".join(lines)
-
-
-def _facts(report: Report, finding: Finding) -> Iterator[str]:
-    if (finding.place.step is None or finding.origin) and finding.kind != "advice":
-        yield f"where: {escaped(finding.place.module)}, {escaped(finding.place.op)}"
-    if finding.magnitude.reference is not None:
-        size = finding.magnitude
-        yield f"magnitude in fp32: {number(size.reference)}, headroom {room(size.headroom)}"
-    if finding.place.token is not None:
-        token = finding.place.token
-        what = "padding" if token.padding else f"id {token.id} “{escaped(str(token.text), 60)}”"
-        channel = f", channel {finding.place.channel}" if finding.place.channel is not None else ""
-        yield f"token {token.position} of row {token.row} ({what}){channel}"
-    if finding.place.key is not None:
-        key = finding.place.key
-        yield f"key of token {key.position} (id {key.id} “{escaped(str(key.text), 60)}”)"
-    if finding.magnitude.nan or finding.magnitude.inf:
-        later = "later operation" if finding.place.step is None else "later step"
-        size = finding.magnitude
-        yield f"{size.inf:,} inf, {size.nan:,} NaN, passed on by {count(finding.spread.propagated, later)}"
-    yield f"cause: {escaped(finding.cause.sentence, 600)}"
-    if finding.cause.kind is not None:
-        yield f"because: {escaped(why.because(finding))}"
-    yield from (f"evidence: {escaped(line)}" for line in finding.cause.evidence)
-    yield from (f"{key}: {escaped(line)}" for key, line in why.microscope(report, finding))
-    yield f"advice: {escaped(finding.cause.advice, 600)}"
 
 
 def _controls(report: Report) -> str:
@@ -172,16 +166,12 @@ def _controls(report: Report) -> str:
     for dtype in dict.fromkeys(each.dtype for each in run.passes):
         mine = [each for each in run.passes if each.dtype == dtype]
         bad = sum(any(event.nan or event.inf for event in each.events) for each in mine)
-        what = (
-            f"not finite on {bad} of {count(len(mine), 'prompt')}"
-            if bad
-            else (f"every operation finite on {count(len(mine), 'prompt')}")
-        )
+        prompts = count(len(mine), "prompt")
+        what = f"not finite on {bad} of {prompts}" if bad else f"every operation finite on {prompts}"
         lines.append(f"- {dtype}{' (the reference)' if dtype == REFERENCE else ''}: {what}")
     changed = [f"- {escaped(line)}" for line in why.controls(report)]
     changed = ["", "A failing row, changed in one way:", "", *changed] if changed else []
-    head = "## Control runs\n\nThe same weights, prompts and attention in each dtype:\n\n"
-    return head + "\n".join([*lines, *changed])
+    return "The same weights, prompts and attention in each dtype:\n\n" + "\n".join([*lines, *changed])
 
 
 def _triggers(report: Report) -> str:
@@ -191,19 +181,15 @@ def _triggers(report: Report) -> str:
         ("Massive activations in fp32", list(why.massive(report))),
     ]
     return "\n\n".join(
-        f"## {title}\n\n" + "\n".join(f"- {escaped(line)}" for line in lines) for title, lines in found if lines
+        f"**{title}**\n\n" + "\n".join(f"- {escaped(line)}" for line in lines) for title, lines in found if lines
     )
-
-
-def _command(report: Report) -> str:
-    return "## Run it again\n\n" + fenced(same_again(report.run, report.name or "run.json"))
 
 
 def _texts(report: Report) -> str:
     made = report.run.generation
     if made is None:
         return ""
-    lines = ["## Generated", ""]
+    lines = []
     for row in made.rows[:20]:
         stretches = ", ".join(f"{each.way} from step {each.start}" for each in row.stretches[:8])
         lines += [
@@ -226,17 +212,32 @@ def _trips(report: Report) -> str:
             f"{escaped(trip.why)} |"
         )
     more = f"\n\n… and {len(made.trips) - 40} more." if len(made.trips) > 40 else ""
-    return _details(f"Trips ({len(made.trips)})", "\n".join(rows) + more)
+    return _folded(f"Trips ({len(made.trips)})", "\n".join(rows) + more)
 
 
 def _environment(report: Report) -> str:
-    rows = [f"| {escaped(key, 60)} | {escaped(value)} |" for key, value in report.run.environment.items()]
-    return "## Environment\n\n| what | value |\n|---|---|\n" + "\n".join(rows)
+    """As ``transformers env`` prints it, and what it leaves out."""
+    known = report.run.environment
+    named = [
+        ("`transformers` version", "transformers"),
+        ("Platform", "platform"),
+        ("Python version", "python"),
+        ("Huggingface_hub version", "huggingface_hub"),
+        ("Safetensors version", "safetensors"),
+        ("PyTorch version", "torch"),
+    ]
+    lines = [f"- {label}: {escaped(known[key])}" for label, key in named if key in known]
+    lines += [
+        f"- {escaped(key, 60)}: {escaped(value)}"
+        for key, value in known.items()
+        if key not in {each for _, each in named}
+    ]
+    return "## Environment\n\n" + "\n".join(lines)
 
 
 def _choices(report: Report) -> str:
     rows = [f"| {escaped(c.what)} | {escaped(c.value)} | {escaped(c.reason)} |" for c in report.run.choices]
-    return _details("Choices", "| what | value | reason |\n|---|---|---|\n" + "\n".join(rows)) if rows else ""
+    return "| what | value | reason |\n|---|---|---|\n" + "\n".join(rows) if rows else ""
 
 
 def _prompts(report: Report) -> str:
@@ -246,7 +247,7 @@ def _prompts(report: Report) -> str:
             ids = " ".join(map(str, row.ids[:_IDS])) + (f" … ({len(row.ids)} in all)" if len(row.ids) > _IDS else "")
             head = f"**{escaped(prompt.name)}**, row {number_}, {count(len(row.ids), 'token')}"
             parts.append(f"{head}, padded on the left by {row.padding}\n\n{fenced(row.text[:2000])}\n\n{fenced(ids)}")
-    return _details("Prompts and token ids", "\n\n".join(parts)) if parts else ""
+    return "\n\n".join(parts)
 
 
 def _precision(report: Report) -> str:
@@ -255,7 +256,7 @@ def _precision(report: Report) -> str:
         f"{each.agree} of {each.rows} | {number(each.kl)} | {number(each.logprob)} |"
         for dtype, each in precision(report.run).items()
     ]
-    head = "## Precision against fp32\n\n| dtype | relative error after last layer | same top-1 | KL at most | "
+    head = "| dtype | relative error after last layer | same top-1 | KL at most | "
     head += "log-probability error |\n|---|---|---|---|---|\n"
     closer = why.nearer(report)
     return head + "\n".join([*rows, *(["", escaped(closer)] if closer else [])]) if rows else ""
@@ -266,7 +267,7 @@ def _rescue(report: Report) -> str:
     plan = report.run.rescue
     if plan is None:
         return ""
-    lines = ["## Rescue", "", escaped(words.headline(plan), 600), ""]
+    lines = [escaped(words.headline(plan), 600), ""]
     lines += [f"- {escaped(line)}" for line in words.factors(plan)]
     if not plan.rescaling.changes_nothing:
         lines += ["", "| operation | layer | headroom before | after |", "|---|---|---|---|"]
@@ -298,4 +299,4 @@ def _headroom(report: Report) -> str:
                 f"{room(row.headroom)} |"
             )
         parts.append("\n".join(lines))
-    return _details("Headroom, tightest operation of each layer", "\n\n".join(parts)) if parts else ""
+    return "\n\n".join(parts)

@@ -31,6 +31,7 @@ class FlatFinding(TypedDict):
     headroom: float | None
     cause: str
     advice: str
+    done: str
     nan: int
     inf: int
     propagated: int
@@ -65,6 +66,7 @@ def flat(finding: Finding) -> FlatFinding:
         "headroom": size.headroom,
         "cause": cause.sentence,
         "advice": cause.advice,
+        "done": cause.done,
         "nan": size.nan,
         "inf": size.inf,
         "propagated": finding.spread.propagated,

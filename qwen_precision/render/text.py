@@ -46,17 +46,25 @@ def count(how_many: int, thing: str) -> str:
     return f"{how_many:,} {thing}" + ("" if how_many == 1 else "s")
 
 
+_AMPLE = 10_000.0
+"""More headroom than this is a number that nobody needs."""
+
+
 def room(headroom: float | None) -> str:
-    """A headroom as a person reads it: 0.483x, 12,000x, 2e+33x; none, all, or - where there is none to tell."""
+    """A headroom as a person reads it: 0.483x, 1,200x, ample; none, all, or - where there is none to tell.
+
+    Below 1 it overflows: what is nearly 1 has digits enough to tell on which side it is.
+    """
     if headroom is None:
         return "-"
     if headroom == 0:
         return "none"
     if not math.isfinite(headroom):
         return "all"
-    if headroom < 1000:
-        return f"{headroom:.3g}x"
-    return f"{headroom:,.0f}x" if headroom < 1e6 else f"{headroom:.0e}x"
+    if headroom >= _AMPLE:
+        return "ample"
+    digits = next((digits for digits in range(3, 8) if float(f"{headroom:.{digits}g}") != 1), 3)
+    return f"{headroom:.{digits}g}x" if headroom < 1000 else f"{headroom:,.0f}x"
 
 
 _BLOCKS = "▁▂▃▄▅▆▇█"

@@ -13,6 +13,8 @@ class View:
     fail_on: str = "fail"
     changes: Changes | None = None
     """Against a baseline; then what is new decides the exit code."""
+    record: str = ""
+    """Where the only run of it is saved, as a word of a command line, for the commands that are named."""
     width: int = 80
     colour: bool = False
 

@@ -4,6 +4,7 @@ A prompt is a text, a chat turn (where the tokenizer has a template), a batch of
 generation, or what a saved run holds: token ids, which are not made from text a second time.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.record import NOT_FINITE, FailedStep, Generation, Prompt, Row, bad_trips, failing_step, load
+from qwen_precision.record import (
+    NOT_FINITE,
+    FailedStep,
+    Generation,
+    Prompt,
+    Row,
+    bad_trips,
+    failing_step,
+    is_record,
+    load,
+)
 from qwen_precision.settings.config import configs_folder, read_yaml
 
 _EXPECTED = (
@@ -61,8 +72,8 @@ def read_prompts(
     """The prompts to run: those given as text, else those of a file, else ``instead``, else the built-in set.
 
     Args:
-        texts: each a prompt.
-        file: YAML, a prompt a line, or a saved run.
+        texts: each a prompt; ``-`` is all of standard input.
+        file: YAML, a prompt a line, or a saved run; ``-`` is standard input, a prompt a line.
         instead: texts, where neither is given.
         again: whether a saved generation stands for its prompts; else for what its failing steps were given.
 
@@ -73,6 +84,7 @@ def read_prompts(
         raise UsageError("--prompt and --prompts: give one of the two.")
     texts = texts or ([] if file is not None else instead)
     if texts:
+        texts = [sys.stdin.read().strip("\n") if text == "-" else text for text in texts]
         for text in texts:
             if not text:
                 raise UsageError("--prompt: is empty; a prompt needs at least one character.")
@@ -82,8 +94,10 @@ def read_prompts(
         return [PromptSpec(name=name, text=text) for name, text in zip(names, texts, strict=True)]
     if file is not None and not file:
         raise UsageError(f"--prompts: is empty; expected {_EXPECTED}.")
+    if file == "-":
+        return _numbered_lines(sys.stdin.read(), "standard input")
     path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
-    if file and (path.suffix.lower() == ".json" or _opens_as_a_record(path)):
+    if file and (path.suffix.lower() == ".json" or is_record(path)):
         return _from_record(path, again)
     if file and path.suffix.lower() not in {".yaml", ".yml"}:
         return _from_lines(path)
@@ -96,17 +110,6 @@ def read_prompts(
     if twice is not None:
         raise UsageError(f"--prompts: {path} has two prompts of the name {twice!r}; give each its own.")
     return specs
-
-
-def _opens_as_a_record(path: Path) -> bool:
-    """Whether it is a saved run, whatever its name: the next command names the file that -o named."""
-    if not path.is_file():
-        return False  # what is read from a pipe is gone
-    try:
-        with path.open("rb") as file:
-            return file.read(10) == b'{"schema":'
-    except OSError:
-        return False
 
 
 def _from_record(path: Path, again: bool) -> list[PromptSpec]:
@@ -161,12 +164,17 @@ def _at(made: Generation, given: Row, row: int, step: int) -> Row:
 
 def _from_lines(path: Path) -> list[PromptSpec]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"--prompts: cannot read {path} ({why}); expected {_EXPECTED}.") from error
+    return _numbered_lines(text, str(path))
+
+
+def _numbered_lines(text: str, where: str) -> list[PromptSpec]:
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UsageError(f"--prompts: {path} is empty; expected {_EXPECTED}.")
+        raise UsageError(f"--prompts: {where} is empty; expected {_EXPECTED}.")
     return [PromptSpec(name=f"line {number}", text=line) for number, line in enumerate(lines, 1)]
 
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from transformers.models.qwen3 import modeling_qwen3
 
 from qwen_precision.diagnose.run import diagnose
-from qwen_precision.judge.causes import CAUSES
 from qwen_precision.judge.checks import judge
+from qwen_precision.judge.meanings import CAUSES
 from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec

@@ -1,49 +1,55 @@
 """What the README shows is what the program does. `make golden` writes the generated blocks anew."""
 
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge.causes import CAUSES
-from qwen_precision.judge.checks import CHECKS
+from qwen_precision.judge.checks import CHECKS, judge
+from qwen_precision.judge.meanings import CAUSES
 from qwen_precision.model.quantised import FORMATS as FORMATS_READ
 from qwen_precision.model.quantised import METHODS
-from qwen_precision.render import FORMATS
+from qwen_precision.record import load
+from qwen_precision.render import FORMATS, View
 from qwen_precision.settings.guards import GUARDS
 from support.checkpoints import ROOT
 from support.demo import DEMO_RUNS, printed, stored
 
-README = ROOT / "README.md"
+README, MORE = ROOT / "README.md", ROOT / "configs" / "README.md"
+PICTURE = ROOT / "configs" / "screen.svg"
 
 
-def help_block() -> str:
-    pages = [printed([*command, "--help"]) for command in ([], ["probe"], ["generate"], ["report"])]
-    return "\n".join(f"```\n{page}\n```" for page in pages)
-
-
-def shown(name: str) -> tuple[str, str]:
+def shown(name: str, format: str = "screen") -> tuple[str, str]:
     """A command and what it prints, from the stored Run: no CPU's digits are compared with another's."""
-    return f"$ qprec {' '.join(DEMO_RUNS[name])}", printed(["report", str(stored(name))])
+    return f"$ qprec {' '.join(DEMO_RUNS[name])}", printed(["report", str(stored(name)), "--format", format])
 
 
-def demo_block() -> str:
-    command, text = shown("demo-probe")
-    return f"```\n{command}\n{text}\n```"
+def picture() -> str:
+    """The first screen as a terminal shows it, drawn by rich; no font is fetched."""
+    view = View((judge(load(stored("demo-probe"))),), record="qprec-run.json", colour=True)
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="standard")
+    console.print(Text("$ qprec probe demo"))
+    console.print(Text.from_ansi(str(FORMATS["screen"].render(view))))
+    plain = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    return console.export_svg(title="qprec", code_format=plain, unique_id="qprec")
 
 
 def generate_block() -> str:
     parts = []
     for command, text in map(shown, ("demo-no-guards", "demo-generate")):
-        parts.append(f"{command}\n…\n{text[text.index('fp16  ') : text.index(chr(10) * 2 + 'Findings')]}")
+        parts.append(f"{command}\n…\n{text[text.index('fp16  ') : text.index(chr(10) * 2 + 'Find it')]}")
     return "```\n" + "\n\n".join(parts) + "\n```"
 
 
 def rescue_block() -> str:
-    command, text = shown("demo-rescue")
+    command, text = shown("demo-rescue", "table")
     section = text[text.index("Rescue\n") : text.index("\n\nError against")]
-    return f"```\n{command}\n…\n{section}\n```"
+    return f"```\n{command} --full\n…\n{section}\n```"
 
 
 def formats_block() -> str:
@@ -58,7 +64,7 @@ def guards_block() -> str:
 
 
 def causes_block() -> str:
-    rows = [f"| {name} | {shows} |" for name, shows in CAUSES.items()]
+    rows = [f"| {name} | {each.shown} |" for name, each in CAUSES.items()]
     return "| cause | what shows it |\n|---|---|\n" + "\n".join(rows)
 
 
@@ -77,31 +83,49 @@ def dtypes_block() -> str:
 
 
 BLOCKS = {
-    "demo": demo_block,
-    "generate": generate_block,
-    "rescue": rescue_block,
-    "guards": guards_block,
-    "formats": formats_block,
-    "causes": causes_block,
-    "checks": checks_block,
-    "dtypes": dtypes_block,
-    "help": help_block,
+    "generate": (README, generate_block),
+    "rescue": (README, rescue_block),
+    "formats": (README, formats_block),
+    "guards": (MORE, guards_block),
+    "causes": (MORE, causes_block),
+    "checks": (MORE, checks_block),
+    "dtypes": (MORE, dtypes_block),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_generated_block_of_the_readme_is_current(
+def test_a_generated_block_of_the_documentation_is_current(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TERMINAL_WIDTH", "80")
-    wanted = f"<!-- begin:{name} -->\n{BLOCKS[name]()}\n<!-- end:{name} -->"
-    text = README.read_text(encoding="utf-8")
+    file, block = BLOCKS[name]
+    wanted = f"<!-- begin:{name} -->\n{block()}\n<!-- end:{name} -->"
+    text = file.read_text(encoding="utf-8")
     if request.config.getoption("--update-golden"):
         text = re.sub(f"<!-- begin:{name} -->.*?<!-- end:{name} -->", lambda _: wanted, text, flags=re.DOTALL)
-        README.write_text(text, encoding="utf-8")
-    assert wanted in text, f"run `make golden` and read the diff of README.md ({name})"
+        file.write_text(text, encoding="utf-8")
+    assert wanted in text, f"run `make golden` and read the diff of {file.name} ({name})"
+
+
+def test_the_picture_of_the_readme_is_what_the_program_prints(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--update-golden"):
+        PICTURE.write_text(picture(), encoding="utf-8")
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "run `make golden` and look at configs/screen.svg"
+    assert "http" not in re.sub(r'xmlns="[^"]*"', "", picture()).replace("https://www.textualize.io", "")
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
+
+
+@pytest.mark.parametrize("command", [[], ["probe"], ["generate"], ["report"]])
+def test_help_at_80_columns_cuts_no_name_and_no_line(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = printed([*command, "--help"])
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    assert not any(line.endswith("...") for line in lines[1:])
 
 
 def test_the_readme_names_every_exit_code_and_no_other() -> None:

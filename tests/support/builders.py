@@ -239,7 +239,7 @@ def explained_run() -> Run:
             tokens=1,
             position=None,
             clean=True,
-            detail="the row without token 0, wherever it stands",
+            detail="the prompt with every occurrence of token 0 taken out",
             began=None,
         ),
     ]

@@ -53,6 +53,7 @@ def measured(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
 def store(name: str, run: Run) -> None:
     """Keep a Run, without what differs from day to day and by how much memory is free."""
     changes: dict[str, Any] = {"created": "2026-01-01T00:00:00+00:00"}
+    changes["settings"] = {**run.settings, "device": "auto"}
     changes["choices"] = [
         choice.model_copy(update={"reason": _REASONS.get((choice.what, choice.reason.split(":")[0]), choice.reason)})
         for choice in run.choices

@@ -4,30 +4,31 @@ Layer and place are columns of their own and never cut: ``model.layers.3…`` co
 Only free text folds. All strings of the record are inert (``text.safe``, and ``Text`` has no markup).
 """
 
-import io
 import math
 from collections.abc import Iterator
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group as Stacked
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge import Finding, Report, Token
-from qwen_precision.qwen3 import name_of, placed
-from qwen_precision.record import Generation, Run
+from qwen_precision.judge import Group, Report, grouped
+from qwen_precision.qwen3 import name_of
+from qwen_precision.record import Run
+from qwen_precision.render.console import VERDICT, printed, room_style
 from qwen_precision.render.table.generation import summary, texts, trips
 from qwen_precision.render.table.precision import precision_parts
 from qwen_precision.render.table.rescue import rescue_parts
 from qwen_precision.render.table.why import why_parts
-from qwen_precision.render.text import count, number, quoted, room, safe
+from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
+from qwen_precision.render.words.answer import verdict_words
 from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.finding import facts
 from qwen_precision.render.words.notseen import not_seen
-from qwen_precision.render.words.why import because, microscope
 
-_STYLE = {"ok": "green", "risk": "yellow", "fail": "bold red", "incomplete": "yellow"}
 _BAR = 18
 _GROUPS = 12
 """Groups of findings shown a dtype; the rest is counted."""
@@ -37,29 +38,19 @@ _ROWS = 10
 
 def render_table(view: View) -> str:
     """All reports as terminal text; several are first summed up side by side."""
-    sink = io.StringIO()
-    console = Console(
-        file=sink,
-        width=max(view.width, 60),
-        force_terminal=view.colour,
-        no_color=not view.colour,
-        highlight=False,
-        emoji=False,
-        legacy_windows=False,
-        color_system="standard" if view.colour else None,
-    )
+    return printed(_all(view), view)
+
+
+def _all(view: View) -> Iterator[RenderableType]:
     if len(view.reports) > 1:
-        console.print(_side_by_side(view.reports))
+        yield _side_by_side(view.reports)
     for report in view.reports:
         if len(view.reports) > 1:
-            console.print(Text(f"\n== {safe(report.name)}\n", style="bold"))
-        for part in _parts(report):
-            console.print(part)
+            yield Text(f"\n== {safe(report.name)}\n", style="bold")
+        yield from _parts(report)
     if view.changes is not None:
-        console.print(Text("\nAgainst the baseline", style="bold"))
-        for line in change_lines(view.changes):
-            console.print(Text(line))
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines()).rstrip() + "\n"
+        yield Text("\nAgainst the baseline", style="bold")
+        yield from (Text(line) for line in change_lines(view.changes))
 
 
 def _side_by_side(reports: tuple[Report, ...]) -> RenderableType:
@@ -73,7 +64,7 @@ def _side_by_side(reports: tuple[Report, ...]) -> RenderableType:
         words = [report.verdict.get(name) for name in dtypes]
         table.add_row(
             Text(f"{safe(report.name)} ({report.run.verb})"),
-            *(Text(word.upper(), _STYLE[word]) if word else Text("-") for word in words),
+            *(Text(word.upper(), VERDICT[word]) if word else Text("-") for word in words),
         )
     return table
 
@@ -87,23 +78,19 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     made = report.run.generation
     if made is not None:
         yield from texts(made)
-    for dtype in report.verdict:
-        mine = [finding for finding in report.findings if finding.dtype == dtype]
+    for dtype in dict.fromkeys([*report.verdict, *(finding.dtype for finding in report.findings)]):
+        mine = grouped(finding for finding in report.findings if finding.dtype == dtype)
         if mine:
-            yield Text(f"\nFindings in {dtype}", style="bold")
+            yield Text(f"\nFindings in {dtype if dtype in report.verdict else 'the reference'}", style="bold")
             yield from _findings(report, mine)
-    others = [finding for finding in report.findings if finding.dtype not in report.verdict]
-    if others:
-        yield Text("\nFindings in the reference", style="bold")
-        yield from _findings(report, others)
     if made is not None:
         yield from trips(made)
     for dtype in report.verdict:
         if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
             yield _headroom(report, dtype)
-    yield from why_parts(report)
     yield from rescue_parts(report)
     yield from precision_parts(report)
+    yield from why_parts(report)
     yield from _weights(report)
     for line in not_seen(report):
         yield Text(safe(line, 400), style="dim")
@@ -128,8 +115,10 @@ def _headline(report: Report) -> RenderableType:
         table.add_column(column, no_wrap=True)
     table.add_column("why")
     for dtype, verdict in report.verdict.items():
-        table.add_row(Text(dtype, "bold"), Text(verdict.upper(), _STYLE[verdict]), Text(_why(report, dtype)))
-    return Group(lines, table)
+        table.add_row(
+            Text(dtype, "bold"), Text(verdict.upper(), VERDICT[verdict]), Text(safe(verdict_words(report, dtype), 300))
+        )
+    return Stacked(lines, table)
 
 
 def _what_was_done(run: Run) -> str:
@@ -138,128 +127,28 @@ def _what_was_done(run: Run) -> str:
     return f"{count(len(run.prompts), 'prompt')}, {count(len(run.sites), 'operation')} watched"
 
 
-def _why(report: Report, dtype: str) -> str:
-    mine = [finding for finding in report.findings if finding.dtype == dtype and finding.severity != "info"]
-    if mine:
-        first = mine[0]
-        step = f"step {first.place.step}, row {first.place.row}, " if first.place.step is not None else ""
-        first_word = "first: " if first.severity == "error" else ""
-        return f"{first_word}{step}{placed(first.place.layer, safe(first.place.name))} ({first.kind})"
-    if report.verdict[dtype] == "incomplete":
-        return "nothing found before it stopped"
-    if report.run.generation is not None:
-        return "all logits finite" if _was_watched(report.run.generation) else "not watched"
-    tightest = report.headroom[dtype][0] if report.headroom[dtype] else None
-    if tightest is None or not math.isfinite(tightest.headroom):
-        return "every operation finite"
-    site = report.run.sites[tightest.site]
-    where = placed(site.layer, safe(name_of(site.module, site.op, site.call)))
-    return f"every operation finite; least headroom {room(tightest.headroom)} at {where}"
-
-
-def _was_watched(made: Generation) -> bool:
-    return any(value is not None and value == value for row in made.rows for value in row.top1)
-
-
-def _findings(report: Report, findings: list[Finding]) -> Iterator[RenderableType]:
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.severity, finding.kind, finding.place.name), []).append(finding)
-    shown = list(groups.values())[:_GROUPS]
-    for number_, group in enumerate(shown, 1):
-        yield _group(report, number_, group)
-    for advice in dict.fromkeys(group[0].cause.advice for group in shown):
+def _findings(report: Report, groups: list[Group]) -> Iterator[RenderableType]:
+    shown = groups[:_GROUPS]
+    for position, group in enumerate(shown, 1):
+        yield _group(report, position, group)
+    for advice in dict.fromkeys(group.first.cause.advice for group in shown):
         yield Text(f"Do: {safe(advice, 500)}")
     if len(groups) > len(shown):
-        rest = sum(len(group) for group in list(groups.values())[_GROUPS:])
+        rest = sum(len(group.findings) for group in groups[_GROUPS:])
         yield Text(f"… and {rest} more findings of {len(groups) - len(shown)} other operations.", style="dim")
 
 
-def _group(report: Report, position: int, group: list[Finding]) -> RenderableType:
-    first = group[0]
-    style = {"error": "bold red", "warning": "yellow"}.get(first.severity, "dim")
+def _group(report: Report, position: int, group: Group) -> RenderableType:
+    style = {"error": "bold red", "warning": "yellow"}.get(group.first.severity, "dim")
     title = Text(f"{position}. ")
-    title.append(first.kind, style)
-    title.append(f"  {_layers(group)}{safe(first.place.name)}", "bold")
-    facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_column("key", no_wrap=True, style="dim")
-    facts.add_column("value", overflow="fold")
-    for key, value in (*_facts(first, group), *_why_facts(report, first)):
-        facts.add_row(key, Text(value))
-    return Group(title, Padding(facts, (0, 0, 0, 3)))
-
-
-def _facts(first: Finding, group: list[Finding]) -> Iterator[tuple[str, str]]:
-    if first.place.step is not None:
-        began = f", {safe(first.place.module)}  {safe(first.place.op)}" if first.origin else ""
-        yield "where", f"step {first.place.step}, row {first.place.row}{began}"
-    elif first.kind != "advice":
-        yield "where", f"{safe(first.place.module)}  {safe(first.place.op)}"
-    if first.magnitude.reference is not None:
-        left = f", headroom {room(first.magnitude.headroom)}" if first.magnitude.headroom is not None else ""
-        yield "magnitude", f"{number(first.magnitude.reference)}{left}"
-    place = _place(first)
-    if place:
-        yield "at", place
-    if first.magnitude.nan or first.magnitude.inf:
-        carried = f"; passed on by {count(first.spread.propagated, 'later operation')}"
-        if first.place.step is not None:
-            carried = f"; and at {count(first.spread.propagated, 'later step')}" if first.spread.propagated else ""
-        yield "bad", f"{first.magnitude.inf:,} inf, {first.magnitude.nan:,} NaN{carried}"
-    if first.spread.prompts:
-        yield "prompts", ", ".join(quoted(name) for name in first.spread.prompts)
-    if len(group) > 1:
-        tail = ", ".join(_also(finding) for finding in group[1:4])
-        yield "also", tail + (f" and {len(group) - 4} more" if len(group) > 4 else "")
-    if first.severity == "error" or first.place.step is not None or first.kind == "advice":
-        yield "cause", safe(first.cause.sentence, 500)
-
-
-def _why_facts(report: Report, first: Finding) -> Iterator[tuple[str, str]]:
-    """The cause by name, what shows it, and the close look."""
-    if first.cause.kind is not None:
-        yield "because", safe(because(first))
-        for line in first.cause.evidence:
-            yield "", safe(line, 300)
-    for key, line in microscope(report, first):
-        yield key, safe(line, 300)
-
-
-def _place(finding: Finding) -> str:
-    parts = []
-    if finding.place.token is not None:
-        parts.append(("query at " if finding.place.key is not None else "") + _token(finding.place.token))
-    if finding.place.key is not None:
-        parts.append(f"key of {_token(finding.place.key)}")
-    if finding.place.head is not None:
-        parts.append(f"head {finding.place.head}")
-    if finding.place.channel is not None:
-        parts.append(f"channel {finding.place.channel}")
-    if finding.place.expert is not None:
-        parts.append(f"expert {finding.place.expert}")
-    return ", ".join(parts)
-
-
-def _token(token: Token) -> str:
-    text = "padding" if token.padding else f"id {token.id} {quoted(str(token.text))}"
-    row = f" of row {token.row}" if token.row else ""
-    return f"token {token.position}{row} ({text})"
-
-
-def _also(finding: Finding) -> str:
-    if finding.place.step is not None:
-        return f"step {finding.place.step} of row {finding.place.row}"
-    layer = f"layer {finding.place.layer}" if finding.place.layer is not None else safe(finding.place.module)
-    return f"{layer} ({number(finding.magnitude.reference)})" if finding.magnitude.reference is not None else layer
-
-
-def _layers(group: list[Finding]) -> str:
-    layers = sorted({finding.place.layer for finding in group if finding.place.layer is not None})
-    if not layers:
-        return ""
-    if len(layers) == 1:
-        return f"layer {layers[0]}: "
-    return f"layers {layers[0]} to {layers[-1]} ({len(layers)}): "
+    title.append(group.first.kind, style)
+    title.append(f"  {safe(group.where)}", "bold")
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column("key", no_wrap=True, style="dim")
+    table.add_column("value", overflow="fold")
+    for key, line in facts(report, group):
+        table.add_row(key, Text(safe(line, 500)))
+    return Stacked(title, Padding(table, (0, 0, 0, 3)))
 
 
 def _headroom(report: Report, dtype: str) -> RenderableType:
@@ -278,12 +167,12 @@ def _headroom(report: Report, dtype: str) -> RenderableType:
             Text(safe(name_of(site.module, site.op, site.call))),
             Text(number(row.abs_max)),
             Text(room(row.headroom)),
-            Text(_bar(row.headroom), _colour(row.headroom)),
+            Text(_bar(row.headroom), room_style(row.headroom)),
         )
     title = Text(f"\nHeadroom in {dtype}, tightest operation of each layer (full bar: the limit)", style="bold")
     rest = len(rows) - _ROWS
     more = [Text(f"… and {rest} more layers with more headroom.", style="dim")] if rest > 0 else []
-    return Group(title, table, *more)
+    return Stacked(title, table, *more)
 
 
 def _weights(report: Report) -> Iterator[RenderableType]:
@@ -301,7 +190,3 @@ def _bar(headroom: float) -> str:
     """Longer is nearer the limit, on a logarithmic scale of 2^10."""
     used = 1.0 if headroom <= 1 else max(0.0, 1 - math.log2(headroom) / 10) if math.isfinite(headroom) else 0.0
     return "█" * max(1, round(used * _BAR))
-
-
-def _colour(headroom: float) -> str:
-    return "red" if headroom < 1 else "yellow" if headroom < 2 else "green"

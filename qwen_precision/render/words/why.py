@@ -3,18 +3,13 @@
 from collections.abc import Iterator
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge import CAUSES, Finding, Report, closeup_of, massive_channels, precision, run_up
+from qwen_precision.judge import Finding, Report, closeup_of, massive_channels, precision, run_up
 from qwen_precision.record import Closeup, Run, Sweep
 from qwen_precision.render.text import count, number, quoted
 
 _MOST = 5
 _HALF = 0.5
 """Input channels are named until they make up so much of an extreme."""
-
-
-def because(finding: Finding) -> str:
-    """The cause by name, and what that means."""
-    return f"{finding.cause.kind}: {CAUSES.get(finding.cause.kind, '')}" if finding.cause.kind else ""
 
 
 def microscope(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
@@ -56,8 +51,7 @@ def controls(report: Report) -> Iterator[str]:
     for each in made.controls:
         outcome = "clean" if each.clean else "fails"
         yield f"{each.dtype}, {quoted(each.prompt)}: {each.detail} ({count(each.tokens, 'token')}): {outcome}"
-    for line in made.left_out:
-        yield f"not run: {line}"
+    yield from _left_out(made.left_out)
     by_dtype: dict[str, list[int | None]] = {}
     for one in made.continuations:
         by_dtype.setdefault(one.dtype, []).append(one.first_difference)
@@ -66,6 +60,18 @@ def controls(report: Report) -> Iterator[str]:
         where = f", first at token {min(parted)}" if parted else ""
         same = f"equal to fp32's on {len(places) - len(parted)} of {count(len(places), 'prompt')}"
         yield f"{dtype}: greedy continuation {same}{where}"
+
+
+def _left_out(lines: list[str]) -> Iterator[str]:
+    """What was not run, a line a reason."""
+    by_reason: dict[str, dict[str, int]] = {}
+    for line in lines:
+        what, _, reason = line.rpartition(": ")
+        counts = by_reason.setdefault(reason, {})
+        counts[what] = counts.get(what, 0) + 1
+    for reason, counts in by_reason.items():
+        said = [f"{what} ({times} times)" if times > 1 else what for what, times in counts.items() if what]
+        yield f"not run, {reason}: {', '.join(said)}" if said else f"not run: {reason}"
 
 
 def massive(report: Report) -> Iterator[str]:

@@ -1,0 +1,293 @@
+"""The answer to a run in a dozen facts: what a person, a bug report and a page show first, from one place.
+
+What ran; a verdict a dtype; the first failure: where it starts, how far it goes, why, what it is not; the room each
+layer has; what to do, with the command that does it. Strings from strangers are still in it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from qwen_precision.dtypes import DTYPES, narrowest
+from qwen_precision.judge import Finding, Group, Report, grouped, precision
+from qwen_precision.qwen3 import name_of, placed
+from qwen_precision.render.text import count, number, quoted, room
+from qwen_precision.render.words.finding import how_far, inside, tried, why
+from qwen_precision.render.words.ruledout import ruled_out
+from qwen_precision.render.words.steps import Step, steps
+
+
+class Verdict(NamedTuple):
+    """One dtype."""
+
+    dtype: str
+    verdict: str
+    said: str
+
+
+class Fact(NamedTuple):
+    """A label (empty: it belongs to the one above) and a sentence."""
+
+    label: str
+    text: str
+
+
+class Room(NamedTuple):
+    """The least headroom of a layer, or of several neighbours."""
+
+    layers: str
+    headroom: float
+
+
+class Answer(NamedTuple):
+    """All of it."""
+
+    title: str
+    ran: str
+    verdicts: list[Verdict]
+    facts: list[Fact]
+    dtype: str | None
+    """Whose room the layers have, where there is one with a narrow range."""
+    rooms: list[Room]
+    steps: list[Step]
+
+
+RULED_OUT = "Not it"
+"""The label of what the failure is not."""
+
+MOST_ROOMS = 8
+"""Columns of layers; of more layers several share one."""
+
+
+def answer(report: Report, record: str = "") -> Answer:
+    """Everything that is told first.
+
+    Args:
+        report: of one run.
+        record: where the run is saved, as a word of a command line; commands that read it are left out without.
+    """
+    run = report.run
+    title = f"qprec {run.verb} {run.model.source}"
+    first = _first(report)
+    dtype = narrowest(report.verdict) if run.generation is None else None
+    return Answer(
+        title=f"{title} @ {run.model.revision[:12]}" if run.model.revision else title,
+        ran=_ran(report),
+        verdicts=[Verdict(name, verdict, verdict_words(report, name)) for name, verdict in report.verdict.items()],
+        facts=[
+            *_unfinished(report),
+            *(_facts(report, first) if first is not None else _tightest(report, dtype)),
+            *_rescued(report),
+        ],
+        dtype=dtype,
+        rooms=_rooms(report, dtype) if dtype is not None else [],
+        steps=list(steps(report, first, record)),
+    )
+
+
+def _ran(report: Report) -> str:
+    run, model = report.run, report.run.model
+    chosen = {choice.what: choice.value for choice in run.choices}
+    what = count(len(run.prompts), "prompt")
+    if run.generation is not None:
+        what = f"{count(len(run.generation.rows), 'row')} in {run.settings.get('dtype')}"
+    way = [chosen[each] for each in ("device", "attention") if each in chosen]
+    way += [each for each in [chosen.get("memory")] if each and each != "resident"]
+    return "; ".join(
+        [f"{model.architecture}, {model.layers} layers, {model.source_dtype}", what, ", ".join(way)][: 2 + bool(way)]
+    )
+
+
+def _first(report: Report) -> Group | None:
+    """What the answer is about: the first error, else the first warning; infos are not an answer."""
+    groups = grouped(report.findings)
+    for severity in ("error", "warning"):
+        found = next((group for group in groups if group.first.severity == severity), None)
+        if found is not None:
+            return found
+    return None
+
+
+# -- a line a dtype -----------------------------------------------------------------------------------------------
+
+
+def verdict_words(report: Report, dtype: str) -> str:
+    """What a verdict says: how many prompts fail, how near a finite dtype came to its limit, or how precise it is."""
+    mine = [finding for finding in report.findings if finding.dtype == dtype and finding.severity != "info"]
+    if report.run.generation is not None:
+        return _of_a_text(report, dtype, mine)
+    errors = [finding for finding in mine if finding.severity == "error"]
+    if errors:
+        return "; ".join([_who(report, errors), *_least(report, dtype)])
+    if mine:
+        return "; ".join([f"{mine[0].kind} {_on(mine[0])}".strip(), *_least(report, dtype)])
+    if report.verdict[dtype] == "incomplete":
+        return "nothing found before it stopped"
+    more = [*_least(report, dtype), *_closer(report, dtype)]
+    return "; ".join(["all finite" if more else "every operation finite", *more])
+
+
+def _who(report: Report, errors: list[Finding]) -> str:
+    failing = {name for finding in errors for name in finding.spread.prompts}
+    in_all = len(report.run.prompts)
+    if not failing:
+        return f"{errors[0].kind} in the file" if errors[0].place.op == "weight" else errors[0].kind
+    return "the prompt fails" if in_all == 1 else f"{len(failing)} of {in_all} prompts fail"
+
+
+def _on(finding: Finding) -> str:
+    names = [quoted(name, 24) for name in finding.spread.prompts]
+    return "on " + ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") if names else ""
+
+
+def _least(report: Report, dtype: str) -> Iterator[str]:
+    rows = report.headroom[dtype]
+    if rows and math.isfinite(rows[0].headroom) and DTYPES[dtype].max < 1e30:
+        yield f"least headroom {room(rows[0].headroom)}"
+
+
+def _closer(report: Report, dtype: str) -> Iterator[str]:
+    """How much nearer to fp32 than bf16: what fp16 is for."""
+    found = precision(report.run)
+    ours, theirs = (found[name].layers[-1:] if name in found else [] for name in ("fp16", "bf16"))
+    if dtype == "fp16" and ours and theirs and ours[0] and theirs[0] and theirs[0] > ours[0]:
+        yield f"{theirs[0] / ours[0]:.2g}x closer to fp32 than bf16"
+
+
+def _of_a_text(report: Report, dtype: str, mine: list[Finding]) -> str:
+    made = report.run.generation
+    assert made is not None
+    if mine:
+        first = mine[0]
+        rows = {finding.place.row for finding in mine if finding.place.row is not None}
+        where = f"{len(rows)} of {len(made.rows)} rows" if len(made.rows) > 1 else "the text"
+        step = f" at step {first.place.step}" if first.place.step is not None else ""
+        return f"{where} failed{step} ({first.kind})" + ("" if first.severity == "error" else ", repaired")
+    watched = any(value is not None and value == value for row in made.rows for value in row.top1)
+    return "all logits finite" if watched else "not watched"
+
+
+# -- the first failure --------------------------------------------------------------------------------------------
+
+
+def _unfinished(report: Report) -> Iterator[Fact]:
+    if report.stopped:
+        yield Fact("Stopped", f"{report.stopped}; what was not reached is not judged")
+    if report.run.unfinished:
+        yield Fact("Not done", report.run.unfinished)
+
+
+def _facts(report: Report, group: Group) -> Iterator[Fact]:
+    first = group.first
+    if first.place.op == "weight":
+        yield Fact(_label(first), first.cause.sentence.rstrip("."))
+        yield from _why(first)
+        return
+    where, far = ", ".join([_place(first), *_inside(report, first)]), how_far(first)
+    short = first.magnitude.reference is None
+    yield Fact(_label(first), f"{where}: {far}" if far and short else where)
+    below = "; ".join(part for part in ("" if short else far, _too(group)) if part)
+    if below:
+        yield Fact("", below)
+    rest = [each for each in grouped(report.findings) if each.first.severity == "error"]
+    others = [each for each in rest if (each.where, each.first.kind) != (group.where, first.kind)]
+    if others:
+        yield Fact("Also", _others(others, first.dtype))
+    yield from _why(first)
+    excluded = list(dict.fromkeys(what for what, _ in ruled_out(report, first)))
+    if excluded and first.severity == "error":
+        yield Fact(RULED_OUT, ", ".join(excluded))
+    if first.cause.done:
+        yield Fact("Done", first.cause.done)
+
+
+def _label(first: Finding) -> str:
+    if first.place.op == "weight":
+        return "Damage" if first.kind in ("weight-nonfinite", "bad-scale") else "Weight"
+    if first.severity == "warning" and first.place.step is None:
+        return "Nearest" if first.kind == "near-overflow" else "Risk"
+    return "Starts" if first.origin else "Where"
+
+
+def _too(group: Group) -> str:
+    """The other layers in which the same operation fails by itself."""
+    rest = [str(layer) for layer in group.layers if layer != group.first.place.layer]
+    if not rest:
+        return ""
+    if len(rest) > 5:
+        return f"layers {', '.join(rest[:4])} and {len(rest) - 4} more too"
+    return f"layers {', '.join(rest[:-1])} and {rest[-1]} too" if len(rest) > 1 else f"layer {rest[0]} too"
+
+
+def _place(first: Finding) -> str:
+    where = placed(first.place.layer, first.place.name)
+    if first.place.step is not None and first.place.site is None:
+        return f"step {first.place.step} of row {first.place.row}, {where}"
+    return where
+
+
+def _inside(report: Report, first: Finding) -> Iterator[str]:
+    """Token, head, expert, channel; and of several prompts the worst."""
+    yield from inside(first.place)
+    place = first.place
+    if place.prompt is not None and len(report.run.prompts) > 1:
+        yield f"in {quoted(place.prompt, 24)}"
+
+
+def _others(groups: Sequence[Group], dtype: str) -> str:
+    said = [f"{each.first.kind} in {each.where}" for each in groups[:2]]
+    said = [
+        text if each.first.dtype == dtype else f"{text} ({each.first.dtype})"
+        for text, each in zip(said, groups, strict=False)
+    ]
+    return "; ".join(said) + (f" and {len(groups) - 2} more" if len(groups) > 2 else "")
+
+
+def _why(first: Finding) -> Iterator[Fact]:
+    if first.kind == "near-overflow":
+        return  # what to do says it
+    yield Fact("Why", why(first))
+    if first.cause.tried:
+        yield Fact("Tried", tried(first))
+
+
+def _rescued(report: Report) -> Iterator[Fact]:
+    """What came of a rescue that was carried out."""
+    made = report.run.rescue.exported if report.run.rescue is not None else None
+    if made is None:
+        return
+    if not made.verified:
+        yield Fact("Rescue", f"NOT verified: {made.why}")
+        return
+    least = room(float(made.headroom)) if made.headroom is not None else "-"
+    same = "the same answer in fp32, bit for bit" if made.identical else "not the original's answer in fp32"
+    yield Fact("Rescued", f"{made.verdict.upper()} in fp16, least headroom {least}; {same}")
+
+
+# -- room ---------------------------------------------------------------------------------------------------------
+
+
+def _tightest(report: Report, dtype: str | None) -> Iterator[Fact]:
+    """Of a healthy run the place that is nearest to a limit."""
+    row = report.headroom[dtype][0] if dtype is not None and report.headroom[dtype] else None
+    if row is None or not math.isfinite(row.headroom) or row.abs_max <= 0:
+        return
+    site = report.run.sites[row.site]
+    where = placed(site.layer, name_of(site.module, site.op, site.call))
+    limit = f"{dtype}'s limit is {number(row.headroom * row.abs_max)}"
+    yield Fact("Tightest", f"{where}: {number(row.abs_max)}; {limit}, {room(row.headroom)} that")
+
+
+def _rooms(report: Report, dtype: str) -> list[Room]:
+    least: dict[int, float] = {}
+    for row in report.tightest(dtype):
+        layer = report.run.sites[row.site].layer
+        if layer is not None:
+            least[layer] = row.headroom
+    layers = sorted(least)
+    size = math.ceil(len(layers) / MOST_ROOMS) or 1
+    parts = [layers[at : at + size] for at in range(0, len(layers), size)]
+    return [
+        Room(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}", min(least[layer] for layer in part))
+        for part in parts
+    ]

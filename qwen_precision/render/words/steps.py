@@ -1,0 +1,66 @@
+"""What to do next, each with the command that does it, from a judged run."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qwen_precision.dtypes import RESCUED
+from qwen_precision.judge import Group, Report, next_command, next_rescue, next_sweep, quoted_for_a_shell
+from qwen_precision.record import Rescue
+from qwen_precision.render.text import room
+
+
+class Step(NamedTuple):
+    """Something to do: a command that stands alone on its line, or a sentence, or both."""
+
+    label: str
+    command: str
+    said: str
+
+
+def steps(report: Report, first: Group | None, record: str) -> Iterator[Step]:
+    """The most useful first.
+
+    Args:
+        report: of one run.
+        first: what the answer is about; None where nothing was found.
+        record: where the run is saved, as a word of a command line, or empty.
+    """
+    yield from _repairs(report, first, record)
+    sweep = next_sweep(report) if first is None or first.first.severity == "warning" else None
+    if sweep is not None:
+        yield Step("Go on", sweep, "tries every token as the first one: some reach further than texts do")
+    if record:
+        yield Step("More", f"qprec report {record}", "")
+        if first is not None:
+            yield Step("Share", f"qprec report {record} -o report.md", "")
+
+
+def _repairs(report: Report, first: Group | None, record: str) -> Iterator[Step]:
+    exported = report.run.rescue.exported if report.run.rescue is not None else None
+    if exported is not None and exported.kept and exported.verified:
+        yield Step(
+            "Use it",
+            f"qprec generate {quoted_for_a_shell(exported.folder)} --dtype {exported.dtype}",
+            "a plain checkpoint: transformers, vLLM (--dtype float16) and others load it as it is",
+        )
+        return
+    rescue, origin = next_rescue(report, record or "RUN"), next_command(report, record or "RUN")
+    if origin is not None:
+        yield Step("Find it", origin, "where it starts, and why")
+    if rescue is not None:
+        yield Step("Fix it", rescue, _gain(report, report.run.rescue))
+    others = [dtype for dtype, verdict in report.verdict.items() if verdict == "ok"]
+    if first is not None and first.first.severity == "error" and rescue is None and origin is None:
+        yield Step("Do", "", first.first.cause.advice)
+    elif first is not None and first.first.severity == "error" and others and report.run.generation is None:
+        yield Step("or", "", f"run it in {' or '.join(others)}")
+    if first is not None and first.first.severity == "warning" and rescue is None and origin is None:
+        yield Step("Do", "", first.first.cause.advice)
+
+
+def _gain(report: Report, plan: Rescue | None) -> str:
+    before = report.headroom.get(RESCUED) or []
+    if plan is None or not before or not math.isfinite(before[0].headroom):
+        return "the same model in fp32, bit for bit"
+    return f"the same model in fp32; least headroom in fp16 {room(before[0].headroom)} -> {room(plan.margin)} or more"

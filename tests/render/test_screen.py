@@ -1,0 +1,95 @@
+"""One screen that answers: golden at two widths, never longer than a terminal, its commands whole and last."""
+
+from collections.abc import Callable
+
+import pytest
+
+from qwen_precision.judge.checks import judge
+from qwen_precision.record.run import Run, Weight
+from qwen_precision.render import FORMATS, View
+from qwen_precision.render.screen import MOST_LINES
+from support.builders import (
+    HEALTHY,
+    RUNS,
+    a_generation,
+    a_pass,
+    a_prompt,
+    a_run,
+    generated,
+    healthy_run,
+    hostile_run,
+    many_overflows_run,
+    overflowing_run,
+)
+
+
+def risky_run() -> Run:
+    near = [*HEALTHY[:4], 61_000.0, 31.0]
+    prompts = [a_prompt("plain"), a_prompt("chinese", "上海有个非常出名的地方，")]
+    return a_run([a_pass("fp32", near), a_pass("fp16", near), a_pass("bf16", near)], prompts=prompts)
+
+
+def damaged_run() -> Run:
+    """A NaN in the file: every dtype fails by it."""
+    weight = Weight(
+        name="model.layers.31.mlp.down_proj.weight",
+        parameter="model.layers.31.mlp.down_proj.weight",
+        file="model-00002-of-00005.safetensors",
+        elements=50_331_648,
+        nan=3,
+        inf=0,
+        abs_max=0.4,
+        overflow={},
+        underflow={},
+        inexact={},
+    )
+    return healthy_run(weights=[weight])
+
+
+SCREENS: dict[str, Callable[[], Run]] = {**RUNS, "risk": risky_run, "damaged": damaged_run}
+
+
+def screen(run: Run, width: int = 80, record: str = "qprec-run.json") -> str:
+    return str(FORMATS["screen"].render(View((judge(run),), width=width, record=record)))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", SCREENS)
+def test_every_kind_of_run_looks_as_expected(name: str, width: int, golden: Callable[[str, str], None]) -> None:
+    golden(f"{name}.screen{width}.txt", screen(SCREENS[name](), width))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", [*SCREENS, "long", "many-layers"])
+def test_a_screen_fits_a_terminal_but_for_commands_that_stay_whole(name: str, width: int) -> None:
+    long = {"long": lambda: hostile_run("word " * 400), "many-layers": lambda: many_overflows_run(94)}
+    lines = screen({**SCREENS, **long}[name](), width).splitlines()
+    assert len(lines) <= MOST_LINES
+    assert all(len(line) <= width or line[10:].startswith("qprec ") for line in lines)
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_the_last_line_is_something_to_do(name: str) -> None:
+    last = screen(SCREENS[name]()).splitlines()[-1]
+    assert last[10:].startswith("qprec ")
+
+
+def test_the_answer_names_place_magnitude_limit_cause_and_what_to_do() -> None:
+    text = screen(overflowing_run())
+    for part in (
+        'Starts    layer 31, residual add after mlp, token 0 "Hello", channel 35',
+        "74,946 in fp32, 1.14 times fp16's limit of 65,504",
+        "Why       out-of-range: the value is too large for fp16",
+        "fp16      FAIL   the prompt fails; least headroom 0.874x",
+    ):
+        assert part in text, text
+
+
+def test_what_is_worth_least_goes_first_where_there_is_no_room() -> None:
+    # Eight rows of a batch and every fact there is do not fit; verdict, place and cause always do.
+    text = screen(generated(a_generation([*RUNS["text-recovered"]().generation.rows] * 4), ["fp16", "bf16"]))  # type: ignore[union-attr]
+    assert "qprec report" in text and "and 6 more rows" in text and len(text.splitlines()) <= MOST_LINES
+
+
+def test_without_a_record_no_command_names_one() -> None:
+    assert "qprec report" not in screen(overflowing_run(), record="")
