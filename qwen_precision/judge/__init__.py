@@ -11,6 +11,7 @@ from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
 from qwen_precision.judge.findings import Finding, Headroom, Limits, Report, Token, rescue_exit_code
+from qwen_precision.judge.groups import Group, grouped
 from qwen_precision.judge.needs import ANSWER, FAR, LOGITS, HeadroomGain, Needs, answer_of, headroom_gains, needs
 from qwen_precision.judge.nextcommand import next_command, next_rescue, same_again
 from qwen_precision.judge.precision import Precision, precision
@@ -26,6 +27,7 @@ __all__ = [
     "Changes",
     "Columns",
     "Finding",
+    "Group",
     "Headroom",
     "HeadroomGain",
     "Limits",
@@ -40,6 +42,7 @@ __all__ = [
     "candidates",
     "changes",
     "closeup_of",
+    "grouped",
     "headroom_gains",
     "judge",
     "massive_channels",

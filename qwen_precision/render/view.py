@@ -1,5 +1,6 @@
 """What a renderer is given: one or several reports, what they are compared with, and how wide the terminal is."""
 
+import re
 from dataclasses import dataclass
 
 from qwen_precision.judge import Changes, Report
@@ -30,3 +31,9 @@ class View:
 def one(report: Report, fail_on: str = "fail") -> View:
     """A view of a single report."""
     return View((report,), fail_on)
+
+
+def model_named(report: Report) -> str:
+    """The model in a title: its hub id, or the last two parts of its folder. A stranger's words are still in it."""
+    parts = [part for part in re.split(r"[\\/]", report.run.model.source) if part]
+    return "/".join(parts[-2:])

@@ -103,7 +103,7 @@ def test_github_writes_annotations_and_the_job_summary(monkeypatch: pytest.Monke
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
     Path("summary.md").write_text("before\n")
     assert main(["report", "bad.json", "gen.json", "--format", "github"]) == 1
-    assert capsys.readouterr().out.startswith("::error title=qprec fp16%3A overflow%2C layer 31")
+    assert capsys.readouterr().out.startswith("::error title=qprec Qwen/Qwen3-8B%2C fp16%3A overflow%2C layer 31")
     text = Path("summary.md").read_text()
     assert text.startswith("before\n# qprec probe") and "# qprec generate" in text
 

@@ -27,7 +27,6 @@ from support.builders import (
     healthy_run,
     hostile_run,
     hostile_text_run,
-    many_overflows_run,
     overflowing_run,
 )
 
@@ -99,11 +98,6 @@ def test_markdown_stays_below_what_github_takes_and_says_what_was_left_out() -> 
     text = shown(overflowing_run(prompts=prompts), "markdown")
     assert len(text) <= 65_536 and len(text) <= LONGEST + 100
     assert "Left out" in text and "prompts" in text.rsplit("Left out", 1)[1] and "## Findings" in text
-
-
-def test_github_is_given_ten_annotations_at_most_and_the_last_counts_the_rest() -> None:
-    lines = shown(many_overflows_run(40), "github").splitlines()
-    assert len(lines) == 10 and lines[-1].endswith("71 more findings of this severity")
 
 
 # -- junit ---------------------------------------------------------------------------------------------------------
