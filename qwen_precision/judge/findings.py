@@ -134,7 +134,7 @@ class Report:
     verdict: dict[str, str]
     """By dtype: ok, risk, fail, or incomplete (stopped before anything was found)."""
     findings: list[Finding]
-    headroom: dict[str, list[Headroom]]
+    headroom: dict[str, list[Headroom]] = field(repr=False)  # too long to print
     """By dtype, smallest first; only sites that compute in that dtype itself."""
     stopped: str | None
     run: Run = field(repr=False)
