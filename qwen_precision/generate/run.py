@@ -260,6 +260,7 @@ def _record(
         settings=job.settings.model_dump(),
         choices=job.choices,
         prompts=[job.prompt],
+        redacted=False,
         dtypes=[name for name in DTYPES if name in used],
         reference=False,
         sites=[],

@@ -240,6 +240,7 @@ def _record(job: Job, stopped: str | None) -> Run:
         settings=job.settings.model_dump(),
         choices=job.choices,
         prompts=job.prompts,
+        redacted=False,
         dtypes=job.settings.dtypes,
         reference=REFERENCE in job.passes,
         sites=job.collector.site_parts(),

@@ -12,6 +12,7 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.compare import changes
+from qwen_precision.judge.nextcommand import next_command, next_rescue, same_again
 from qwen_precision.record.file import to_json
 from qwen_precision.record.run import Run
 from qwen_precision.render import FORMATS, View, one
@@ -270,6 +271,15 @@ def test_redacted_no_text_is_left_and_the_verdict_is_the_same(name: str) -> None
     assert judge(clean).verdict == judge(run).verdict
     for each in FORMATS.values():
         assert each.render(one(judge(clean)))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_redacted_no_command_asks_for_prompts_that_are_gone(name: str) -> None:
+    report = judge(redacted(RUNS[name]()))
+    for each in TEXTS:
+        assert "--prompt" not in str(FORMATS[each].render(one(report))), each
+    assert same_again(report.run).startswith("# The prompts are redacted")
+    assert next_command(report, "run.json") is None and next_rescue(report, "run.json") is None
 
 
 # -- the page in a browser -------------------------------------------------------------------------------------------
