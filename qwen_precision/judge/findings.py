@@ -156,6 +156,13 @@ class Report:
         return 3 if self.stopped or self.run.unfinished else 0
 
 
+def exit_code_of(report: Report, fail_on: str) -> int:
+    """Exit code of a saved run: that with which the command that made it ended."""
+    # Only what was asked for is exported.
+    exported = report.run.rescue is not None and report.run.rescue.exported is not None
+    return rescue_exit_code(report, fail_on) if exported else report.exit_code(fail_on)
+
+
 def rescue_exit_code(report: Report, fail_on: str) -> int:
     """Exit code of a run that was to be rescued: in fp16 the exported checkpoint counts, not the one probed."""
     plan = report.run.rescue

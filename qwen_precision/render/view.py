@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from qwen_precision.judge import Changes, Report
+from qwen_precision.judge import Changes, Report, exit_code_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class View:
             codes = {self.changes.exit_code(self.fail_on)}
             codes |= {3 for report in self.reports if report.stopped}
         else:
-            codes = {report.exit_code(self.fail_on) for report in self.reports}
+            codes = {exit_code_of(report, self.fail_on) for report in self.reports}
         return 1 if 1 in codes else max(codes, default=0)
 
 
