@@ -119,7 +119,9 @@ def _message(axes: Any, report: Report, lines: Lines) -> None:
     layer = first.place.layer
     _point_at(axes, _failure(first), on.RED, layer, size)
     axes.axvspan(layer - 0.5, layer + 0.5, color=on.RED, alpha=0.08, linewidth=0)
-    axes.plot([layer], [size], "o", ms=10, fillstyle="none", color=on.RED, markeredgewidth=1.6, zorder=4)
+    # Off the line where another operation of the layer is larger still.
+    axes.plot([layer], [size], "o", ms=5, color=on.RED, zorder=4)
+    axes.plot([layer], [size], "o", ms=11, fillstyle="none", color=on.RED, markeredgewidth=1.6, zorder=4)
 
 
 def _in(axes: Any) -> dict[str, Any]:
@@ -128,9 +130,9 @@ def _in(axes: Any) -> dict[str, Any]:
 
 
 def _point_at(axes: Any, text: str, colour: str, layer: int, size: float) -> None:
-    """Words right above a point where the healthy region has room for them, else above all data, with a line to it."""
+    """Words above all data, with a line to the point; quiet ones right above it, where the healthy region has room."""
     across, up = axes.transAxes.inverted().transform(axes.transData.transform((layer, size)))
-    free = up < _ROOM
+    free = colour == on.GREY and up < _ROOM
     end = "left" if across < 0.3 else "right" if across > 0.7 else "center"
     line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkB": 5}
     made = axes.annotate(
