@@ -27,6 +27,9 @@ _ROWS = 10
 """Operations that the table shows; the rest has more headroom and is counted."""
 _COLUMNS = ("forward", "module", "op", "call", "name", "dtype", "abs_max", "headroom")
 
+_WHOLE = "(model)"
+"""The watched module itself, whose path is empty."""
+
 _WATCHED: WeakSet[nn.Module] = WeakSet()
 """Models that are being watched just now."""
 
@@ -126,14 +129,18 @@ def _counted(how_many: int, thing: str) -> str:
 
 
 def _row(reading: Reading) -> tuple[Any, ...]:
-    name = name_of(*reading.spot)
+    name = _name(reading)
     size = (short_name(reading.dtype), reading.abs_max, reading.headroom)
     return (reading.forward, *reading.spot, name, *size)
 
 
+def _name(reading: Reading) -> str:
+    return name_of(reading.module or _WHOLE, reading.op, reading.call)
+
+
 def _cells(reading: Reading) -> tuple[str, ...]:
     room = "none" if not reading.headroom else "all" if math.isinf(reading.headroom) else f"{reading.headroom:.3g}x"
-    return reading.module, name_of(*reading.spot), short_name(reading.dtype), f"{reading.abs_max:.4g}", room
+    return reading.module or _WHOLE, _name(reading), short_name(reading.dtype), f"{reading.abs_max:.4g}", room
 
 
 def watch(model: nn.Module) -> AbstractContextManager[Readings]:

@@ -189,7 +189,7 @@ def test_a_frame_has_a_row_a_reading_and_its_headroom(monkeypatch: pytest.Monkey
             "module": "",
             "op": "mul",
             "call": 0,
-            "name": "mul in ",
+            "name": "mul in (model)",
             "dtype": "fp16",
             "abs_max": 2.0,
             "headroom": 32752.0,
