@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from qwen_precision.errors import QprecError
+from qwen_precision.errors import QprecError, UsageError
 
 
 def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", force: bool = True) -> None:
@@ -19,6 +19,7 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
 
     Raises:
         QprecError: the folder is missing or not writable, or the path is a folder or an input.
+        UsageError: there is a file already that may not be replaced.
     """
     real = Path(os.path.realpath(path))
     folder = real.parent
@@ -37,7 +38,7 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
         if real == source or (source.is_dir() and (source / "config.json").exists() and source in real.parents):
             raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
     if real.is_file() and not force:
-        raise QprecError(f"{label} {path}: is there already; add --force to replace it.")
+        raise UsageError(f"{label} {path}: is there already; add --force to replace it.")
 
 
 def write_atomically(path: Path, text: str | bytes) -> None:

@@ -4,6 +4,7 @@ Other folders import the names below, from here.
 May import: record, qwen3, settings, judge, model, watcher, probe, render, rescue, report.
 """
 
+from qwen_precision.diagnose.python import from_python
 from qwen_precision.diagnose.run import diagnose
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "from_python"]

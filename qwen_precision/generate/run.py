@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 
-from qwen_precision import __version__
 from qwen_precision.dtypes import DTYPES, RESCUED
 from qwen_precision.errors import QprecError, UsageError, in_one_line
 from qwen_precision.generate.decode import Decoder, Session
@@ -46,6 +45,7 @@ from qwen_precision.settings import (
     rendered,
     tokenise,
 )
+from qwen_precision.version import __version__
 
 OnToken = Callable[[Any, int, int], None]
 """Called with the tokenizer, the row and the id of each token that was accepted."""
@@ -260,6 +260,7 @@ def _record(
         settings=job.settings.model_dump(),
         choices=job.choices,
         prompts=[job.prompt],
+        redacted=False,
         dtypes=[name for name in DTYPES if name in used],
         reference=False,
         sites=[],

@@ -9,7 +9,16 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
-from qwen_precision.judge.findings import Finding, Headroom, Limits, Place, Report, Token, rescue_exit_code
+from qwen_precision.judge.findings import (
+    Finding,
+    Headroom,
+    Limits,
+    Place,
+    Report,
+    Token,
+    exit_code_of,
+    rescue_exit_code,
+)
 from qwen_precision.judge.groups import Group, grouped
 from qwen_precision.judge.meanings import CAUSES, Meaning
 from qwen_precision.judge.needs import ANSWER, FAR, LOGITS, HeadroomGain, Needs, answer_of, headroom_gains, needs
@@ -44,6 +53,7 @@ __all__ = [
     "candidates",
     "changes",
     "closeup_of",
+    "exit_code_of",
     "grouped",
     "headroom_gains",
     "judge",

@@ -154,7 +154,7 @@ class Report:
     verdict: dict[str, str]
     """By dtype: ok, risk, fail, or incomplete (stopped before anything was found)."""
     findings: list[Finding]
-    headroom: dict[str, list[Headroom]]
+    headroom: dict[str, list[Headroom]] = field(repr=False)  # too long to print
     """By dtype, smallest first; only sites that compute in that dtype itself."""
     stopped: str | None
     run: Run = field(repr=False)
@@ -174,6 +174,13 @@ class Report:
         if bad & set(self.verdict.values()):
             return 1
         return 3 if self.stopped or self.run.unfinished else 0
+
+
+def exit_code_of(report: Report, fail_on: str) -> int:
+    """Exit code of a saved run: that with which the command that made it ended."""
+    # Only what was asked for is exported.
+    exported = report.run.rescue is not None and report.run.rescue.exported is not None
+    return rescue_exit_code(report, fail_on) if exported else report.exit_code(fail_on)
 
 
 def rescue_exit_code(report: Report, fail_on: str) -> int:

@@ -31,6 +31,13 @@ def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
     return " ".join([*parts, f"--dtype {dtype}", _prompt(row.input) if plain else f"--prompts {record}"])
 
 
+def to_its_origin(run: Run, row: Continuation) -> str:
+    """Advice that ends in the probe to run next; of a redacted run, which holds nothing to probe, in where to look."""
+    if run.redacted:
+        return "Find the origin: this record is redacted; the one it was made from names the probe to run."
+    return f"Find the origin: {next_probe(run, row)}"
+
+
 def _prompt(text: str) -> str:
     return f"--prompt {quoted_for_a_shell(text)}"
 
@@ -73,7 +80,12 @@ _TOLD = (
 
 
 def same_again(run: Run, record: str = "RUN") -> str:
-    """The command that makes this run again; prompts that no text on a command line gives are read from the record."""
+    """The command that makes this run again; prompts that no text on a command line gives are read from the record.
+
+    Of a redacted run, whose prompts are gone, a comment of a shell that says so.
+    """
+    if run.redacted:
+        return "# The prompts are redacted: only the record that this one was made from gives the command."
     told = run.settings
     parts = _start(run.verb, run)
     if run.verb == "probe" and run.dtypes != list(DTYPES):
@@ -114,7 +126,7 @@ def _texts_will_do(run: Run) -> bool:
 def next_rescue(report: Report, record: str = "RUN") -> str | None:
     """The command that carries a planned rescue out, where it is possible and was not done; ``record`` is its file."""
     run, plan = report.run, report.run.rescue
-    if plan is None or not plan.possible or plan.rescaling.changes_nothing or plan.exported is not None:
+    if run.redacted or plan is None or not plan.possible or plan.rescaling.changes_nothing or plan.exported is not None:
         return None
     parts = [part for part in re.split(r"[\\/]", run.model.source) if part not in ("", ".", "..")]
     folder = f"{parts[-1]}-fp16safe" if parts else "../model-fp16safe"  # the checkpoint is where the shell stands
@@ -165,6 +177,8 @@ def _escaped(char: str) -> str:
 
 def next_command(report: Report, record: str) -> str | None:
     """The probe to run next, after a generation in which logits or text went bad; ``record`` is its file."""
+    if report.run.redacted:
+        return None
     made = report.run.generation
     kinds = {"nonfinite-logits", "sampling-error", "degenerate-text", "masked-row"}
     bad = [each for each in report.findings if each.kind in kinds and each.severity != "info"]

@@ -12,7 +12,7 @@ from typing import Any
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.degenerate import Symptom, symptoms
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
-from qwen_precision.judge.nextcommand import next_probe
+from qwen_precision.judge.nextcommand import to_its_origin
 from qwen_precision.record import (
     FILTERED,
     MENDED,
@@ -70,7 +70,7 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
         "warning" if mended else "error",
         first.dtype,
         cause,
-        f"Find the origin: {next_probe(run, row)}",
+        to_its_origin(run, row),
         row=row.row,
         step=first.step,
     )
@@ -160,10 +160,10 @@ def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, wa
     stretch = [each.dtype for each in row.stretches if each.start <= symptom.start]
     if left:
         cause = f"{what}: the logits were not usable at {len(left)} of these steps, so the text means nothing."
-        severity, advice = "error", f"Find the origin: {next_probe(run, row)}"
+        severity, advice = "error", to_its_origin(run, row)
     elif bad:
         cause = f"{what}: the logits were repaired at {len({t.step for t in bad})} of these steps."
-        severity, advice = "warning", f"Find the origin: {next_probe(run, row)}"
+        severity, advice = "warning", to_its_origin(run, row)
     elif watched:
         cause = f"{what}: the logits were healthy all along, so the model merely repeats itself."
         severity, advice = "info", "This is not a numerical fault: sample, or raise the repetition penalty a little."
@@ -220,7 +220,7 @@ def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings)
             row.stretches[-1].dtype if row.stretches else run.dtypes[0],
             f"Rows {other.row} and {row.row} have different prompts and were drawn with different random numbers, "
             f"yet their {len(key)} tokens are the same: the text depends on neither, as with NaN logits.",
-            f"Find the origin: {next_probe(run, row)}",
+            to_its_origin(run, row),
             row=row.row,
             step=0,
             name="generated text",
@@ -237,7 +237,7 @@ def masked_rows(columns: Columns) -> Iterator[Finding]:
         if trip.poisoned is not None and trip.poisoned.in_padding:
             mended = trip.step in mended_steps(made.trips, trip.row)
             row = next((each for each in made.rows if each.row == trip.row), None)
-            find = f" Find the origin: {next_probe(columns.run, row)}" if row is not None else ""
+            find = f" {to_its_origin(columns.run, row)}" if row is not None else ""
             before = f"layers up to {trip.poisoned.layer - 1}" if trip.poisoned.layer else "the embedding"
             yield _finding(
                 columns.run,

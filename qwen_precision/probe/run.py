@@ -9,7 +9,6 @@ import torch
 import transformers
 from torch import nn
 
-from qwen_precision import __version__
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.model import (
@@ -42,6 +41,7 @@ from qwen_precision.probe.whole import Whole
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Choice, Prompt, Run
 from qwen_precision.settings import ProbeSettings, PromptSpec, tokenise
+from qwen_precision.version import __version__
 
 SLICE_BYTES = 256 * 1024 * 1024
 """Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""
@@ -240,6 +240,7 @@ def _record(job: Job, stopped: str | None) -> Run:
         settings=job.settings.model_dump(),
         choices=job.choices,
         prompts=job.prompts,
+        redacted=False,
         dtypes=job.settings.dtypes,
         reference=REFERENCE in job.passes,
         sites=job.collector.site_parts(),

@@ -243,6 +243,8 @@ class Run(Part):
     settings: dict[str, Any]
     choices: list[Choice]
     prompts: list[Prompt]
+    redacted: bool
+    """Whether texts were taken out: each is its length and digest, token strings are empty, token ids are made up."""
     dtypes: list[str]
     """The dtypes asked for, in the order asked."""
     reference: bool

@@ -1,5 +1,6 @@
 """Old records, made into new ones: an ordered table of named steps, each from one schema number to the next."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -42,8 +43,9 @@ def _not_rescaled(row: Any) -> Any:
 
 def _harm_came_in(data: Record) -> Record:
     """Schema 4 holds whether an overflow made a difference, an extreme element in exact arithmetic, where a control
-    failed, steps of a generation that are made again, and what is wrong with the scales of quantised weights."""
-    data = {**data, "scale_faults": []}
+    failed, steps of a generation that are made again, what is wrong with the scales of quantised weights, and whether
+    its texts were taken out."""
+    data = {**data, "scale_faults": [], "redacted": _looks_redacted(data.get("prompts"))}
     prompts, passes, why = data.get("prompts"), data.get("passes"), data.get("explanation")
     if isinstance(prompts, list):
         data = {**data, "prompts": [_with(each, failed=None) for each in prompts]}
@@ -52,6 +54,21 @@ def _harm_came_in(data: Record) -> Record:
     if not isinstance(passes, list):
         return data
     return {**data, "passes": [_events(each, _with_harm) for each in passes]}
+
+
+_DIGEST = re.compile(r"\[\d+ characters, sha256 [0-9a-f]{12}\]")
+
+
+def _looks_redacted(prompts: Any) -> bool:
+    """Whether a text stands for another, or no token id has one: so it was before a record could say that it is."""
+    rows = [row for each in _list(prompts) if isinstance(each, dict) for row in _list(each.get("rows"))]
+    rows = [row for row in rows if isinstance(row, dict)]
+    stands_in = any(_DIGEST.fullmatch(row["text"]) for row in rows if isinstance(row.get("text"), str))
+    return stands_in or any(_list(row.get("tokens")) and not any(row["tokens"]) for row in rows)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _with(each: Any, **more: Any) -> Any:

@@ -1,14 +1,13 @@
-"""GitHub Actions annotations: a line a finding, in the workflow-command syntax.
+"""GitHub Actions annotations: a line for an operation that is found in one layer or in several, as workflow commands.
 
 Syntax: https://docs.github.com/actions/reference/workflow-commands-for-github-actions
 """
 
 from collections.abc import Iterator
 
-from qwen_precision.judge import Finding
-from qwen_precision.qwen3 import placed
-from qwen_precision.render.text import safe
-from qwen_precision.render.view import View
+from qwen_precision.judge import Finding, Group, Report, grouped
+from qwen_precision.render.text import count, safe
+from qwen_precision.render.view import View, model_named
 
 _LEVEL = {"error": "error", "warning": "warning", "info": "notice"}
 _MOST = 9
@@ -19,29 +18,45 @@ def render_github(view: View) -> str:
     """Annotations for errors first; with a baseline, for what is new."""
     lines = list(_lines(view))
     nothing = "nothing found" if view.changes is None else "nothing new"
-    return "\n".join(lines) + "\n" if lines else f"::notice title=qprec::{nothing}\n"
+    models = ", ".join(dict.fromkeys(safe(model_named(report)) for report in view.reports))
+    return "\n".join(lines) + "\n" if lines else f"::notice title={_property(f'qprec {models}')}::{nothing}\n"
 
 
 def _lines(view: View) -> Iterator[str]:
-    findings = [finding for report in view.reports for finding in report.findings]
-    if view.changes is not None:
-        findings = [*view.changes.new, *view.changes.risen]
+    found = [(report, group) for report in view.reports for group in grouped(_findings(view, report))]
     for severity, level in _LEVEL.items():
-        mine = [finding for finding in findings if finding.severity == severity]
-        yield from (f"::{level} title={_property(_title(finding))}::{_data(finding)}" for finding in mine[:_MOST])
+        mine = [(report, group) for report, group in found if group.first.severity == severity]
+        yield from (
+            f"::{level} title={_property(_title(report, group))}::{_data(group)}" for report, group in mine[:_MOST]
+        )
         if len(mine) > _MOST:
-            yield f"::{level} title=qprec::{len(mine) - _MOST} more findings of this severity"
+            yield f"::{level} title=qprec::{_more([group for _, group in mine[_MOST:]])}"
     for report in view.reports:
         if report.stopped:
-            yield f"::warning title=qprec::stopped early: {_escaped(safe(report.stopped))}"
+            title = _property(f"qprec {safe(model_named(report))}")
+            yield f"::warning title={title}::stopped early: {_escaped(safe(report.stopped))}"
 
 
-def _title(finding: Finding) -> str:
-    return f"qprec {finding.dtype}: {finding.kind}, {placed(finding.place.layer, safe(finding.place.name))}"
+def _findings(view: View, report: Report) -> list[Finding]:
+    # Only one report can have a baseline.
+    return report.findings if view.changes is None else [*view.changes.new, *view.changes.risen]
 
 
-def _data(finding: Finding) -> str:
-    return _escaped(f"{safe(finding.cause.sentence, 500)} {safe(finding.cause.advice, 500)}")
+def _title(report: Report, group: Group) -> str:
+    first = group.first
+    return f"qprec {safe(model_named(report))}, {first.dtype}: {first.kind}, {safe(group.where)}"
+
+
+def _more(groups: list[Group]) -> str:
+    findings = count(sum(len(group.findings) for group in groups), "more finding")
+    return f"{findings} of this severity, of {count(len(groups), 'other operation')}"
+
+
+def _data(group: Group) -> str:
+    first = group.first
+    # The sentence has the numbers of one layer.
+    where = f"In layer {first.place.layer}: " if len(group.layers) > 1 else ""
+    return _escaped(f"{where}{safe(first.cause.sentence, 500)} {safe(first.cause.advice, 500)}")
 
 
 def _escaped(text: str) -> str:

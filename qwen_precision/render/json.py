@@ -23,11 +23,11 @@ SCHEMA = 1
 
 
 def render_json(view: View) -> str:
-    """One report as an object; several as a list under ``reports``; with a baseline, ``changes``."""
-    if len(view.reports) == 1:
-        data = {"schema": SCHEMA, "exit_code": view.exit_code, **_report(view.reports[0])}
-    else:
-        data = {"schema": SCHEMA, "exit_code": view.exit_code, "reports": [_report(each) for each in view.reports]}
+    """A list of ``reports``, always; of one alone its keys stand at the top too; with a baseline, ``changes``."""
+    reports = [_report(each) for each in view.reports]
+    # What scripts of one run read stays where it was.
+    alone = reports[0] if len(reports) == 1 else {}
+    data = {"schema": SCHEMA, "exit_code": view.exit_code, **alone, "reports": reports}
     if view.changes is not None:
         data["changes"] = _changes(view.changes)
     text = json.dumps(in_words(_rounded(data)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

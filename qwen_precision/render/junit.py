@@ -5,11 +5,13 @@ both. What is not allowed in XML 1.0 is spelled out before it gets here (``text.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from xml.etree import ElementTree
 
-from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge import CHECKS, Finding, Report, Subject
+from qwen_precision.dtypes import REFERENCE, RESCUED
+from qwen_precision.judge import CHECKS, Finding, Report, Subject, exit_code_of
 from qwen_precision.qwen3 import placed
+from qwen_precision.record import Exported
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 from qwen_precision.settings import FAILING
@@ -19,8 +21,12 @@ def render_junit(view: View) -> str:
     """All reports as one document; what fails a case is what would give exit code 1."""
     root = ElementTree.Element("testsuites", name="qprec")
     for report in view.reports:
+        exported = _exported(view, report)
         for name, subject, findings in _suites(report):
-            _suite(root, name, subject, findings, view)
+            kept = [each for each in findings if exported is None or each.dtype != RESCUED]
+            _suite(root, name, subject, findings, kept, view)
+        if exported is not None:
+            _rescued(root, report, exported, view)
         _finished(root, report)
     for key in ("tests", "failures", "errors"):
         root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
@@ -47,8 +53,30 @@ def _suites(report: Report) -> Iterator[tuple[str, Subject, list[Finding]]]:
             yield f"{head}{dtype} precision", "precision", whole
 
 
-def _suite(root: ElementTree.Element, name: str, subject: Subject, findings: list[Finding], view: View) -> None:
-    """A case a check, whether it found something or not."""
+def _exported(view: View, report: Report) -> Exported | None:
+    """The rescaled checkpoint that stands for the one probed; not against a baseline, where what is new counts."""
+    return report.run.rescue.exported if report.run.rescue is not None and view.changes is None else None
+
+
+def _rescued(root: ElementTree.Element, report: Report, exported: Exported, view: View) -> None:
+    """The exported checkpoint, which counts in place of what was found in the one probed."""
+    name = f"{safe(report.name)} {RESCUED} rescued".strip()
+    alone = replace(report, verdict={})  # no other dtype's verdict is this suite's
+    failed = exit_code_of(alone, view.fail_on) == 1
+    suite = ElementTree.SubElement(root, "testsuite", name=name, tests="1", failures=str(int(failed)), errors="0")
+    case = ElementTree.SubElement(suite, "testcase", name="rescue", classname=name, time="0")
+    said = f"{safe(exported.verdict)}, {'verified' if exported.verified else 'not verified'}"
+    why = f": {safe(exported.why, 500)}" if exported.why is not None else ""
+    if failed:
+        ElementTree.SubElement(case, "failure", type="rescue", message=f"the exported checkpoint is {said}{why}")
+    else:
+        ElementTree.SubElement(case, "system-out").text = f"the exported checkpoint is {said}{why}"
+
+
+def _suite(
+    root: ElementTree.Element, name: str, subject: Subject, findings: list[Finding], counted: list[Finding], view: View
+) -> None:
+    """A case a check, whether it found something or not; of what it found, only what is counted can fail it."""
     cases = {check: row.kinds for check, row in CHECKS.items() if subject in row.subjects}
     suite = ElementTree.SubElement(root, "testsuite", name=name, tests=str(len(cases)), errors="0")
     new = None if view.changes is None else [*view.changes.new, *view.changes.risen]
@@ -56,7 +84,7 @@ def _suite(root: ElementTree.Element, name: str, subject: Subject, findings: lis
     for check, kinds in cases.items():
         case = ElementTree.SubElement(suite, "testcase", name=check, classname=name, time="0")
         mine = [finding for finding in findings if finding.kind in kinds]
-        bad = [f for f in mine if f.severity in FAILING[view.fail_on] and (new is None or f in new)]
+        bad = [f for f in mine if f in counted and f.severity in FAILING[view.fail_on] and (new is None or f in new)]
         if bad:
             failures += 1
             failure = ElementTree.SubElement(case, "failure", type=bad[0].kind, message=_line(bad[0]))

@@ -109,7 +109,7 @@ def report_schema() -> dict[str, Any]:
     top = {
         "schema": {"const": 1},
         "exit_code": {"enum": [0, 1, 3]},
-        "reports": {"type": "array", "items": {"$ref": "#/$defs/report"}},
+        "reports": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/report"}},
         "changes": {"type": "object", "required": ["baseline", "new", "fixed", "changed", "headroom"]},
     }
     return {
@@ -118,8 +118,10 @@ def report_schema() -> dict[str, Any]:
         "description": f"`qprec report RUN --format json`; the exit code depends on --fail-on ({', '.join(FAIL_ON)}).",
         "type": "object",
         "properties": {**top, **report},
-        "required": ["schema", "exit_code"],
-        "anyOf": [{"required": needed}, {"required": ["reports"]}],
+        "required": ["schema", "exit_code", "reports"],
+        # One run's keys stand at the top too.
+        "if": {"properties": {"reports": {"maxItems": 1}}},
+        "then": {"required": needed},
         "$defs": {"finding": finding, "report": one},
     }
 

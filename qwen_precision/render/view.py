@@ -1,8 +1,9 @@
 """What a renderer is given: one or several reports, what they are compared with, and how wide the terminal is."""
 
+import re
 from dataclasses import dataclass
 
-from qwen_precision.judge import Changes, Report
+from qwen_precision.judge import Changes, Report, exit_code_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,16 @@ class View:
             codes = {self.changes.exit_code(self.fail_on)}
             codes |= {3 for report in self.reports if report.stopped}
         else:
-            codes = {report.exit_code(self.fail_on) for report in self.reports}
+            codes = {exit_code_of(report, self.fail_on) for report in self.reports}
         return 1 if 1 in codes else max(codes, default=0)
 
 
 def one(report: Report, fail_on: str = "fail") -> View:
     """A view of a single report."""
     return View((report,), fail_on)
+
+
+def model_named(report: Report) -> str:
+    """The model in a title: its hub id, or the last two parts of its folder. A stranger's words are still in it."""
+    parts = [part for part in re.split(r"[\\/]", report.run.model.source) if part]
+    return "/".join(parts[-2:])

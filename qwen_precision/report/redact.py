@@ -30,7 +30,7 @@ def without_paths(run: Run) -> Run:
 
 def redacted(run: Run) -> Run:
     """Without prompts, texts and token strings, too."""
-    data = without_paths(run).model_dump(by_alias=True)
+    data = {**without_paths(run).model_dump(by_alias=True), "redacted": True}
     names: dict[int, int] = {0: 0}
     called = {prompt["name"]: f"prompt {number}" for number, prompt in enumerate(data["prompts"], 1)}
     for prompt in data["prompts"]:

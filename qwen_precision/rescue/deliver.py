@@ -7,7 +7,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qwen_precision import __version__
 from qwen_precision.dtypes import REFERENCE, RESCUED
 from qwen_precision.judge import Headroom, Report, answer_of, judge
 from qwen_precision.probe import Job, encoded, measure, prepare, vocabulary_rows
@@ -18,6 +17,7 @@ from qwen_precision.rescue.export import NOTE, Exporter, beside
 from qwen_precision.rescue.plan import can_plan, with_plan
 from qwen_precision.rescue.proof import Finals, prove
 from qwen_precision.settings import PromptSpec, Target
+from qwen_precision.version import __version__
 
 _MOST_ERROR = 0.02
 """Relative error of the last answers, where bf16's was not measured: some ten times fp16's on a healthy model."""

@@ -115,7 +115,7 @@ def read_prompts(
 def _from_record(path: Path, again: bool) -> list[PromptSpec]:
     """Token ids of a saved run: its prompts; of a generation that failed, what each failing step was given."""
     run = load(path)
-    if any(row.ids and not any(row.tokens) for prompt in run.prompts for row in prompt.rows):
+    if run.redacted:
         raise UsageError(f"--prompts: {path} is redacted, its token ids are made up; give the record as it was saved.")
     prompts = run.prompts
     if run.generation is not None and not again:

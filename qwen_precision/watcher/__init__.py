@@ -4,8 +4,9 @@ Other folders import the names below, from here.
 May import: record, qwen3, settings.
 """
 
+from qwen_precision.watcher.block import Readings, watch
 from qwen_precision.watcher.inspector import Clamp, Inspector, Located, storages
-from qwen_precision.watcher.mode import Onlooker, Seen, Watcher, attached, watch
+from qwen_precision.watcher.mode import Onlooker, Seen, Watcher, attached
 from qwen_precision.watcher.readings import Reading, Spot
 from qwen_precision.watcher.sequences import Sequences
 
@@ -15,6 +16,7 @@ __all__ = [
     "Located",
     "Onlooker",
     "Reading",
+    "Readings",
     "Seen",
     "Sequences",
     "Spot",

@@ -51,7 +51,7 @@ _CREATES = frozenset(
     "new_full empty_strided new_empty_strided scalar_tensor eye linspace rand randn randint one_hot".split()
 )
 _FILLS = frozenset(["where", "masked_fill", "masked_fill_"])
-_IGNORES = frozenset("topk argmax argmin histc _local_scalar_dense item is_nonzero equal all any".split())
+_IGNORES = frozenset("topk argmax argmin aminmax histc _local_scalar_dense item is_nonzero equal all any".split())
 
 
 ELEMENTWISE = frozenset("add sub mul div neg cast pow silu gelu relu sigmoid tanh exp where clamp".split())

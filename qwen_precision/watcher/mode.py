@@ -1,8 +1,4 @@
-"""Watch every operation of a model's forward: the largest magnitude each one produced, and where it ran.
-
-    with qwen_precision.watch(model) as readings:
-        model(**inputs)
-    print(readings.worst(5))
+"""The dispatch mode that watches every operation of a model's forward: how large it was, and where it ran.
 
 The idea: module hooks tell *where* (the path of the module whose forward is running), a dispatch mode sees
 *what* (each operation and its output), so residual adds, products and the insides of norms are seen as well
@@ -24,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from qwen_precision.watcher.aten import Kind, kind_of, name_of_operator, writes_in_place
 from qwen_precision.watcher.masks import FLOATS, Masks
-from qwen_precision.watcher.readings import Reading, Readings, Slots
+from qwen_precision.watcher.readings import Counted, Reading, Slots, spell_out
 
 _READ, _MOVE = Kind.READ, Kind.MOVE  # looked up for every operation
 
@@ -84,7 +80,7 @@ def _rule_for(func: Any) -> _Rule:
 
 
 class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """The dispatch mode and the path stack; use through ``watch`` or ``attached``.
+    """The dispatch mode and the path stack; use through ``watch`` (``block.py``) or ``attached``.
 
     ``inspect``, where it is set, is called on every watched output after its reading was taken.
     """
@@ -128,6 +124,11 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if self._stack:
             self.path = self._stack.pop()
 
+    @property
+    def inside(self) -> bool:
+        """Whether the forward of a module is running."""
+        return bool(self._stack)
+
     def forget(self) -> None:
         """Drop what is known of memory and masks; call between forwards."""
         self._last = None
@@ -140,6 +141,16 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         """The readings since the last call, in order: one transfer per dtype and device."""
         self.forget()
         return self.slots.take()
+
+    def so_far(self, counted: Counted) -> list[Reading]:
+        """The readings since the last call; a forward that is under way goes on as if nobody had asked.
+
+        Args:
+            counted: how far forwards and calls were counted then; counted on.
+        """
+        self._last = None  # its slot is about to go
+        with _disable_current_modes():  # else what is done to bring numbers would be measured too
+            return spell_out(self.slots.bring(), counted)
 
     # -- what: every operation -----------------------------------------------------------------------------
 
@@ -267,27 +278,8 @@ def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
 def _entering(watcher: Watcher, name: str) -> Callable[[nn.Module, Any], None]:
     def enter(module: nn.Module, args: Any) -> None:
+        if not watcher.inside:
+            watcher.slots.begin()
         watcher.enter_module(name)
 
     return enter
-
-
-@contextmanager
-def watch(model: nn.Module) -> Iterator[Readings]:
-    """Watch every operation of whatever runs in the block.
-
-    Args:
-        model: any loaded module; its outputs are bit-identical with and without watching.
-
-    Yields:
-        Readings: empty until the block ends (or ``readings.refresh()`` is called), then one reading an
-        operation, in the order they ran.
-    """
-    watcher = Watcher()
-    readings = Readings(watcher.slots)
-    with attached(model, watcher):
-        try:
-            with watcher:
-                yield readings
-        finally:
-            readings.refresh()

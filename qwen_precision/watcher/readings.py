@@ -6,8 +6,7 @@ between large ones. A derived slot holds no tensor: it is computed on the host f
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,11 +27,20 @@ class Reading:
     op: str
     """The operation's name."""
     call: int
-    """The how-manieth of this name in this module, from 0."""
+    """The how-manieth of this name in this module and forward, from 0."""
     abs_max: float
     """Largest magnitude; nan if any element is NaN, inf if any is infinite."""
     dtype: torch.dtype
     """Of the output."""
+    forward: int = 0
+    """The how-manieth call of the model in its block, from 0."""
+
+    @property
+    def headroom(self) -> float:
+        """The dtype's largest number over the largest magnitude: 0 of what is not finite, inf of what is all zero."""
+        if not self.finite:
+            return 0.0
+        return torch.finfo(self.dtype).max / self.abs_max if self.abs_max else math.inf
 
     @property
     def spot(self) -> Spot:
@@ -73,11 +81,26 @@ class _Pool:
 
 
 @dataclass(frozen=True)
-class _Raw:
+class Raw:
     """What one forward left, on the host but not yet spelled out."""
 
     log: list[tuple[str, str, _Pool | None, int, torch.dtype]]
     values: dict[_Pool, list[float]]
+    begins: list[int]
+    """Places in the log at which a module was called from outside."""
+
+
+@dataclass
+class Counted:
+    """How far forwards and calls are counted, from one transfer to the next of the same block."""
+
+    forward: int = -1
+    calls: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Another forward: its calls count from 0."""
+        self.forward += 1
+        self.calls.clear()
 
 
 _SPARE: dict[tuple[torch.dtype, int], list[_Pool]] = {}
@@ -91,6 +114,11 @@ class Slots:
         self._pools: dict[tuple[torch.dtype, int], _Pool] = {}
         # (path, operation, pool, index in it, dtype), or without a pool: (…, None, slot it follows from, dtype)
         self._log: list[tuple[str, str, _Pool | None, int, torch.dtype]] = []
+        self._begins: list[int] = []
+
+    def begin(self) -> None:
+        """A module is called from outside: another forward."""
+        self._begins.append(len(self._log))
 
     def read(self, path: str, op: str, flat: Tensor) -> int:
         """Look at a tensor now; gives the slot's number."""
@@ -112,14 +140,14 @@ class Slots:
         self._log.append((path, op, None, slot, dtype))
         return len(self._log) - 1
 
-    def bring(self) -> _Raw:
+    def bring(self) -> Raw:
         """The numbers, on the host; the slots are empty afterwards."""
         with torch.inference_mode():
             values = {pool: pool.values() for pool in self._pools.values()}
         for key, pool in self._pools.items():
             _SPARE.setdefault(key, []).append(pool)
-        raw = _Raw(self._log, values)
-        self._log, self._pools = [], {}
+        raw = Raw(self._log, values, self._begins)
+        self._log, self._pools, self._begins = [], {}, []
         return raw
 
     def take(self) -> list[Reading]:
@@ -127,17 +155,28 @@ class Slots:
         return spell_out(self.bring())
 
 
-def spell_out(raw: _Raw) -> list[Reading]:
-    """Readings from numbers: derived ones computed, calls counted."""
+def spell_out(raw: Raw, counted: Counted | None = None) -> list[Reading]:
+    """Readings from numbers: derived ones computed, calls counted.
+
+    Args:
+        raw: what was brought.
+        counted: counts on from there, forward by forward; None to count all that was brought as one forward.
+    """
     magnitudes: list[float] = []
-    calls: dict[tuple[str, str], int] = {}
+    begins = [] if counted is None else list(reversed(raw.begins))
+    counted = counted or Counted()
     readings = []
-    for path, op, pool, index, dtype in raw.log:
+    for place, (path, op, pool, index, dtype) in enumerate(raw.log):
+        while begins and begins[-1] <= place:
+            begins.pop()
+            counted.begin()
         value = raw.values[pool][index] if pool is not None else _follow(magnitudes[index], dtype, op)
         magnitudes.append(value)
-        call = calls.get((path, op), 0)
-        calls[path, op] = call + 1
-        readings.append(Reading(path, op, call, value, dtype))
+        call = counted.calls.get((path, op), 0)
+        counted.calls[path, op] = call + 1
+        readings.append(Reading(path, op, call, value, dtype, max(counted.forward, 0)))
+    for _ in begins:  # called, and nothing was read yet
+        counted.begin()
     return readings
 
 
@@ -145,43 +184,3 @@ def _follow(value: float, dtype: torch.dtype, op: str) -> float:
     """Rounding is monotonic, so the cast (the square) of the largest magnitude is the largest of the casts."""
     result = torch.tensor(value, dtype=torch.float64).to(dtype)
     return float(result * result if op == "pow" else result)
-
-
-class Readings:
-    """What ``watch`` gives: a sequence of ``Reading``, filled when the block ends."""
-
-    def __init__(self, slots: Slots) -> None:
-        self._slots = slots
-        self._raw: list[_Raw] = []
-        self._spelled: list[Reading] = []
-
-    def refresh(self) -> None:
-        """Bring what was measured so far to the host."""
-        self._raw.append(self._slots.bring())
-
-    @property
-    def _all(self) -> list[Reading]:
-        while self._raw:
-            self._spelled.extend(spell_out(self._raw.pop(0)))
-        return self._spelled
-
-    def __iter__(self) -> Iterator[Reading]:
-        return iter(self._all)
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def __getitem__(self, index: int) -> Reading:
-        return self._all[index]
-
-    def worst(self, count: int = 10) -> list[Reading]:
-        """The readings with the largest magnitudes, non-finite ones first."""
-
-        def rank(reading: Reading) -> float:
-            return math.inf if math.isnan(reading.abs_max) else reading.abs_max
-
-        return sorted(self._all, key=rank, reverse=True)[:count]
-
-    def first_nonfinite(self) -> Reading | None:
-        """The first operation whose output held a NaN or an infinity."""
-        return next((reading for reading in self._all if not reading.finite), None)

@@ -10,10 +10,12 @@ from transformers import AutoTokenizer
 
 from qwen_precision.cli.app import main
 from qwen_precision.judge.checks import judge
-from qwen_precision.record.file import load
+from qwen_precision.record.file import load, save
+from qwen_precision.report.redact import redacted
 from support.checkpoints import DEMO, make_checkpoint
 from support.loud import says
 from support.plants import ids_of
+from support.runs import sentence
 
 pytestmark = pytest.mark.usefixtures("scratch")
 
@@ -158,12 +160,13 @@ def test_a_saved_generation_given_to_generate_is_that_generation_again(capsys: C
 
 def test_ids_that_a_report_made_up_are_refused(capsys: Capture) -> None:
     generated(DEMO, ["Hello there"], capsys)
-    made = json.loads(Path("my gen.json").read_text())
-    made["prompts"][0]["rows"][0].update(tokens=["" for _ in made["prompts"][0]["rows"][0]["tokens"]])
-    Path("redacted.json").write_text(json.dumps(made))
+    save(redacted(load(Path("my gen.json"))), Path("redacted.json"))
     capsys.readouterr()
-    assert main(["probe", "demo", "--prompts", "redacted.json"]) == 2
-    assert "is redacted" in capsys.readouterr().err
+    for verb in ("probe", "generate"):
+        assert main([verb, "demo", "--prompts", "redacted.json"]) == 2
+        assert sentence(capsys) == (
+            "qprec: --prompts: redacted.json is redacted, its token ids are made up; give the record as it was saved."
+        )
 
 
 @pytest.mark.parametrize(("token", "said"), [(-1, "token id -1"), (99_999, "99999")])

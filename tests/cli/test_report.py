@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_a_wrong_request_gets_one_sentence(arguments: list[str], code: int, word
 
 def test_an_existing_file_is_replaced_only_when_asked(capsys: Capture) -> None:
     Path("a.md").write_text("mine")
-    assert main(["report", "bad.json", "-o", "a.md"]) == 3 and Path("a.md").read_text() == "mine"
+    assert main(["report", "bad.json", "-o", "a.md"]) == 2 and Path("a.md").read_text() == "mine"
     assert main(["report", "bad.json", "-o", "a.md", "--force"]) == 1 and "# qprec" in Path("a.md").read_text()
 
 
@@ -103,7 +104,7 @@ def test_github_writes_annotations_and_the_job_summary(monkeypatch: pytest.Monke
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
     Path("summary.md").write_text("before\n")
     assert main(["report", "bad.json", "gen.json", "--format", "github"]) == 1
-    assert capsys.readouterr().out.startswith("::error title=qprec fp16%3A overflow%2C layer 31")
+    assert capsys.readouterr().out.startswith("::error title=qprec Qwen/Qwen3-8B%2C fp16%3A overflow%2C layer 31")
     text = Path("summary.md").read_text()
     assert text.startswith("before\n# qprec probe") and "# qprec generate" in text
 
@@ -115,6 +116,15 @@ def test_the_workflow_to_copy_uses_commands_that_exist(capsys: Capture) -> None:
     assert len(commands) == 5
     codes = [main([part.strip('"').replace("$MODEL", "demo") for part in line.split()[1:]]) for line in commands]
     assert codes == [0, 0, 0, 0, 1] and Path("qprec.zip").exists() and Path("qprec.xml").exists()
+
+
+@pytest.mark.parametrize("path", sorted((configs_folder() / "ci").iterdir()), ids=lambda path: path.name)
+def test_a_file_to_copy_installs_a_pinned_revision_and_says_what_to_fill_in(path: Path) -> None:
+    text = path.read_text()
+    installs = re.findall(r"pip install (.*)", text)
+    assert installs == ['"qprec @ git+https://github.com/OWNER/qprec@REVISION"']
+    comments = " ".join(line.strip(" #") for line in text.splitlines() if line.strip().startswith("#"))
+    assert "OWNER" in comments and "REVISION" in comments
 
 
 # -- the published schema ------------------------------------------------------------------------------------------

@@ -300,3 +300,14 @@ def test_a_file_without_an_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch
 def test_a_long_path_to_a_number_is_not_in_the_record(demo_run: Run) -> None:
     """A demo record is small: one column a pass, six digits a number."""
     assert len(to_json(demo_run)) < 150_000
+
+
+@pytest.mark.parametrize("name", ["run-v1.json", "run-v2.json", "run-v3.json"])
+def test_an_old_record_is_redacted_if_its_texts_were_taken_out_and_only_then(name: str, tmp_path: Path) -> None:
+    assert not load(FIXTURES / name).redacted
+    data = json.loads((FIXTURES / name).read_text())
+    for prompt in data["prompts"]:
+        for row in prompt["rows"]:
+            row.update(text="[87 characters, sha256 0123456789ab]", tokens=["" for _ in row["tokens"]])
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    assert load(tmp_path / "run.json").redacted

@@ -100,6 +100,7 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
             "settings": {},
             "choices": [Choice(what="device", value="cpu", reason="auto: no GPU is here")],
             "prompts": [a_prompt()],
+            "redacted": False,
             "dtypes": dtypes,
             "reference": True,
             "sites": SITES,
