@@ -90,6 +90,11 @@ class Prompt(Part):
     failed: FailedStep | None
     """Of a prompt that a failing step of a generation was given; null for all others."""
 
+    @property
+    def redacted(self) -> bool:
+        """Whether its texts were taken out, and its ids are made up."""
+        return any(row.ids and not any(row.tokens) for row in self.rows)
+
 
 class Event(Part):
     """An operation looked at closely because it was not finite or came near a limit."""
