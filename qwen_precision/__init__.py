@@ -1,6 +1,6 @@
 """qprec: find where a Qwen3 checkpoint overflows in half precision, why, and how much headroom the rest has.
 
-From Python: ``watch(model)`` around a forward of your own, ``probe_model("Qwen/Qwen3-8B")`` for all that `qprec probe` does.
+From Python: ``watch(model)`` around a forward of your own, ``probe_model("Qwen/Qwen3-8B")`` for all of `qprec probe`.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,8 @@ May import: record, qwen3, settings.
 """
 
 from qwen_precision.model.encode import Encoded, encode
-from qwen_precision.model.folder import Checkpoint, model_part, open_checkpoint
+from qwen_precision.model.files import model_part
+from qwen_precision.model.folder import Checkpoint, open_checkpoint
 from qwen_precision.model.hub import download_bytes, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of

@@ -17,7 +17,7 @@ from qwen_precision.model.index import TensorInfo, read_index, read_json
 from qwen_precision.model.quantised import unquantised
 from qwen_precision.model.skeleton import model_class
 from qwen_precision.qwen3 import EMBEDDING, HEAD
-from qwen_precision.record import Choice, Model
+from qwen_precision.record import Choice
 
 _WITHOUT_HEAD = frozenset(("Qwen3Model", "Qwen3MoeModel"))
 """Architectures that are the causal language model but for its lm_head."""
@@ -82,30 +82,6 @@ class Checkpoint:
         for info in self.tensors.values():
             count[info.dtype] = count.get(info.dtype, 0) + info.elements
         return max(count, key=lambda name: count[name])
-
-
-def model_part(checkpoint: Checkpoint, source: str, architecture: str, layers: int) -> Model:
-    """What the record says of a checkpoint.
-
-    Args:
-        checkpoint: a checked checkpoint.
-        source: what the user typed.
-        architecture: class of the model.
-        layers: how many decoder layers it has.
-    """
-    config = checkpoint.text_config
-    return Model(
-        source=source,
-        revision=checkpoint.revision,
-        architecture=architecture,
-        layers=layers,
-        hidden_size=getattr(config, "hidden_size", 0),
-        vocabulary=config.vocab_size,
-        parameters=checkpoint.parameters,
-        weight_bytes=checkpoint.weight_bytes,
-        source_dtype=checkpoint.source_dtype,
-        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-    )
 
 
 def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> Checkpoint:

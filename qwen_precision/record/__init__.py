@@ -49,6 +49,7 @@ from qwen_precision.record.run import (
     Run,
     ScaleFault,
     Weight,
+    WeightFile,
     WeightTotals,
 )
 
@@ -99,6 +100,7 @@ __all__ = [
     "Swept",
     "Trip",
     "Weight",
+    "WeightFile",
     "WeightTotals",
     "bad_trips",
     "failing_step",

@@ -34,6 +34,15 @@ class Choice(Part):
     reason: str
 
 
+class WeightFile(Part):
+    """A file that holds weights of the checkpoint."""
+
+    name: str
+    bytes: Count
+    sha256: str | None
+    """What the hub's cache names it by, else that of what was read; null where that would have taken long."""
+
+
 class Model(Part):
     """Which checkpoint was probed."""
 
@@ -51,6 +60,8 @@ class Model(Part):
     """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32), or what they are quantised to
     (FP8, INT8, INT4, NVFP4)."""
     tied_embeddings: bool
+    files: list[WeightFile]
+    """By name: which bytes were measured. Empty in records that were made before it was kept."""
 
 
 class Row(Part):

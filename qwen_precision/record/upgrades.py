@@ -43,9 +43,14 @@ def _not_rescaled(row: Any) -> Any:
 
 def _harm_came_in(data: Record) -> Record:
     """Schema 4 holds whether an overflow made a difference, an extreme element in exact arithmetic, where a control
-    failed, steps of a generation that are made again, what is wrong with the scales of quantised weights, and whether
-    its texts were taken out."""
-    data = {**data, "scale_faults": [], "redacted": _looks_redacted(data.get("prompts"))}
+    failed, steps of a generation that are made again, what is wrong with the scales of quantised weights, which files
+    the weights were in, and whether its texts were taken out."""
+    data = {
+        **data,
+        "scale_faults": [],
+        "redacted": _looks_redacted(data.get("prompts")),
+        "model": _with(data.get("model"), files=[]),
+    }
     prompts, passes, why = data.get("prompts"), data.get("passes"), data.get("explanation")
     if isinstance(prompts, list):
         data = {**data, "prompts": [_with(each, failed=None) for each in prompts]}

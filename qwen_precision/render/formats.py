@@ -9,6 +9,7 @@ from qwen_precision.render.json import render_json
 from qwen_precision.render.junit import render_junit
 from qwen_precision.render.markdown import render_markdown
 from qwen_precision.render.pictures import render_png, render_svg
+from qwen_precision.render.repro.script import render_repro
 from qwen_precision.render.screen import render_screen
 from qwen_precision.render.table.table import render_table
 from qwen_precision.render.view import View
@@ -35,5 +36,6 @@ FORMATS: dict[str, Format] = {
     "junit": Format(render_junit, (".xml",), "for CI servers: a case a check, the passing ones too"),
     "svg": Format(render_svg, (".svg",), "the headroom picture alone"),
     "png": Format(render_png, (".png",), "the same, for places that take images only", binary=True),
+    "repro": Format(render_repro, (".py",), "forty lines of torch and transformers that fail by themselves"),
     "github": Format(render_github, (), "GitHub annotations, and a job summary where GITHUB_STEP_SUMMARY is set"),
 }

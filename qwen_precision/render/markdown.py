@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge import Report, grouped, headroom_gains, precision, same_again
 from qwen_precision.qwen3 import name_of
+from qwen_precision.render.repro.script import render_repro
 from qwen_precision.render.text import count, number, room, safe
-from qwen_precision.render.view import View
+from qwen_precision.render.view import View, one
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words import why
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
@@ -65,12 +66,12 @@ def escaped(text: str, longest: int = 300) -> str:
     return shown.replace("@", "&#64;").replace("://", ":&#8203;//").replace("www.", "www&#46;")
 
 
-def fenced(text: str, longest: int = 20_000) -> str:
+def fenced(text: str, longest: int = 20_000, language: str = "text") -> str:
     """A code block with a fence that the text cannot close."""
     shown = "\n".join(safe(line, longest) for line in text[:longest].split("\n"))
     ticks = max((len(run) for run in re.findall(r"`+", shown)), default=0)
     fence = "`" * max(3, ticks + 1)
-    return f"{fence}text\n{shown}\n{fence}"
+    return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def _sections(report: Report) -> Iterator[_Section]:
@@ -140,8 +141,17 @@ def _reproduction(report: Report) -> str:
     return (
         "## Reproduction\n\n"
         + fenced(same_again(report.run, report.name or "run.json"))
+        + _folded_script(report)
         + f"\n\n## Expected behaviour\n\n{expected}"
     )
+
+
+def _folded_script(report: Report) -> str:
+    """The same with nothing but torch and transformers; a redacted run has no token ids for it."""
+    if report.run.redacted or not any(row.ids for prompt in report.run.prompts for row in prompt.rows):
+        return ""
+    script = fenced(render_repro(one(report)).rstrip(), language="python")
+    return "\n\n" + _folded("The same as a script of torch and transformers", script)
 
 
 def _findings(report: Report) -> str:
@@ -236,8 +246,13 @@ def _environment(report: Report) -> str:
 
 
 def _choices(report: Report) -> str:
+    files = [
+        f"- {escaped(each.name)}: {each.bytes:,} bytes, SHA-256 {each.sha256 or 'not computed'}"
+        for each in report.run.model.files
+    ]
     rows = [f"| {escaped(c.what)} | {escaped(c.value)} | {escaped(c.reason)} |" for c in report.run.choices]
-    return "| what | value | reason |\n|---|---|---|\n" + "\n".join(rows) if rows else ""
+    table = "| what | value | reason |\n|---|---|---|\n" + "\n".join(rows) if rows else ""
+    return "\n\n".join(part for part in (table, "\n".join(files)) if part)
 
 
 def _prompts(report: Report) -> str:

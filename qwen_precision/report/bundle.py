@@ -1,4 +1,4 @@
-"""The attachment: one zip of the runs, their report as Markdown and HTML, and the environment.
+"""The attachment: one zip of the runs, their report as Markdown and HTML, a script that fails alike, the environment.
 
 The same runs always give the same bytes. Read back, a zip from a stranger may hold only the members that are written
 here, none of them larger than a record may be; nothing is ever unpacked to disk.
@@ -16,7 +16,7 @@ from qwen_precision.errors import QprecError
 from qwen_precision.record import MAX_BYTES, Run, parse, to_json
 
 _RUN = re.compile(r"run(-\d{1,3})?\.json")
-_OTHERS = {"report.md", "report.html", "environment.json"}
+_OTHERS = {"report.md", "report.html", "repro.py", "environment.json"}
 _MOST = 64
 """Members of a bundle."""
 

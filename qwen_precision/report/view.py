@@ -1,5 +1,6 @@
 """What `qprec report` does between its arguments and its text: open, judge, compare, choose a format, redact."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from qwen_precision.errors import UsageError
@@ -88,4 +89,6 @@ def bundled(shown: View) -> bytes:
     clean: list[Report] = [judge(run, name=report.name) for run, report in zip(runs, shown.reports, strict=True)]
     again = View(tuple(clean), shown.fail_on, shown.changes)
     reports = {f"report{FORMATS[name].suffixes[0]}": str(FORMATS[name].render(again)) for name in ("markdown", "html")}
+    with suppress(UsageError):  # there is none of a run without its token ids
+        reports["repro.py"] = str(FORMATS["repro"].render(again))
     return pack(runs, reports)

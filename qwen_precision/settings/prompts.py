@@ -126,16 +126,29 @@ def _from_record(path: Path, again: bool) -> list[PromptSpec]:
 
 
 def _failing(made: Generation, given: list[Row]) -> list[Prompt]:
-    """What the failing steps of a generation were given: the row, or the whole batch where there was more than one."""
+    """What the failing steps of a generation were given, step by step."""
     steps = {row.row: failing_step(made, row.row) for row in made.rows if row.row < len(given)}
     return [
-        Prompt(
-            name=f"batch at step {step}" if len(given) > 1 else "row 0",
-            rows=[_at(made, given[row], row, step) for row in steps],
-            failed=_failed(made, given, step, [row for row in steps if steps[row] == step]),
-        )
+        at_step(made, given, step, [row for row in steps if steps[row] == step])
         for step in sorted({step for step in steps.values() if step is not None})
     ]
+
+
+def at_step(made: Generation, given: list[Row], step: int, failing: list[int]) -> Prompt:
+    """What a step of a generation was given: the row, or the whole batch where there was more than one.
+
+    Args:
+        made: the generation.
+        given: the rows of its prompt.
+        step: how many tokens had been generated.
+        failing: numbers of the rows that failed at it.
+    """
+    numbers = dict.fromkeys(row.row for row in made.rows if row.row < len(given))
+    return Prompt(
+        name=f"batch at step {step}" if len(given) > 1 else "row 0",
+        rows=[_at(made, given[row], row, step) for row in numbers],
+        failed=_failed(made, given, step, failing),
+    )
 
 
 def _failed(made: Generation, given: list[Row], step: int, rows: list[int]) -> FailedStep | None:

@@ -154,7 +154,8 @@ def test_a_bundle_is_read_back_with_the_same_table(capsys: Capture) -> None:
     capsys.readouterr()
     assert main(["report", "b.zip"]) == 1 and capsys.readouterr().out == table
     assert {info.date_time for info in zipfile.ZipFile("b.zip").infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert sorted(zipfile.ZipFile("b.zip").namelist()) == ["environment.json", "report.html", "report.md", "run.json"]
+    names = ["environment.json", "report.html", "report.md", "repro.py", "run.json"]
+    assert sorted(zipfile.ZipFile("b.zip").namelist()) == names
 
 
 def test_a_bundle_of_several_runs_holds_them_all(capsys: Capture) -> None:

@@ -20,6 +20,7 @@ from support.plants import (
     expert_output_too_large,
     gate_too_large,
     ids_of,
+    low_score,
     mark,
     one_channel,
     one_unit,
@@ -311,32 +312,6 @@ def test_what_a_clamped_stream_does_is_no_evidence(tmp_path: Path) -> None:
 
 
 # -- harmless ------------------------------------------------------------------------------------------------------
-
-
-def low_score(size: float) -> Plant:
-    """In layer 1 every query meets the key of "Z" with minus ``size``, and every other key with next to nothing."""
-
-    def plant(model: Any) -> None:
-        (mark,) = ids_of("Z")
-        config = model.config
-        width, slow = config.head_dim, config.head_dim // 2 - 1  # the pair of channels that rotary turns least
-        embed = model.model.embed_tokens.weight
-        embed.zero_()
-        embed[:, 1] = 10.0
-        embed[:, 2], embed[mark, 2], embed[mark, 3] = 10.0, 0.0, 10.0
-        attention = model.model.layers[1].self_attn
-        attention.q_proj.weight.zero_()
-        attention.k_proj.weight.zero_()
-        for head in range(config.num_attention_heads):
-            attention.q_proj.weight[head * width + slow, 1] = 1.0
-        for head in range(config.num_key_value_heads):
-            attention.k_proj.weight[head * width + slow, 3] = -1.0
-            attention.k_proj.weight[head * width + slow - 1, 2] = 1.0
-        weight = (abs(size) / width) ** 0.5
-        attention.q_norm.weight.fill_(weight)
-        attention.k_norm.weight.fill_(weight if size > 0 else -weight)
-
-    return plant
 
 
 def warned(report: Report) -> list[Finding]:

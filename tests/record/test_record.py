@@ -121,6 +121,7 @@ def test_an_old_record_is_still_read_and_judged(path: Path) -> None:
 
     run = load(path)
     assert run.schema_ == SCHEMA and (run.rescue is None) == (path.stem != "run-v3")
+    assert run.model.files == []  # what nobody noted then, nobody knows now
     first = judge(run).findings[0]
     if run.generation is None:
         assert (first.kind, first.place.layer, first.place.name) == ("overflow", 3, "down_proj output")

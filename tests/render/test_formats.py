@@ -296,8 +296,8 @@ def test_redacted_no_text_is_left_and_the_verdict_is_the_same(name: str) -> None
     for row in run.generation.rows if run.generation else []:
         assert len(row.text) < 3 or row.text not in text
     assert judge(clean).verdict == judge(run).verdict
-    for each in FORMATS.values():
-        assert each.render(one(judge(clean)))
+    for each in FORMATS.keys() - {"repro"}:  # which says that it cannot: test_repro.py
+        assert FORMATS[each].render(one(judge(clean)))
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -32,6 +32,7 @@ def a_model(**changes: Any) -> Model:
             "weight_bytes": 16_381_470_720,
             "source_dtype": "BF16",
             "tied_embeddings": False,
+            "files": [],
             **changes,
         }
     )

@@ -224,3 +224,29 @@ def averaging(model: Any, layer: int, source: int, target: int, gain: float) -> 
     attention.v_proj.weight.zero_()
     attention.v_proj.weight[0, source] = 1.0
     attention.o_proj.weight[target, 0] = gain
+
+
+def low_score(size: float) -> Callable[[Any], None]:
+    """In layer 1 every query meets the key of "Z" with minus ``size``, and every other key with next to nothing."""
+
+    def plant(model: Any) -> None:
+        (mark,) = ids_of("Z")
+        config = model.config
+        width, slow = config.head_dim, config.head_dim // 2 - 1  # the pair of channels that rotary turns least
+        embed = model.model.embed_tokens.weight
+        embed.zero_()
+        embed[:, 1] = 10.0
+        embed[:, 2], embed[mark, 2], embed[mark, 3] = 10.0, 0.0, 10.0
+        attention = model.model.layers[1].self_attn
+        attention.q_proj.weight.zero_()
+        attention.k_proj.weight.zero_()
+        for head in range(config.num_attention_heads):
+            attention.q_proj.weight[head * width + slow, 1] = 1.0
+        for head in range(config.num_key_value_heads):
+            attention.k_proj.weight[head * width + slow, 3] = -1.0
+            attention.k_proj.weight[head * width + slow - 1, 2] = 1.0
+        weight = (abs(size) / width) ** 0.5
+        attention.q_norm.weight.fill_(weight)
+        attention.k_norm.weight.fill_(weight if size > 0 else -weight)
+
+    return plant
