@@ -140,7 +140,7 @@ class Masks:
         extreme = _is_extreme(value, out.dtype)
         if isinstance(value, Tensor):
             return torch.full(value.shape if whole else (), extreme, dtype=torch.bool, device=value.device)
-        return extreme if whole else torch.tensor(extreme)
+        return extreme if whole else torch.tensor(extreme, device=out.device)
 
     def _known(self, value: Any) -> Tensor:
         """Where an operand is extreme on purpose, broadcastable to it."""
