@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.machine import free_bytes
-from qwen_precision.model.skeleton import build, is_layerwise, model_class
+from qwen_precision.model.skeleton import build, is_layerwise, model_class, outline
 from qwen_precision.model.weightcheck import WeightCheck
-from qwen_precision.model.weights import WeightStore, check_formats
+from qwen_precision.model.weights import WeightStore, check_formats, checked_tensor, read_tensor
 from qwen_precision.qwen3 import HEAD
 from qwen_precision.torch_dtypes import torch_dtype
 
@@ -42,6 +42,37 @@ class Models:
     ) -> None:
         self._checkpoint, self.device, self._attention, self._tell = checkpoint, device, attention, tell
         self._loaded: dict[str, Any] = {}
+        self._numbers: dict[str, Tensor] = {}
+
+    def check(self) -> None:
+        """Whether a quantised checkpoint of a family that runs whole can be dequantised; nothing is read.
+
+        Raises:
+            NoRoom: its weights do not fit into the memory of the machine in float32.
+            QprecError: a tensor is quantised in a way that config.json says nothing of, or is kept turned.
+        """
+        tensors = self._checkpoint.tensors
+        if self._checkpoint.quantised is None:
+            return
+        check_formats(self._checkpoint, (name for name, info in tensors.items() if info.dtype not in _COUNTS))
+        self._check_turned()
+        packed = (name for name, info in tensors.items() if info.packed is not None and name not in self._numbers)
+        need, free = sum(tensors[name].given_out for name in packed), free_bytes(torch.device("cpu"))
+        if need > free:
+            raise NoRoom(
+                f"{self._checkpoint.folder}: its weights need {need / 2**30:.1f} GiB once they are dequantised, "
+                f"{free / 2**30:.1f} GiB are free; this family runs only as a whole: take a machine with more memory"
+            )
+
+    def look(self, name: str, check: WeightCheck) -> None:
+        """Read one tensor of the files for the static check; what it was dequantised to is kept for all dtypes.
+
+        Raises:
+            QprecError: its file is damaged.
+        """
+        tensor = checked_tensor(self._checkpoint, name, check, name)
+        if self._checkpoint.tensors[name].packed is not None:
+            self._numbers[name] = tensor
 
     def get(self, weights: str) -> Any:
         """The model in a dtype (by its name), or with weights that were added (by theirs), for evaluation.
@@ -78,6 +109,7 @@ class Models:
 
     def release(self, weights: str) -> None:
         """Give the memory back, whoever else still holds the module: its weights go to the meta device."""
+        self._numbers.clear()
         model = self._loaded.pop(weights, None)
         if model is not None:
             model.to("meta")
@@ -85,19 +117,22 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, dtype: str) -> nn.Module:
-        if self._checkpoint.quantised is not None:
+        quantised, folder = self._checkpoint.quantised is not None, self._checkpoint.folder
+        if quantised and is_layerwise(self._checkpoint.config):
             return self._dequantised(dtype)
-        folder = self._checkpoint.folder
+        # As if the files held these numbers: transformers finds each its place, as for a plain checkpoint.
+        given = {"state_dict": self._state(), "config": self._checkpoint.config} if quantised else {}
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             loaded: Any = self._class().from_pretrained(
-                folder,
+                None if quantised else folder,
                 dtype=getattr(torch, DTYPES[dtype].torch_name),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 **({"attn_implementation": self._attention} if self._attention else {}),
+                **given,
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -105,7 +140,13 @@ class Models:
             check_formats(self._checkpoint, self._checkpoint.tensors)  # 4.56 stops at an integer, in its own words
             raise QprecError(f"{folder}: transformers cannot load the weights: {in_one_line(error)}") from error
         model, told = loaded
-        missing = sorted(told["missing_keys"])
+        self._check_loaded(model, sorted(told["missing_keys"]))
+        placed: nn.Module = model.to(self.device).eval()
+        return placed
+
+    def _check_loaded(self, model: nn.Module, missing: list[str]) -> None:
+        """Every parameter was in the files, as numbers that can be cast."""
+        folder = self._checkpoint.folder
         if missing == [HEAD] and self._checkpoint.bare:
             raise QprecError(_BARE.format(folder=folder))
         check_formats(self._checkpoint, (name for name in model.state_dict() if name in self._checkpoint.tensors))
@@ -114,8 +155,23 @@ class Models:
                 f"{folder}: the tensor {missing[0]} is in none of its files; "
                 "the checkpoint is incomplete or its config.json is another model's."
             )
-        placed: nn.Module = model.to(self.device).eval()
-        return placed
+
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor under its name in the files, a quantised weight in float32."""
+        self.check()
+        held, checkpoint = self._numbers, self._checkpoint
+        return {name: held[name] if name in held else read_tensor(checkpoint, name) for name in checkpoint.tensors}
+
+    def _check_turned(self) -> None:
+        """A Conv1D keeps its matrix ``[inputs, outputs]``, and no scheme says which way round it was quantised."""
+        model = outline(self._checkpoint.config, self._attention)
+        turned = tuple(f"{path}.weight" for path, module in model.named_modules() if type(module).__name__ == "Conv1D")
+        for name, info in self._checkpoint.tensors.items():
+            if info.packed is not None and any(name == path or path.endswith(f".{name}") for path in turned):
+                raise QprecError(
+                    f"{self._checkpoint.folder}: {name} is quantised, and {type(model).__name__} keeps it turned "
+                    "(Conv1D), of which quantised weights are not read; probe the checkpoint it was made from."
+                )
 
     def _class(self) -> Any:
         """What transformers would load; of a family that is run layer by layer, the causal model."""
@@ -130,6 +186,9 @@ class Models:
         store = WeightStore(self._checkpoint, model, self.device, resident=False, check=WeightCheck([]))
         return filled(model, store, torch_dtype(dtype)).to(self.device)
 
+
+_COUNTS = frozenset(("I64", "BOOL"))
+"""Formats, by safetensors' name, of positions and counters that some models keep beside their weights."""
 
 _BARE = (
     "{folder}: has no lm_head (a bare model, as embedding models are), so there is no next token to generate; "

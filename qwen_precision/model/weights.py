@@ -148,14 +148,7 @@ class WeightStore:
                         os.posix_fadvise(file.fileno(), place.start, place.size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, part: str, name: str) -> Tensor:
-        info = self._checkpoint.tensors[part]
-        if info.packed is None:
-            tensor = _tensor(self._checkpoint.folder, info, part)
-        else:
-            pieces = _pieces(self._checkpoint.folder, info.packed)
-            tensor = _unpacked(self._checkpoint.folder, info.packed, pieces)
-            self._check.feed_scales(part, info.packed, pieces, tensor, name)
-        self._check.feed(part, info.file, tensor, parameter=name)
+        tensor = checked_tensor(self._checkpoint, part, self._check, name)
         return self._scaled(tensor, part if self._fused.has(name) else name)
 
     def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
@@ -179,6 +172,25 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     if info.packed is None:
         return _tensor(checkpoint.folder, info, name)
     return _unpacked(checkpoint.folder, info.packed, _pieces(checkpoint.folder, info.packed))
+
+
+def checked_tensor(checkpoint: Checkpoint, name: str, check: WeightCheck, parameter: str) -> Tensor:
+    """One tensor as ``read_tensor`` gives it, seen by the static check, and its scales too.
+
+    Args:
+        checkpoint, name: as for ``read_tensor``, which also says what is raised.
+        check: sees it.
+        parameter: the model's parameter it is (a part of).
+    """
+    info = checkpoint.tensors[name]
+    if info.packed is None:
+        tensor = _tensor(checkpoint.folder, info, name)
+    else:
+        pieces = _pieces(checkpoint.folder, info.packed)
+        tensor = _unpacked(checkpoint.folder, info.packed, pieces)
+        check.feed_scales(name, info.packed, pieces, tensor, parameter)
+    check.feed(name, info.file, tensor, parameter=parameter)
+    return tensor
 
 
 def check_formats(checkpoint: Checkpoint, names: Iterable[str]) -> None:

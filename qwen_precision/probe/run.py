@@ -32,7 +32,6 @@ from qwen_precision.model import (
     open_checkpoint,
     out_of_memory,
     outline,
-    read_tensor,
 )
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.shadow import Shadow
@@ -123,11 +122,6 @@ def job_for(
     reference = settings.reference or REFERENCE in settings.dtypes
     passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
     if whole:
-        if checkpoint.quantised is not None:
-            raise QprecError(
-                f"{source}: is quantised, and of {type(model).__name__} quantised weights are not read; "
-                "probe the checkpoint they were made from."
-            )
         resident, memory = True, _whole(settings.memory, model)
     else:
         resident, memory = choose_memory(settings.memory, device, checkpoint.given_out, working_bytes(model))
@@ -202,12 +196,13 @@ def _layer_by_layer(job: Job, task: Task, progress: Progress, on_final: FinalHoo
 
 
 def _as_a_whole(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Whole:
+    models = Models(job.checkpoint, job.device, job.settings.attention)
+    models.check()
     kept = {name for name, _ in job.model.named_buffers()}  # limits may be infinite there, and are no weights
-    for number, (name, info) in enumerate(job.checkpoint.tensors.items()):
+    for number, name in enumerate(job.checkpoint.tensors):
         progress(number, len(job.checkpoint.tensors), "checking the weights")
         if name not in kept:
-            job.check.feed(name, info.file, read_tensor(job.checkpoint, name))
-    models = Models(job.checkpoint, job.device, job.settings.attention)
+            models.look(name, job.check)
     return Whole(models, encoded(job), task, job.collector, progress, on_final)
 
 

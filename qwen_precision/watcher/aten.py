@@ -6,7 +6,7 @@ monotonically, so the largest magnitude of the result is the cast of the largest
 """
 
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 ALIASES = {
     # The same operation is called differently with and without autograd, and by device.
@@ -91,10 +91,53 @@ def kind_of(func: Any) -> Kind:
     return Kind.READ
 
 
-def writes_in_place(func: Any) -> bool:
-    """Whether the operator changes one of its arguments."""
-    return bool(func._schema.is_mutable)
-
-
-COMBINES_WITH_MASK = frozenset("add sub mul div cast clone contiguous maximum max where masked_fill".split())
+COMBINES_WITH_MASK = frozenset("add sub rsub mul div cast maximum max".split())
 """Elementwise operations after which masked entries are still masked; softmax, for one, ends it."""
+
+CONSTANT = frozenset("full full_like new_full".split())
+"""Operations that fill a new tensor with one number."""
+
+AS_VALUES: dict[str, tuple[int, ...]] = {
+    "full": (1,),
+    "full_like": (1,),
+    "new_full": (2,),
+    "where": (1, 2),
+    "masked_fill": (0, 2),
+    "fill": (0, 1),
+    "zero": (0,),
+    "fill_diagonal": (0, 1),
+    "triu": (0,),
+    "tril": (0,),
+    "copy": (0, 1),
+    "index_put": (0, 2),
+    "index_fill": (0, 3),
+    "index_copy": (0, 3),
+    "scatter": (0, 3),
+    "masked_scatter": (0, 2),
+    "slice_scatter": (0, 1),
+    "select_scatter": (0, 1),
+    "constant_pad_nd": (0, 2),
+    "pad": (0, 3),
+}
+"""Operations that put values into a tensor, and which of their arguments are values (the others say where)."""
+
+_MAY_MASK = CONSTANT | frozenset("where masked_fill fill index_put index_fill scatter constant_pad_nd pad mul".split())
+
+
+class Rule(NamedTuple):
+    """What the watcher does with one operator."""
+
+    kind: Kind
+    op: str
+    base: str
+    """The name of the same operation out of place."""
+    mutates: bool
+    may_mask: bool
+    """Whether it may put an extreme constant into its output."""
+
+
+def rule_for(func: Any) -> Rule:
+    """The rule for one operator, from its schema."""
+    op = name_of_operator(func)
+    base = op.rstrip("_")
+    return Rule(kind_of(func), op, base, bool(func._schema.is_mutable), base in _MAY_MASK)

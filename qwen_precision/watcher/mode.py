@@ -6,8 +6,8 @@ as module outputs, for any architecture. One fused ``aminmax`` looks at a tensor
 through. Its two results stay on the device until somebody asks; nothing else is kept, no tensor outlives its
 operation. Watched and unwatched outputs are bit-identical: the mode runs the very operation it was given.
 
-Intended extremes are not readings. A tensor into which ``where`` or ``masked_fill`` has put the dtype's
-minimum or an infinity is an additive mask; scores that one was added to are judged on their unmasked entries.
+Intended extremes are not readings. A tensor that was filled, whole or in part, with the dtype's minimum or an
+infinity is an additive mask; scores that one was added to are judged on their unmasked entries.
 
 What it does not see: values inside a fused kernel (the scores of ``scaled_dot_product_attention``).
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from qwen_precision.watcher.aten import Kind, kind_of, name_of_operator, writes_in_place
+from qwen_precision.watcher.aten import Kind, Rule, rule_for
 from qwen_precision.watcher.masks import FLOATS, Masks
 from qwen_precision.watcher.readings import Counted, Reading, Slots, spell_out
 
@@ -62,20 +62,11 @@ class Onlooker(ABC):
         """See an indexing: experts pick their rows from the tokens by one."""
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """What the mode does with one operator; looked up once, then cached."""
-
-    kind: Kind
-    op: str
-    mutates: bool
+_RULES: dict[Any, Rule] = {}
 
 
-_RULES: dict[Any, _Rule] = {}
-
-
-def _rule_for(func: Any) -> _Rule:
-    rule = _RULES[func] = _Rule(kind_of(func), name_of_operator(func), writes_in_place(func))
+def _rule_for(func: Any) -> Rule:
+    rule = _RULES[func] = rule_for(func)
     return rule
 
 
@@ -162,7 +153,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if self.inspect is not None:
             self._spoiled = self._bad_before(args[0]) if rule.mutates else None
         out = func(*args, **kwargs) if kwargs else func(*args)
-        if self.masks and self._read_masked(func, rule, args, kwargs, out):
+        if (rule.may_mask or self.masks) and self._read_masked(func, rule, args, kwargs, out):
             return out
         kind = rule.kind
         if args and out is args[0] and not rule.mutates:
@@ -177,8 +168,6 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
                 self.inspect.note_index(args)
         elif kind is Kind.EXACT:
             self._read_exact(rule, args, out)
-        elif kind is Kind.FILL:
-            self.masks.note_fill(rule.op, args, out)
         elif kind is Kind.SORT and self.inspect is not None:
             self.inspect.note_sort(out[0])
         if rule.mutates:
@@ -191,7 +180,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             return None
         return self.inspect.bad(target)
 
-    def _read(self, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
+    def _read(self, rule: Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
         """Take the reading of one output, of its entries in ``keep`` if that is given."""
         if out.dtype not in FLOATS or not out.numel():
             return
@@ -208,14 +197,14 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if self.inspect is not None:
             self._inspect(rule, args, out, keep)
 
-    def _read_first(self, rule: _Rule, args: tuple[Any, ...], out: Any) -> None:
+    def _read_first(self, rule: Rule, args: tuple[Any, ...], out: Any) -> None:
         """Of several outputs the first is the result; the others (log-sum-exp, seeds, indices) are bookkeeping."""
         items = out if isinstance(out, (tuple, list)) else (out,)
         first = next((item for item in items if isinstance(item, Tensor)), None)
         if first is not None:
             self._read(rule, args, first, None)
 
-    def _read_exact(self, rule: _Rule, args: tuple[Any, ...], out: Tensor) -> None:
+    def _read_exact(self, rule: Rule, args: tuple[Any, ...], out: Tensor) -> None:
         """A cast or a power: derived where it is of the output read last, else read."""
         source, last = args[0], self._last
         if out is source:
@@ -236,21 +225,23 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         else:
             self._read(rule, args, out, None)
 
-    def _inspect(self, rule: _Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
+    def _inspect(self, rule: Rule, args: tuple[Any, ...], out: Tensor, keep: Tensor | None) -> None:
         call = self._calls.get((self.path, rule.op), 0)
         self._calls[self.path, rule.op] = call + 1
         assert self.inspect is not None
         self.inspect(Seen(self.path, rule.op, call, args, out, keep, self._spoiled))
 
     def _read_masked(
-        self, func: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
+        self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
     ) -> bool:
         """Whether an argument is a mask or masked and so is ``out``; then it has been read where unmasked."""
-        keep = self.masks.after(func, rule.kind, rule.op, args, kwargs, out)
+        keep = self.masks.after(func, rule, args, kwargs, out)
         if keep is None:
             return False
         if rule.kind is Kind.READ or (rule.kind is Kind.EXACT and out is not args[0]):
             self._read(rule, args, out, keep)
+        if rule.mutates:
+            self._last = None
         return True
 
 

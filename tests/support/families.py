@@ -32,6 +32,7 @@ if transformers.__version__.startswith("4."):
         **dict.fromkeys(("speech_to_text_2", "xlstm"), "this transformers raises whatever the dtype"),
         "transfo-xl": "its cutoffs need a larger vocabulary",
         "qdqbert": "needs pytorch-quantization",
+        **dict.fromkeys(("emu3", "mllama"), "this transformers cannot read the configuration of the text model alone"),
     }
 
 WRAPPERS: dict[str, str] = {

@@ -5,6 +5,7 @@ those integers and scales: nothing here ever unpacks. A copy comes with a twin t
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -244,26 +245,39 @@ def _renamed(made: Made) -> Made:
     return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, value
 
 
-def quantised(source: Path, folder: Path, scheme: Scheme) -> tuple[Path, Path]:
+def quantised(source: Path, folder: Path, scheme: Scheme, pattern: str = r"_proj\.weight$") -> tuple[Path, Path]:
     """A quantised copy of a checkpoint of one file, and its twin with the same values in float32.
 
-    Every projection of a layer is quantised, but those of layer 1's attention: those stay as they are.
+    Every matrix of that name is quantised, but those of layer 1's attention: those stay as they are.
     """
     twin = folder.with_name(f"{folder.name}-twin")
     for each in (folder, twin):
         shutil.copytree(source, each)
     whole, same = Parts(), Parts()
     for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith("_proj.weight") and "layers.1.self_attn" not in name:
+        if re.search(pattern, name) and "layers.1.self_attn" not in name:
             parts, value = scheme.make(tensor.float().numpy())
             whole |= {f"{name.removesuffix('weight')}{leaf}": part for leaf, part in parts.items()}
             same[name] = torch.from_numpy(value.copy())
         else:
             whole[name] = same[name] = tensor
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(same, twin / "model.safetensors", metadata={"format": "pt"})
+    save_aligned(whole, folder / "model.safetensors")
+    save_aligned(same, twin / "model.safetensors")
     edit_json(folder / "config.json", quantization_config=scheme.config)
     return folder, twin
+
+
+def save_aligned(tensors: Parts, path: Path) -> None:
+    """Write a file whose tensors lie in memory, once it is mapped, as those that torch makes do.
+
+    The last bit of MKL's sums depends on that, and older transformers compute on the mapped file itself.
+    """
+    for padding in range(64):
+        save_file(tensors, path, metadata={"format": "pt", "padding": " " * padding})
+        with path.open("rb") as file:
+            if (8 + int.from_bytes(file.read(8), "little")) % 64 == 0:
+                return
+    raise AssertionError(f"{path}: no padding makes its header end at a multiple of 64")
 
 
 def rewrite(folder: Path, change: Callable[[Parts], None]) -> Path:
