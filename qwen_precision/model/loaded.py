@@ -12,7 +12,7 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.machine import free_bytes
-from qwen_precision.model.skeleton import build, is_layerwise, model_class
+from qwen_precision.model.skeleton import build, is_layerwise, model_class, outline
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore, check_formats
 from qwen_precision.qwen3 import HEAD
@@ -85,8 +85,8 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, dtype: str) -> nn.Module:
-        if self._checkpoint.quantised is not None:
-            return self._dequantised(dtype)
+        if self._checkpoint.only_read is not None:
+            return (self._dequantised if is_layerwise(self._checkpoint.config) else self._given)(dtype)
         folder = self._checkpoint.folder
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
@@ -129,6 +129,27 @@ class Models:
         model = build(self._checkpoint.config, self._attention)
         store = WeightStore(self._checkpoint, model, self.device, resident=False, check=WeightCheck([]))
         return filled(model, store, torch_dtype(dtype)).to(self.device)
+
+    def _given(self, dtype: str) -> nn.Module:
+        """A model of a family that is not built here: by transformers, from tensors instead of files."""
+        made, cast = self._class(), torch_dtype(dtype)
+        model = outline(self._checkpoint.config, self._attention)
+        store = WeightStore(self._checkpoint, model, torch.device("cpu"), resident=False, check=WeightCheck([]))
+        tensors = {name: store.tensor(name).to(cast) for name, _ in model.named_parameters()}
+        try:
+            loaded: nn.Module = made.from_pretrained(
+                None,
+                config=self._checkpoint.config,
+                state_dict=tensors,
+                dtype=cast,
+                **({"attn_implementation": self._attention} if self._attention else {}),
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # as above
+            folder = self._checkpoint.folder
+            raise QprecError(f"{folder}: transformers cannot load the weights: {in_one_line(error)}") from error
+        return loaded.to(self.device).eval()
 
 
 _BARE = (

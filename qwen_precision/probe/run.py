@@ -123,7 +123,7 @@ def job_for(
     reference = settings.reference or REFERENCE in settings.dtypes
     passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
     if whole:
-        if checkpoint.quantised is not None:
+        if checkpoint.quantised is not None and checkpoint.gguf is None:
             raise QprecError(
                 f"{source}: is quantised, and of {type(model).__name__} quantised weights are not read; "
                 "probe the checkpoint they were made from."
