@@ -132,6 +132,7 @@ class Models:
 
     def _given(self, dtype: str) -> nn.Module:
         """A model of a family that is not built here: by transformers, from tensors instead of files."""
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         made, cast = self._class(), torch_dtype(dtype)
         model = outline(self._checkpoint.config, self._attention)
         store = WeightStore(self._checkpoint, model, torch.device("cpu"), resident=False, check=WeightCheck([]))
