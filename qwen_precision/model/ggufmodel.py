@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.ggufheader import Header, without_weights
@@ -79,32 +80,39 @@ def read_tokenizer(header: Header, config: PretrainedConfig, path: Path) -> PreT
     Raises:
         QprecError: there is none that transformers can make.
     """
-    made: Any = PreTrainedTokenizerFast
     try:
-        backend, settings = _converted(header, config, path)
+        made, backend, settings = _converted(header, config, path)
         tokenizer: PreTrainedTokenizerBase = made(tokenizer_object=backend, **settings)
     except Exception as error:  # as above
         raise QprecError(f"{path}: transformers makes no tokenizer of it: {in_one_line(error)}") from error
     return tokenizer
 
 
-def _converted(header: Header, config: PretrainedConfig, path: Path) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer's engine, and what its wrapper is told."""
+def _converted(header: Header, config: PretrainedConfig, path: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The class of the tokenizer, its engine, and what its class is told."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
     except ImportError:
         return _converted_before(header, config)
     architecture, told, settings = get_gguf_tokenizer(str(path.with_name(header.tensors[0].file)))
     backend, more = convert_gguf_tokenizer(architecture, told)
-    return backend, {**settings, **more}
+    return PreTrainedTokenizerFast, backend, {**settings, **more}
 
 
-def _converted_before(header: Header, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
-    """The same by versions of transformers that read the keys with the library."""
+def _converted_before(header: Header, config: PretrainedConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """The same by versions of transformers that read the keys with the library.
+
+    Up to version 4 it is the family's own class that puts <bos> in front.
+    """
     ggml: Any = importlib.import_module("transformers.integrations.ggml")
     told, settings = (
         {new: header.keys[f"tokenizer.{old}"] for old, new in names.items() if f"tokenizer.{old}" in header.keys}
         for names in (ggml.GGUF_TOKENIZER_MAPPING["tokenizer"], ggml.GGUF_TOKENIZER_MAPPING["tokenizer_config"])
     )
     backend, more = ggml.convert_gguf_tokenizer(config.model_type, told)
-    return backend, {**settings, **more}
+    made = TOKENIZER_MAPPING.get(type(config), None)
+    fast = made[1] if isinstance(made, tuple) and made[1] is not None else PreTrainedTokenizerFast
+    bos = header.keys.get("tokenizer.ggml.add_bos_token", told.get("tokenizer_type") == "llama")
+    named = {name: told.get(f"{name}_id") for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special = {name: told["tokens"][number] for name, number in named.items() if number is not None}
+    return fast, backend, {"add_bos_token": bos and "bos_token" in special, **special, **settings, **more}
