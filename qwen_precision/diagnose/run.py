@@ -46,9 +46,9 @@ def diagnose(
         held_state(sweep_file)  # a file of the user's in its place is found out now
     job = prepare(source, settings, specs, revision)
     if target is not None:
-        check_folder(target.folder, job.checkpoint.folder, target.force)
-        if job.checkpoint.quantised is not None:
+        if job.checkpoint.only_read is not None:
             raise UsageError(f"--rescue-to {target.folder}: {unsupported(job.checkpoint)}.")
+        check_folder(target.folder, job.checkpoint.folder, target.force)
     before = Finals()
     measured = judge(measure(job, progress, before if target is not None else None))
     run = measured.run

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.foreign import adapter_beside, check_readable
+from qwen_precision.model.gguffile import gguf_of, read_gguf
 from qwen_precision.model.index import TensorInfo, read_index, read_json
 from qwen_precision.model.quantised import unquantised
 from qwen_precision.model.skeleton import model_class
@@ -37,6 +38,8 @@ class Checkpoint:
     """By name; a quantised weight is one, under the name it would have if it were not."""
     notes: tuple[Choice, ...] = ()
     """What a reader of the report has to know of the folder."""
+    gguf: str | None = None
+    """The GGUF file that all of it was read from."""
 
     @property
     def text_config(self) -> Any:
@@ -58,6 +61,13 @@ class Checkpoint:
         """How weights are quantised, in words, or None."""
         found = dict.fromkeys(info.packed.what for info in self.tensors.values() if info.packed is not None)
         return ", ".join(found) or None
+
+    @property
+    def only_read(self) -> str | None:
+        """Why weights cannot be written back in the form in which they are kept, or None."""
+        if self.quantised is not None:
+            return f"the weights are quantised, as {self.quantised}"
+        return None if self.gguf is None else "the weights are in a GGUF file"
 
     @property
     def parameters(self) -> int:
@@ -85,12 +95,15 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> Checkpoint:
-    """Check a folder and read all that is small.
+    """Check a folder, or a GGUF file, and read all that is small.
 
     Raises:
-        QprecError: the folder is not a causal language model in safetensors, or it is damaged; the message
+        QprecError: it is not a causal language model in safetensors or GGUF, or it is damaged; the message
             names the file.
     """
+    path = gguf_of(folder)
+    if path is not None:
+        return _open_gguf(path, source)
     if not folder.is_dir():
         raise QprecError(f"{source}: is not a folder; give a checkpoint folder, a hub id (owner/name) or `demo`.")
     if not (folder / "config.json").exists():
@@ -108,17 +121,30 @@ def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> C
     return replace(checkpoint, notes=tuple(_notes(checkpoint, raw)))
 
 
+def _open_gguf(path: Path, source: str) -> Checkpoint:
+    read = read_gguf(path)
+    checkpoint = Checkpoint(path.parent, source, None, read.config, read.tokenizer, read.tensors, gguf=path.name)
+    notes = [*_notes(checkpoint, {})]
+    if read.unused:
+        value = read.unused[0] + (f" and {len(read.unused) - 1} more" if len(read.unused) > 1 else "")
+        reason = "transformers makes no parameter of it"
+        notes.append(Choice(what="tensors not used", value=value, reason=reason))
+    return replace(checkpoint, notes=tuple(notes))
+
+
 def _notes(checkpoint: Checkpoint, raw: dict[str, Any]) -> Iterator[Choice]:
     if checkpoint.quantised is not None:
+        engine = "W8A8, NVFP4" if checkpoint.gguf is None else "llama.cpp's Q8 blocks"
         reason = (
             "each to float32 once, and from there to each dtype; activations run in the dtype asked for: quantised "
-            "ones (W8A8, NVFP4) are not imitated"
+            f"ones ({engine}) are not imitated"
         )
         yield Choice(what="weights", value=f"dequantised from {checkpoint.quantised}", reason=reason)
     if "auto_map" in raw:
         reason = f"config.json points at code of the checkpoint's own, which is not run; {raw['model_type']} is known"
         yield Choice(what="code", value="transformers' own", reason=reason)
-    yield from adapter_beside(checkpoint.folder)
+    if checkpoint.gguf is None:
+        yield from adapter_beside(checkpoint.folder)
 
 
 def _check_config(raw: dict[str, Any], folder: Path) -> None:

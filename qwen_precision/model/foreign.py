@@ -45,7 +45,6 @@ def check_readable(folder: Path, raw: dict[str, Any]) -> None:
 def file_in_words(path: Path) -> str:
     """What a single file is, given in place of a folder."""
     return {
-        ".gguf": f"is a GGUF file, which qprec does not read; {_ORIGINAL} (a folder with config.json and safetensors)",
         ".onnx": f"is an ONNX graph, which qprec does not read; {_ORIGINAL}",
         ".bin": "is a pickle, which can run code when loaded; give a folder with safetensors in it",
     }.get(path.suffix, "is a file; give the checkpoint's folder")
@@ -96,10 +95,6 @@ def _bitsandbytes(raw: dict[str, Any]) -> str:
 
 FOREIGN = (
     Foreign(lambda folder, raw: _files(folder, ADAPTER), _merge),
-    Foreign(
-        lambda folder, raw: _files(folder, "*.gguf"),
-        lambda folder, raw: f"holds GGUF files, which qprec does not read; {_ORIGINAL}",
-    ),
     Foreign(
         lambda folder, raw: _files(folder, "*.onnx") or _files(folder, "onnx/*.onnx"),
         lambda folder, raw: f"holds an ONNX graph, no weights by name; {_ORIGINAL}",

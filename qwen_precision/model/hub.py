@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.model.foreign import file_in_words
+from qwen_precision.model.gguffile import is_gguf
 
 DEMO = Path(__file__).parent.parent / "demo"
 """The checkpoint that ships in the package."""
@@ -22,7 +23,7 @@ _UNWANTED = ["original/*", "*/*"]
 
 
 def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint and, for one from the hub, its commit.
+    """The folder (or GGUF file) of a checkpoint and, for one from the hub, its commit.
 
     A folder that exists wins over a hub id of the same spelling; ``./demo`` is a folder, ``demo`` the demo.
 
@@ -37,11 +38,13 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     if revision and (path.exists() or _looks_local(source)):
         raise UsageError(f"--revision {revision}: only a model on the hub has revisions; {source} is a folder.")
     if path.exists():
-        if not path.is_dir():
+        if not path.is_dir() and not is_gguf(path):
             raise QprecError(f"{source}: {file_in_words(path)}.")
         return path, None
     if "://" in source or source.startswith(("huggingface.co/", "hf.co/")):
         raise UsageError(f"{source}: is a web address; give the id alone{_meant(source)}.")
+    if is_gguf(path):
+        raise QprecError(f"{source}: no such file.")
     if _looks_local(source):
         expected = "give a checkpoint folder, a hub id (owner/name) or `demo`"
         raise QprecError(f"{source}: no such folder; {expected}{_meant(source)}")

@@ -38,6 +38,8 @@ class Packed:
     """Roles that are scales; the first is the one of the blocks."""
     turned: bool
     """Whether scales are ``[across, down]`` of the weight."""
+    by_rows: bool = False
+    """Whether rows of its parts make the same rows of the weight."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class TensorInfo:
     """Bytes, of a quantised weight those of all its parts."""
     packed: Packed | None = None
     """How a quantised weight is kept; its shape is then that of the weight."""
+    read: Callable[[Path, slice], Tensor] | None = None
+    """Reads some of its rows from the file, where that is no safetensors."""
 
     @property
     def places(self) -> "list[TensorInfo]":

@@ -117,15 +117,15 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, dtype: str) -> nn.Module:
-        quantised, folder = self._checkpoint.quantised is not None, self._checkpoint.folder
-        if quantised and is_layerwise(self._checkpoint.config):
+        read, folder = self._checkpoint.only_read is not None, self._checkpoint.folder
+        if read and is_layerwise(self._checkpoint.config):
             return self._dequantised(dtype)
         # As if the files held these numbers: transformers finds each its place, as for a plain checkpoint.
-        given = {"state_dict": self._state(), "config": self._checkpoint.config} if quantised else {}
+        given = {"state_dict": self._state(), "config": self._checkpoint.config} if read else {}
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             loaded: Any = self._class().from_pretrained(
-                None if quantised else folder,
+                None if read else folder,
                 dtype=getattr(torch, DTYPES[dtype].torch_name),
                 use_safetensors=True,
                 local_files_only=True,

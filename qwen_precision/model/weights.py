@@ -26,6 +26,8 @@ from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
 _ROWS = 16384
 """Of an embedding, read at once where only some are wanted."""
 
+_ALL = slice(None)
+
 
 class WeightStore:
     """Tensors of a checkpoint by the names of the model's parameters.
@@ -122,7 +124,7 @@ class WeightStore:
             return
         part = self.parts(name)[0]
         info = self._checkpoint.tensors[part]
-        if info.packed is not None:  # its blocks would be cut apart; it is made once, in float32
+        if info.packed is not None and not info.packed.by_rows:  # its blocks would be cut apart; it is made once
             whole = self._read(part, name)
             yield from ((start, whole[start : start + rows].to(self._device)) for start in range(0, len(whole), rows))
             return
@@ -152,7 +154,7 @@ class WeightStore:
         return self._scaled(tensor, part if self._fused.has(name) else name)
 
     def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
-        tensor = read_tensor(self._checkpoint, part)[start:stop]  # mapped: only these rows' pages are read
+        tensor = read_tensor(self._checkpoint, part, slice(start, stop))
         self._check.feed(part, self._checkpoint.tensors[part].file, tensor, start, self._tied.get(name, name))
         return self._scaled(tensor, self._tied.get(name, name))
 
@@ -161,17 +163,21 @@ class WeightStore:
         return scaled(tensor, factor) if factor else tensor
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """One tensor as the files have it, a quantised weight in float32. The pages are mapped, not copied, and unmapped
-    when it goes.
+def read_tensor(checkpoint: Checkpoint, name: str, rows: slice = _ALL) -> Tensor:
+    """One tensor as the files have it, a quantised weight in float32. Pages of safetensors are mapped, not copied, and
+    unmapped when it goes.
+
+    Args:
+        checkpoint, name: of the tensor.
+        rows: those that are wanted; of a quantised weight only where ``by_rows`` says that they can be had apart.
 
     Raises:
         QprecError: its shard cannot be read, or the parts of a quantised weight contradict each other.
     """
     info = checkpoint.tensors[name]
     if info.packed is None:
-        return _tensor(checkpoint.folder, info, name)
-    return _unpacked(checkpoint.folder, info.packed, _pieces(checkpoint.folder, info.packed))
+        return _tensor(checkpoint.folder, info, name, rows)
+    return _unpacked(checkpoint.folder, info.packed, _pieces(checkpoint.folder, info.packed, rows))
 
 
 def checked_tensor(checkpoint: Checkpoint, name: str, check: WeightCheck, parameter: str) -> Tensor:
@@ -208,8 +214,8 @@ def check_formats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             )
 
 
-def _pieces(folder: Path, packed: Packed) -> dict[str, Tensor]:
-    return {role: _tensor(folder, packed.infos[role], name) for role, name in packed.names.items()}
+def _pieces(folder: Path, packed: Packed, rows: slice = _ALL) -> dict[str, Tensor]:
+    return {role: _tensor(folder, packed.infos[role], name, rows) for role, name in packed.names.items()}
 
 
 def _unpacked(folder: Path, packed: Packed, pieces: dict[str, Tensor]) -> Tensor:
@@ -223,11 +229,14 @@ def _unpacked(folder: Path, packed: Packed, pieces: dict[str, Tensor]) -> Tensor
         ) from error
 
 
-def _tensor(folder: Path, info: TensorInfo, name: str) -> Tensor:
+def _tensor(folder: Path, info: TensorInfo, name: str, rows: slice = _ALL) -> Tensor:
     path = folder / info.file
-    with _reading(path), safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
+    with _reading(path):
+        if info.read is not None:
+            return info.read(path, rows)
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    return tensor if rows == _ALL else tensor[rows]
 
 
 def scaled(tensor: Tensor, factor: int) -> Tensor:

@@ -75,8 +75,8 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
         return f"only Qwen3 models ({', '.join(FAMILIES)}) can be rescaled, this is {kind!r}"
     if not is_layerwise(checkpoint.config):
         return f"only causal and bare models can be rescaled, this is {(checkpoint.config.architectures or [kind])[0]}"
-    if checkpoint.quantised is not None:
-        return f"the weights are quantised, as {checkpoint.quantised}; rescale the checkpoint they were made from"
+    if checkpoint.only_read is not None:
+        return f"{checkpoint.only_read}; rescale the checkpoint they were made from"
     unknown = [name for name in checkpoint.tensors if powers_of(name) is None and not name.endswith("inv_freq")]
     if unknown:
         return f"the tensor {unknown[0]} is not one that qprec knows how to rescale"

@@ -48,7 +48,6 @@ def _config(**changes: Any) -> Callable[[Path], None]:
     [
         (_adapter, ["adapter (LoRA) for Qwen/Qwen3-8B", "python -c", "merge_and_unload", "probe model-merged"]),
         (_instead("adapter_config.json"), ["adapter (LoRA) for its base model"]),
-        (_instead("q4_k_m.gguf", config=False), ["GGUF", "made from"]),
         (_instead("model.onnx", config=False), ["ONNX", "made from"]),
         (_instead("onnx/model.onnx"), ["ONNX", "made from"]),
         (_config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}), ["ModelOpt", "made from"]),
@@ -89,7 +88,6 @@ def test_the_command_that_merges_an_adapter_is_python_and_survives_odd_names(tmp
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.gguf", ["GGUF", "made from"]),
         ("a.onnx", ["ONNX"]),
         ("a.bin", ["pickle"]),
         ("a.txt", ["the checkpoint's folder"]),
