@@ -71,6 +71,8 @@ def output_for(
         if name != RECORD:
             reporting.format_for(name, None)
         return Output(None, None, "", name)
+    inputs = [Path(each) for each in reads if each]
+    check_writable(asked or Path(default), inputs)
     record, report, name = asked or Path(default), None, ""
     if asked is not None and asked.suffix not in ("", ".json"):
         name = reporting.format_for(format, asked)
@@ -78,7 +80,6 @@ def output_for(
         shown = None if terminal.quiet() else "table" if full else "screen"
     elif format is not None:
         reporting.format_for(format, None)
-    inputs = [Path(each) for each in reads if each]
     check_writable(record, inputs, force=force or is_record(record))
     if report is not None:
         check_writable(report, inputs, force=force)

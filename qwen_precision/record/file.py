@@ -39,9 +39,9 @@ def save(run: Run, path: Path) -> None:
 
 def is_record(path: Path) -> bool:
     """Whether a file is a saved run, by how it begins; it is not read whole."""
-    if not path.is_file():
-        return False  # what is read from a pipe is gone
     try:
+        if not path.is_file():
+            return False  # what is read from a pipe is gone
         with path.open("rb") as file:
             return file.read(len(_BEGINS)) == _BEGINS
     except OSError:

@@ -36,9 +36,9 @@ def report_json(path: str, capsys: Capture) -> dict[str, Any]:
 
 def test_without_guards_the_demo_prints_exclamation_marks_and_exits_with_1(capsys: Capture) -> None:
     assert main(["generate", "demo", "--dtype", "fp16", "--no-guards"]) == 1
-    out, err = capsys.readouterr()
-    assert '"!!!!!!!!' in out and "degenerate-text" in out and "fp16  FAIL" in out
-    assert f"qprec probe demo --dtype fp16 --prompt '{PROMPT}'" in err
+    out = capsys.readouterr().out
+    assert '"!!!!!!!!' in out and "degenerate-text" in out and "fp16      FAIL" in out
+    assert f"qprec probe demo --dtype fp16 --prompt '{PROMPT}'" in out
     data = report_json("qprec-gen.json", capsys)
     kinds = {finding["kind"]: finding for finding in data["findings"]}
     assert data["verdict"] == {"fp16": "fail"} and data["exit_code"] == 1
@@ -49,17 +49,19 @@ def test_the_command_that_is_named_next_finds_the_origin(capsys: Capture) -> Non
     import shlex
 
     main(["generate", "demo", "--no-guards"])
-    err = capsys.readouterr().err
-    command = next(line.split(": ", 1)[1] for line in err.splitlines() if line.startswith("find where it starts"))
+    out = capsys.readouterr().out
+    command = next(line.removeprefix("Find it") for line in out.splitlines() if line.startswith("Find it"))
     assert main(shlex.split(command)[1:]) == 1
-    assert "FAIL  first: layer 3, down_proj output (overflow)" in capsys.readouterr().out
+    assert "Starts    layer 3, down_proj output" in capsys.readouterr().out
 
 
 def test_with_guards_the_demo_answers_and_says_how(capsys: Capture) -> None:
     assert main(["generate", "demo", "--dtype", "fp16", "-o", "gen.json"]) == 0
-    out, err = capsys.readouterr()
-    assert f'"{ANSWER}"' in out and "recovered" in out and "bf16 from step 0" in out
-    assert "qprec report gen.json" in err
+    out = capsys.readouterr().out
+    assert f'"{ANSWER}"' in out and "computed again in bf16" in out and "qprec report gen.json" in out
+    assert main(["generate", "demo", "--dtype", "fp16", "-o", "gen.json", "--full"]) == 0
+    out = capsys.readouterr().out
+    assert "recovered" in out and "bf16 from step 0" in out
     assert main(["generate", "demo", "--fail-on", "risk", "-o", "gen.json"]) == 1
     capsys.readouterr()
     assert main(["report", "gen.json"]) == 0
@@ -110,7 +112,7 @@ def test_stream_prints_tokens_as_they_come(capsys: Capture, monkeypatch: pytest.
     pieces, whole = [], terminal.result
     monkeypatch.setattr(terminal, "result", lambda text: (pieces.append(text), whole(text))[0])
     assert main(["generate", "demo", "--dtype", "fp32", "--stream"]) == 0
-    assert capsys.readouterr().out.startswith(f"{ANSWER}\n\nqprec  demo")
+    assert capsys.readouterr().out.startswith(f"{ANSWER}\n\nqprec generate demo")
     assert len(pieces) > 4
 
 
@@ -161,19 +163,18 @@ def test_a_stdout_that_goes_away_ends_the_printing_and_not_the_run(monkeypatch: 
 def test_what_is_named_next_is_one_inert_line_that_a_shell_reads_back(capsys: Capture) -> None:
     prompt = PROMPT + "\x1b[31mX\n\u202e[red]it's"
     main(["generate", "demo", "--guards", "strict", "--prompt", prompt])
-    err = capsys.readouterr().err
-    assert not {"\x1b", "\u202e"} & set(err)
-    command = next(line.split(": ", 1)[1] for line in err.splitlines() if line.startswith("find where it starts"))
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\u202e"} & set(out)
+    command = next(line.removeprefix("Find it").strip() for line in out.splitlines() if line.startswith("Find it"))
     done = subprocess.run(["bash", "-c", f'set -- {command}; printf %s "${{@: -1}}"'], capture_output=True, check=True)
     assert done.stdout.decode() == prompt
 
 
 def test_a_prompt_too_long_for_a_command_line_is_read_from_the_record(capsys: Capture) -> None:
     main(["generate", "demo", "--no-guards", "--max-new-tokens", "2", "--prompt", PROMPT * 30, "-o", "gen.json"])
-    out, err = capsys.readouterr()
-    assert "qprec probe demo --dtype fp16 --prompts gen.json" in err and "--prompts RUN" in " ".join(out.split())
+    assert "qprec probe demo --dtype fp16 --prompts gen.json" in capsys.readouterr().out
     assert main(["probe", "demo", "--dtype", "fp16", "--prompts", "gen.json"]) == 1
-    assert "down_proj output (overflow)" in capsys.readouterr().out
+    assert "layer 3, down_proj output" in capsys.readouterr().out
     probed = json.loads(Path("qprec-run.json").read_text())
     assert probed["prompts"][0]["rows"][0]["text"] == PROMPT * 30
 
@@ -375,4 +376,4 @@ def test_ctrl_c_saves_what_was_generated(monkeypatch: pytest.MonkeyPatch, capsys
     assert main(["generate", "demo", "--dtype", "fp32"]) == 3
     saved = json.loads(Path("qprec-gen.json").read_text())
     assert saved["stopped"] == "interrupted" and len(saved["generation"]["rows"][0]["ids"]) == 2
-    assert "Stopped early: interrupted" in capsys.readouterr().out
+    assert "Stopped   interrupted" in capsys.readouterr().out

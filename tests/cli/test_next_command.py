@@ -39,9 +39,9 @@ def generated(folder: Path, prompts: list[str], capsys: Capture, *flags: str) ->
     """Generate, and the words of the command that is named next."""
     asked = [word for text in prompts for word in ("--prompt", text)]
     main(["generate", str(folder), *asked, "--max-new-tokens", "3", "-o", "my gen.json", *flags])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("find where it starts with: ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Find it ")]
     assert len(lines) == 1
-    words = shlex.split(lines[0].split(": ", 1)[1])
+    words = shlex.split(lines[0].removeprefix("Find it"))
     assert words[0] == "qprec"
     return words[1:]
 
@@ -113,7 +113,7 @@ def test_a_row_that_was_over_is_filled_up_as_it_was(capsys: Capture, tmp_path: P
 def test_what_is_not_at_fault_gives_no_next_command(capsys: Capture, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", edit=says(half_a_character(), 10_000.0))
     assert main(["generate", str(folder), "--prompt", "abc", "--max-new-tokens", "3"]) == 0
-    assert "find where it starts" not in capsys.readouterr().err
+    assert "Find it" not in capsys.readouterr().out
 
 
 def test_a_prompt_that_fails_by_itself_is_named_as_text(capsys: Capture) -> None:

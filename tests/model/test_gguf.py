@@ -108,7 +108,7 @@ def test_an_overflow_planted_into_a_gguf_that_runs_whole_is_named(tmp_path: Path
 def test_the_report_says_what_weights_and_activations_are(tmp_path: Path, capsys: Capture) -> None:
     write_gguf(tmp_path / "a-Q4_0.gguf", kind=Kind.Q4_0)
     for command in (["probe"], ["generate", "--max-new-tokens", "3", "--raw"]):
-        assert main([command[0], "./a-Q4_0.gguf", "--prompt", TEXT, "--dtype", "bf16", *command[1:]]) == 0
+        assert main([command[0], "./a-Q4_0.gguf", "--prompt", TEXT, "--dtype", "bf16", "--full", *command[1:]]) == 0
         told = " ".join(capsys.readouterr().out.split())
         assert "weights dequantised from GGUF Q4_0 (each to float32 once" in told and "activations run in" in told
 

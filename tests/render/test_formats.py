@@ -72,7 +72,7 @@ def test_strings_from_strangers_are_inert(name: str, text: str, run: Callable[[s
         return
     assert not {"\x1b", "\x00", "\x07", "\u202e"} & set(out)
     if name in ("html", "svg", "junit", "markdown"):
-        assert "<script" not in re.sub(r"^(`{3,})text$.*?^\1$", "", out, flags=re.DOTALL | re.MULTILINE)
+        assert "<script" not in re.sub(r"^(`{3,})(?:text|python)$.*?^\1$", "", out, flags=re.DOTALL | re.MULTILINE)
     if name in ("junit", "svg"):
         ElementTree.fromstring(out)
     if name == "table":
@@ -99,7 +99,7 @@ def test_markdown_stays_below_what_github_takes_and_says_what_was_left_out() -> 
     prompts = [a_prompt(f"prompt {n}", "word " * 500, ids=list(range(400)), tokens=["w"] * 400) for n in range(60)]
     text = shown(overflowing_run(prompts=prompts), "markdown")
     assert len(text) <= 65_536 and len(text) <= LONGEST + 100
-    assert "Left out" in text and "prompts" in text.rsplit("Left out", 1)[1] and "## Findings" in text
+    assert "Left out" in text and "prompts" in text.rsplit("Left out", 1)[1] and "All findings" in text
 
 
 # -- junit ---------------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_redacted_no_text_is_left_and_the_verdict_is_the_same(name: str) -> None
 @pytest.mark.parametrize("name", RUNS)
 def test_redacted_no_command_asks_for_prompts_that_are_gone(name: str) -> None:
     report = judge(redacted(RUNS[name]()))
-    for each in TEXTS:
+    for each in set(TEXTS) - {"repro"}:  # that one is refused: it would hold the ids
         assert "--prompt" not in str(FORMATS[each].render(one(report))), each
     assert same_again(report.run).startswith("# The prompts are redacted")
     assert next_command(report, "run.json") is None and next_rescue(report, "run.json") is None

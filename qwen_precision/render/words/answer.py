@@ -78,6 +78,7 @@ def answer(report: Report, record: str = "") -> Answer:
             *_unfinished(report),
             *(_facts(report, first) if first is not None else _tightest(report, dtype)),
             *_rescued(report),
+            *_notes(report),
         ],
         dtype=dtype,
         rooms=_rooms(report, dtype) if dtype is not None else [],
@@ -249,6 +250,17 @@ def _why(first: Finding) -> Iterator[Fact]:
     yield Fact("Why", why(first))
     if first.cause.tried:
         yield Fact("Tried", tried(first))
+
+
+_EXPECTED = ("device", "memory", "attention", "decoding")
+
+
+def _notes(report: Report) -> Iterator[Fact]:
+    """What a reader has to know of how it ran, and settings that make it worse."""
+    notes = [f"{each.what} {each.value} ({each.reason})" for each in report.run.choices if each.what not in _EXPECTED]
+    notes += [each.cause.sentence.rstrip(".") for each in report.findings if each.kind == "advice"]
+    if notes:
+        yield Fact("Note", "; ".join(notes))
 
 
 def _rescued(report: Report) -> Iterator[Fact]:

@@ -97,9 +97,12 @@ def _token(token: Token, with_id: bool) -> str:
 def how_far(first: Finding) -> str:
     """The magnitude beside the limit that it is compared with; of a damaged tensor how much of it is bad."""
     size, limit = first.magnitude, _limit_of(first)
+    if first.kind == "overflow" and size.reference is None and first.place.step is None and first.dtype in DTYPES:
+        bad = f"{size.inf + size.nan:,} elements beyond {first.dtype}'s limit of {number(DTYPES[first.dtype].max)}"
+        return f"{bad}; fp32 does not tell how far"
     if size.reference is None or limit is None:
-        bad = [f"{value:,} {word}" for value, word in ((size.nan, "NaN"), (size.inf, "infinite")) if value]
-        return " and ".join(bad)
+        parts = [f"{value:,} {word}" for value, word in ((size.nan, "NaN"), (size.inf, "infinite")) if value]
+        return " and ".join(parts)
     over = f"{number(size.reference)} in fp32"
     if size.reference > limit[0]:
         return f"{over}, {size.reference / limit[0]:.3g} times {limit[1]} of {number(limit[0])}"
