@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import tempfile
+import webbrowser
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ import typer
 
 from qwen_precision import report as reporting
 from qwen_precision.cli import options, outcome, terminal
+from qwen_precision.errors import UsageError
 from qwen_precision.files import append, check_writable, write_atomically
 from qwen_precision.judge import CAUSES
 
@@ -50,6 +53,7 @@ def report(
     redact: Annotated[bool, typer.Option("--redact", help="Without prompts, texts and token strings.")] = False,
     fail_on: options.FailOnOption = "fail",
     quiet: options.QuietOption = False,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     explain_cause: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +63,10 @@ def report(
 ) -> None:
     """Show saved runs again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing."""
     output = None if output == outcome.STDOUT else output
+    if open_ and output is None:
+        output, force = Path(tempfile.mkdtemp(prefix="qprec-")) / "report.html", True
+    if open_ and reporting.format_for(format, output) != "html":
+        raise UsageError("--open: opens a page; give -o FILE.html, or leave -o and --format out.")
     name = reporting.format_for(format, output)
     if output is not None:
         check_writable(output, [*runs, *([baseline] if baseline else [])], force=force)
@@ -67,6 +75,8 @@ def report(
     if output is not None:
         write_atomically(output, outcome.for_file(shown, name))
         terminal.note(f"wrote {output}")
+        if open_ and not webbrowser.open(output.resolve().as_uri()):
+            terminal.note("no browser could be opened")
     elif not quiet:
         terminal.result(str(terminal.render(shown, name)))
     summary = os.environ.get("GITHUB_STEP_SUMMARY") if name == "github" else None

@@ -169,7 +169,7 @@ def load_target(
         UsageError: flags that do not go together.
     """
     if folder is None:
-        flags = {"--rescue-dtype": dtype, "--force": force, "--keep-unverified": keep}
+        flags = {"--rescue-dtype": dtype, "--keep-unverified": keep}
         alone = next((flag for flag, value in flags.items() if value), None)
         if alone is not None:
             raise UsageError(f"{alone}: says how to write a rescued checkpoint; add --rescue-to FOLDER.")

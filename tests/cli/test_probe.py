@@ -596,7 +596,6 @@ def test_an_interrupt_before_anything_was_read_is_one_sentence(
         (["--rescue-to", "out", "--dtype", "bf16"], ["--rescue-to", "--dtype fp16"]),
         (["--rescue-to", "out", "--no-reference"], ["--rescue-to", "--no-reference"]),
         (["--rescue-to", "qprec-run.json"], ["-o", "--rescue-to"]),
-        (["--force"], ["--force", "--rescue-to"]),
         (["--keep-unverified"], ["--keep-unverified", "--rescue-to"]),
     ],
 )

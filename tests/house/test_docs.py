@@ -84,7 +84,7 @@ def dtypes_block() -> str:
 
 BLOCKS = {
     "generate": (README, generate_block),
-    "rescue": (README, rescue_block),
+    "rescue": (MORE, rescue_block),
     "formats": (README, formats_block),
     "guards": (MORE, guards_block),
     "causes": (MORE, causes_block),

@@ -18,5 +18,5 @@ def test_importing_and_looking_around_bring_no_torch(program: str) -> None:
 
 def test_what_can_be_called_is_seen_before_it_is_called() -> None:
     text = told("import qwen_precision; print(dir(qwen_precision)); help(qwen_precision)")
-    assert "'probe'" in text and "'watch'" in text
-    assert "watch(model: 'nn.Module')" in text and "probe(model: " in text
+    assert "'probe_model'" in text and "'watch'" in text
+    assert "watch(model: 'nn.Module')" in text and "probe_model(model: " in text

@@ -24,7 +24,7 @@ def ruled_out(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
     """What it is not, and how that is known; damage first, as that is what people suspect first."""
     run = report.run
     if run.weight_totals and not run.scale_faults and not any(each.nan or each.inf for each in run.weights):
-        yield "a damaged file", "every tensor was read, and holds neither NaN nor infinity"
+        yield "damaged file", "every tensor was read, and holds neither NaN nor infinity"
     others = [dtype for dtype, verdict in report.verdict.items() if verdict == "ok" and dtype != finding.dtype]
     if REFERENCE not in report.verdict and run.reference and finding.dtype != REFERENCE and not others:
         others = [REFERENCE] if _reference_is_finite(report) else []
