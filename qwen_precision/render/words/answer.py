@@ -257,7 +257,11 @@ _EXPECTED = ("device", "memory", "attention", "decoding")
 
 def _notes(report: Report) -> Iterator[Fact]:
     """What a reader has to know of how it ran, and settings that make it worse."""
-    notes = [f"{each.what} {each.value} ({each.reason})" for each in report.run.choices if each.what not in _EXPECTED]
+    notes = [
+        f"{each.what} {each.value} ({each.reason})"
+        for each in report.run.choices
+        if each.what not in _EXPECTED and each.reason != "asked for"
+    ]
     notes += [each.cause.sentence.rstrip(".") for each in report.findings if each.kind == "advice"]
     if notes:
         yield Fact("Note", "; ".join(notes))
