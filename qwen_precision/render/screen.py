@@ -100,7 +100,7 @@ def _facts(told: Answer, view: View) -> Iterator[_Block]:
 
 
 def _fact(fact: Fact, width: int) -> RenderableType:
-    lines = {"Why": 3, "Not it": 1}.get(fact.label, 2)
+    lines = {"Stopped": 4, "Not done": 4, "Why": 3, "Not it": 1}.get(fact.label, 2)
     return _labelled(fact.label, Text(safe(fact.text, 600)), lines, width)
 
 

@@ -62,7 +62,7 @@ TOKEN = [
 CHAT = [PromptSpec(name="turn", chat="Hello"), PromptSpec(name="no", text="abc")]
 
 CASES = {
-    "out-of-range": Case(down_proj_output, lambda model: None, 1, "down_proj output", ["times fp16's largest number"]),
+    "out-of-range": Case(down_proj_output, lambda model: None, 1, "down_proj output", ["token 3 alone: fails"]),
     "attention-scores": Case(
         loud_scores(120.0),
         loud_scores(20.0),

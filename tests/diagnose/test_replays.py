@@ -53,9 +53,9 @@ def generated(folder: Path, prompts: list[str], capsys: Capture, *flags: str) ->
     """Generate, and the words of the command that is named next."""
     asked = [word for text in prompts for word in ("--prompt", text)]
     main(["generate", str(folder), *asked, "--max-new-tokens", "4", "-o", "gen.json", *flags])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("find where it starts with: ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Find it ")]
     assert len(lines) == 1
-    return shlex.split(lines[0].split(": ", 1)[1])[1:]
+    return shlex.split(lines[0].removeprefix("Find it"))[1:]
 
 
 def outcomes(run: Run) -> dict[str, bool]:
@@ -106,7 +106,7 @@ def test_where_the_step_goes_wrong_is_named(healthy: Path, monkeypatch: pytest.M
     place = finding.place
     assert (place.layer, place.module, place.op) == (1, "model.layers.1.self_attn", "cast") and finding.origin
     assert (place.step, place.row, place.prompt) == (1, 0, "row 0")
-    assert "step 1, row 0, model.layers.1.self_attn" in " ".join(capsys.readouterr().out.split())
+    assert "step 1 of row 0, layer 1, " in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_step_that_only_a_batch_spoils_is_told_by_its_row_alone(
@@ -213,7 +213,7 @@ def test_without_controls_the_report_says_that_the_failure_did_not_show(
 ) -> None:
     plant(monkeypatch, a_step)
     words = generated(healthy, [LONG], capsys)
-    run, _ = probed([*words, "--no-explain"], 0)
+    run, _ = probed([*words, "--no-explain", "--full"], 0)
     said = " ".join(capsys.readouterr().out.split())
     assert run.explanation is None and run.rescue is None and judge(run).verdict["fp16"] == "risk"
     assert "a single forward of the same ids is finite, and the controls that tell what made it were not run" in said
