@@ -241,7 +241,7 @@ def _near_finding(columns: Columns, row: Headroom) -> Finding:
     place = _place(columns, each, row.site, event)
     limit = columns.limit(row.dtype, row.site)
     reaches = f"The {place.name} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}"
-    advice = f"Other prompts may pass the limit: probe with your own, or do not run it in {row.dtype}."
+    advice = f"Other prompts may exceed the limit: probe with your own, or do not run it in {row.dtype}."
     return Finding(
         kind="near-overflow",
         severity="warning",

@@ -81,7 +81,7 @@ CAUSES: dict[str, Meaning] = {
         "trigger-token fails with the token alone; length fails with any tokens in front.",
     ),
     "out-of-range": Meaning(
-        "the value is too large for {dtype}, whatever the text",
+        "the value itself is too large for {dtype}",
         "an activation is larger than the dtype's largest number",
         "accumulation and rounding have a result that would fit; trigger-token and length need a particular text.",
     ),

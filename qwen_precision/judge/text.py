@@ -63,7 +63,7 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
         )
     else:
         cause += " Its KV cache was finite."
-    what = "; ".join(dict.fromkeys(f"{trip.guard}: {trip.why}" for trip in done))
+    what = "; ".join(dict.fromkeys(f"{trip.why} (guard {trip.guard})" for trip in done))
     found = _finding(
         run,
         "nonfinite-logits",

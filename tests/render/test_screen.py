@@ -79,7 +79,7 @@ def test_the_answer_names_place_magnitude_limit_cause_and_what_to_do() -> None:
     for part in (
         'Starts    layer 31, residual add after mlp, token 0 "Hello", channel 35',
         "74,946 in fp32, 1.14 times fp16's limit of 65,504",
-        "Why       out-of-range: the value is too large for fp16",
+        "Why       out-of-range: the value itself is too large for fp16",
         "fp16      FAIL   the prompt fails; least headroom 0.874x",
     ):
         assert part in text, text

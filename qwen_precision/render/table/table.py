@@ -169,7 +169,9 @@ def _headroom(report: Report, dtype: str) -> RenderableType:
             Text(room(row.headroom)),
             Text(_bar(row.headroom), room_style(row.headroom)),
         )
-    title = Text(f"\nHeadroom in {dtype}, tightest operation of each layer (full bar: the limit)", style="bold")
+    title = Text(
+        f"\nHeadroom in {dtype}, tightest operation of each layer (full bar: the limit; log scale)", style="bold"
+    )
     rest = len(rows) - _ROWS
     more = [Text(f"… and {rest} more layers with more headroom.", style="dim")] if rest > 0 else []
     return Stacked(title, table, *more)

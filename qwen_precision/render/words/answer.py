@@ -81,7 +81,7 @@ def answer(report: Report, record: str = "") -> Answer:
             *_notes(report),
         ],
         dtype=dtype,
-        rooms=_rooms(report, dtype) if dtype is not None else [],
+        rooms=_rooms(report, dtype) if dtype is not None and not (first and _is_damage(first.first)) else [],
         steps=list(steps(report, first, record)),
     )
 
@@ -119,13 +119,18 @@ def verdict_words(report: Report, dtype: str) -> str:
         return _of_a_text(report, dtype, mine)
     errors = [finding for finding in mine if finding.severity == "error"]
     if errors:
-        return "; ".join([_who(report, errors), *_least(report, dtype)])
+        return "; ".join([_who(report, errors), *([] if _is_damage(errors[0]) else _least(report, dtype))])
     if mine:
         return "; ".join([f"{mine[0].kind} {_on(mine[0])}".strip(), *_least(report, dtype)])
     if report.verdict[dtype] == "incomplete":
         return "nothing found before it stopped"
     more = [*_least(report, dtype), *_closer(report, dtype)]
     return "; ".join(["all finite" if more else "every operation finite", *more])
+
+
+def _is_damage(finding: Finding) -> bool:
+    """Whether a file is at fault: then no headroom means anything."""
+    return finding.kind in ("weight-nonfinite", "bad-scale")
 
 
 def _who(report: Report, errors: list[Finding]) -> str:
@@ -276,8 +281,8 @@ def _rescued(report: Report) -> Iterator[Fact]:
         yield Fact("Rescue", f"NOT verified: {made.why}")
         return
     least = room(float(made.headroom)) if made.headroom is not None else "-"
-    same = "the same answer in fp32, bit for bit" if made.identical else "not the original's answer in fp32"
-    yield Fact("Rescued", f"{made.verdict.upper()} in fp16, least headroom {least}; {same}")
+    same = "the original's answer in fp32, bit for bit" if made.identical else "not the original's answer in fp32"
+    yield Fact("Rescued", f"{made.folder}: {made.verdict.upper()} in fp16, least headroom {least}; {same}")
 
 
 # -- room ---------------------------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ def _tightest(report: Report, dtype: str | None) -> Iterator[Fact]:
     site = report.run.sites[row.site]
     where = placed(site.layer, name_of(site.module, site.op, site.call))
     limit = f"{dtype}'s limit is {number(row.headroom * row.abs_max)}"
-    yield Fact("Tightest", f"{where}: {number(row.abs_max)}; {limit}, {room(row.headroom)} that")
+    yield Fact("Tightest", f"{where}: {number(row.abs_max)}; {limit}: {room(row.headroom)} room")
 
 
 def _rooms(report: Report, dtype: str) -> list[Room]:

@@ -106,7 +106,7 @@ def how_far(first: Finding) -> str:
     over = f"{number(size.reference)} in fp32"
     if size.reference > limit[0]:
         return f"{over}, {size.reference / limit[0]:.3g} times {limit[1]} of {number(limit[0])}"
-    return f"{over}; {limit[1]} is {number(limit[0])}, {room(limit[0] / size.reference)} that"
+    return f"{over}; {limit[1]} is {number(limit[0])}: {room(limit[0] / size.reference)} room"
 
 
 def _limit_of(first: Finding) -> tuple[float, str] | None:

@@ -29,7 +29,7 @@ def ruled_out(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
     if REFERENCE not in report.verdict and run.reference and finding.dtype != REFERENCE and not others:
         others = [REFERENCE] if _reference_is_finite(report) else []
     if others:
-        yield "the model", f"finite in {' and '.join(others)}"
+        yield "a broken model", f"finite in {' and '.join(others)}"
     outcomes = {each.what: each.outcome for each in finding.cause.tried}
     for control, what, how in _BY_CONTROL:
         if outcomes.get(control) == "fails":

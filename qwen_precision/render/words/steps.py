@@ -29,7 +29,7 @@ def steps(report: Report, first: Group | None, record: str) -> Iterator[Step]:
     yield from _repairs(report, first, record)
     sweep = next_sweep(report) if first is None or first.first.severity == "warning" else None
     if sweep is not None:
-        yield Step("Go on", sweep, "tries every token as the first one: some reach further than texts do")
+        yield Step("Go on", sweep, "tries every token as the first one: a few may go beyond what texts reach")
     if record:
         yield Step("More", f"qprec report {record}", "")
         if first is not None:
@@ -61,6 +61,8 @@ def _repairs(report: Report, first: Group | None, record: str) -> Iterator[Step]
 
 def _gain(report: Report, plan: Rescue | None) -> str:
     before = report.headroom.get(RESCUED) or []
+    alone = "; planned on this prompt alone" if len(report.run.prompts) == 1 else ""
     if plan is None or not before or not math.isfinite(before[0].headroom):
-        return "the same model in fp32, bit for bit"
-    return f"the same model in fp32; least headroom in fp16 {room(before[0].headroom)} -> {room(plan.margin)} or more"
+        return f"gives the same answers in fp32, bit for bit{alone}"
+    least = f"in fp16 the least headroom goes from {room(before[0].headroom)} to {room(plan.margin)} or more"
+    return f"gives the same answers in fp32; {least}{alone}"
