@@ -31,10 +31,7 @@ def generate(
         list[str] | None,
         typer.Option(help="A prompt; repeatable: they make one batch; - reads standard input.", metavar="TEXT"),
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="A file of prompts: YAML, one a line, or a saved run; - is standard input.", metavar="FILE"),
-    ] = None,
+    prompts: options.PromptsOption = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Put each prompt into the chat template, or take it as it is.")
     ] = False,

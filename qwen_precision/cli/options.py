@@ -63,6 +63,10 @@ QuietOption = Annotated[
         "-q", "--quiet", help="Say nothing but errors.", callback=lambda value: (terminal.be_quiet(value), value)[1]
     ),
 ]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(help="A file of prompts: YAML, one a line, or a saved run; - is standard input.", metavar="FILE"),
+]
 FullOption = Annotated[bool, typer.Option("--full", help="Everything, in place of one screen.")]
 FormatOption = Annotated[
     str | None,
@@ -71,7 +75,7 @@ FormatOption = Annotated[
         "--format",
         help="What to print. Default: screen.",
         metavar="NAME",
-        callback=lambda value: choice_from(NAMES, "format")(value),
+        callback=choice_from(NAMES, "format"),
     ),
 ]
 OutputOption = Annotated[

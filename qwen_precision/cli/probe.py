@@ -26,10 +26,7 @@ def probe(
         list[str] | None,
         typer.Option(help="A prompt; repeatable; - reads standard input. Default: a built-in set.", metavar="TEXT"),
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="A file of prompts: YAML, one a line, or a saved run; - is standard input.", metavar="FILE"),
-    ] = None,
+    prompts: options.PromptsOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut every prompt to so many tokens.", metavar="N")
     ] = None,

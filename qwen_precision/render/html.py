@@ -13,7 +13,6 @@ from qwen_precision.render.words.answer import Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.finding import facts
 from qwen_precision.render.words.notseen import not_seen
-from qwen_precision.render.words.ruledout import ruled_out
 
 _MOST = 60
 """Findings, trips and prompts shown of each; the rest is counted."""
@@ -27,7 +26,6 @@ class _Page:
 
     report: Report
     told: Answer
-    ruled_out: list[tuple[str, str]]
     groups: list[Group]
     pictures: list[tuple[str, Any]]
     """The first is the one that says most."""
@@ -63,11 +61,6 @@ def _rescue(report: Report) -> _Rescue | None:
     )
 
 
-def _not_it(report: Report) -> list[tuple[str, str]]:
-    first = next((finding for finding in report.findings if finding.severity == "error"), None)
-    return list(ruled_out(report, first)) if first is not None else []
-
-
 def render_html(view: View) -> str:
     """All reports on one page."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -89,7 +82,6 @@ def render_html(view: View) -> str:
         _Page(
             report,
             answer(report),
-            _not_it(report),
             grouped(report.findings),
             [(caption, Markup(svg)) for caption, svg in pictures(report)],
             same_again(report.run, report.name or "run.json"),

@@ -22,7 +22,6 @@ from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.finding import facts
 from qwen_precision.render.words.notseen import not_seen
-from qwen_precision.render.words.ruledout import ruled_out
 
 LONGEST = 65_000
 """Characters; GitHub's limit is 65,536."""
@@ -79,7 +78,7 @@ def _sections(report: Report) -> Iterator[_Section]:
     yield _Section(100, "verdict", _head(report, told))
     sections: list[tuple[int, str, str]] = [
         (95, "what to do", _steps(told)),
-        (88, "what it is not", _ruled_out(report)),
+        (88, "what it is not", _ruled_out(told)),
         (85, "reproduction", _reproduction(report)),
         (70, "environment", _environment(report)),
         (90, "findings", _folded(f"All findings ({len(report.findings)})", _findings(report))),
@@ -125,10 +124,9 @@ def _steps(told: Answer) -> str:
     return "## What to do\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _ruled_out(report: Report) -> str:
+def _ruled_out(told: Answer) -> str:
     """What the first failure is not: what a maintainer would ask next."""
-    first = next((finding for finding in report.findings if finding.severity == "error"), None)
-    lines = [f"- {escaped(what)}: {escaped(how)}" for what, how in ruled_out(report, first)] if first else []
+    lines = [f"- {escaped(what)}: {escaped(how)}" for what, how in told.ruled_out]
     return "## Ruled out\n\n" + "\n".join(lines) if lines else ""
 
 

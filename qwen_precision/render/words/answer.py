@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qwen_precision.dtypes import DTYPES, narrowest
-from qwen_precision.judge import Finding, Group, Report, grouped, precision
+from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.qwen3 import name_of, placed
 from qwen_precision.render.text import count, number, quoted, room
 from qwen_precision.render.words.finding import how_far, inside, tried, why
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.steps import Step, steps
+from qwen_precision.render.words.why import times_nearer
 
 
 class Verdict(NamedTuple):
@@ -50,6 +51,8 @@ class Answer(NamedTuple):
     """Whose room the layers have, where there is one with a narrow range."""
     rooms: list[Room]
     steps: list[Step]
+    ruled_out: list[tuple[str, str]]
+    """What the first failure is not, and how that is known."""
 
 
 RULED_OUT = "Not it"
@@ -83,6 +86,7 @@ def answer(report: Report, record: str = "") -> Answer:
         dtype=dtype,
         rooms=_rooms(report, dtype) if dtype is not None and not (first and _is_damage(first.first)) else [],
         steps=list(steps(report, first, record)),
+        ruled_out=list(ruled_out(report, first.first)) if first is not None else [],
     )
 
 
@@ -154,10 +158,9 @@ def _least(report: Report, dtype: str) -> Iterator[str]:
 
 def _closer(report: Report, dtype: str) -> Iterator[str]:
     """How much nearer to fp32 than bf16: what fp16 is for."""
-    found = precision(report.run)
-    ours, theirs = (found[name].layers[-1:] if name in found else [] for name in ("fp16", "bf16"))
-    if dtype == "fp16" and ours and theirs and ours[0] and theirs[0] and theirs[0] > ours[0]:
-        yield f"{theirs[0] / ours[0]:.2g}x closer to fp32 than bf16"
+    times = times_nearer(report) if dtype == "fp16" else None
+    if times is not None and times > 1:
+        yield f"{times:.2g}x closer to fp32 than bf16"
 
 
 def _of_a_text(report: Report, dtype: str, mine: list[Finding]) -> str:
@@ -201,7 +204,7 @@ def _facts(report: Report, group: Group) -> Iterator[Fact]:
         yield Fact("Also", _others(others, first.dtype))
     yield from _why(first)
     excluded = list(dict.fromkeys(what for what, _ in ruled_out(report, first)))
-    if excluded and first.severity == "error":
+    if excluded:
         yield Fact(RULED_OUT, ", ".join(excluded))
     if first.cause.done:
         yield Fact("Done", first.cause.done)
@@ -209,7 +212,7 @@ def _facts(report: Report, group: Group) -> Iterator[Fact]:
 
 def _label(first: Finding) -> str:
     if first.place.op == "weight":
-        return "Damage" if first.kind in ("weight-nonfinite", "bad-scale") else "Weight"
+        return "Damage" if _is_damage(first) else "Weight"
     if first.severity == "warning" and first.place.step is None:
         return "Nearest" if first.kind == "near-overflow" else "Risk"
     return "Starts" if first.origin else "Where"

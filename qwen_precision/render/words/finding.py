@@ -29,7 +29,7 @@ def facts(report: Report, group: Group) -> Iterator[tuple[str, str]]:
     if first.cause.tried:
         yield "tried", tried(first)
     excluded = dict.fromkeys(what for what, _ in ruled_out(report, first))
-    if excluded and first.severity == "error":
+    if excluded:
         yield "not it", ", ".join(excluded)
     yield from microscope(report, first)
     if first.cause.done:

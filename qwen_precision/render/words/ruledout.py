@@ -21,8 +21,10 @@ _BY_CONTROL = (
 
 
 def ruled_out(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
-    """What it is not, and how that is known; damage first, as that is what people suspect first."""
+    """What an error is not, and how that is known; damage first, as that is what people suspect first."""
     run = report.run
+    if finding.severity != "error":
+        return
     if run.weight_totals and not run.scale_faults and not any(each.nan or each.inf for each in run.weights):
         yield "damaged file", "every tensor was read, and holds neither NaN nor infinity"
     others = [dtype for dtype, verdict in report.verdict.items() if verdict == "ok" and dtype != finding.dtype]

@@ -131,12 +131,20 @@ def _length(found: Sweep) -> str:
     return f"the first {found.shortest_failing} tokens fail, the first {found.longest_clean} are clean"
 
 
-def nearer(report: Report) -> str | None:
-    """How much nearer fp16 is to fp32 than bf16 is, where it is safe."""
+def times_nearer(report: Report) -> float | None:
+    """How many times nearer fp16 is to fp32 than bf16 is after the last layer, where it is safe and not farther."""
     found = precision(report.run)
     if report.verdict.get("fp16") != "ok" or "fp16" not in found or "bf16" not in found:
         return None
     ours, theirs = (found[name].layers[-1] if found[name].layers else None for name in ("fp16", "bf16"))
     if not ours or not theirs or theirs < ours:
         return None
-    return f"fp16 is safe here, and {theirs / ours:.2g}x closer to fp32 than bf16 (hidden states after the last layer)."
+    return theirs / ours
+
+
+def nearer(report: Report) -> str | None:
+    """The same in a sentence."""
+    times = times_nearer(report)
+    if times is None:
+        return None
+    return f"fp16 is safe here, and {times:.2g}x closer to fp32 than bf16 (hidden states after the last layer)."
