@@ -1,5 +1,6 @@
-"""Writing results: whole or not at all, and found out beforehand where it cannot be done."""
+"""Files: results written whole or not at all, found out beforehand where that cannot be done; and their hashes."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -59,6 +60,16 @@ def write_atomically(path: Path, text: str | bytes) -> None:
             _replace(real, data)
     except OSError as error:
         raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as the hub shows it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append(path: Path, text: str, label: str) -> None:

@@ -3,7 +3,6 @@
 All controls of one dtype and attention go through the layers together, so a streamed checkpoint is read once for them.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
@@ -14,6 +13,7 @@ from qwen_precision.diagnose.again import outcomes, run_again, run_prompts
 from qwen_precision.diagnose.replays import run_replays
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
+from qwen_precision.files import sha256_of
 from qwen_precision.judge import Candidate, Report, asked, candidates, starts_at
 from qwen_precision.model import Models, encode, out_of_memory
 from qwen_precision.probe import Job
@@ -201,8 +201,7 @@ def _full_reduction() -> Iterator[None]:
 def _hash(job: Job, file: str, progress: Progress) -> str:
     """SHA-256 of a damaged shard, to be compared with the one the hub shows."""
     progress(0, 0, f"hashing {file}")
-    with (job.checkpoint.folder / file).open("rb") as shard:
-        return hashlib.file_digest(shard, "sha256").hexdigest()
+    return sha256_of(job.checkpoint.folder / file)
 
 
 def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[GreedyMatch]:

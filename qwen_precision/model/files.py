@@ -1,9 +1,9 @@
 """What the record says of a checkpoint; of the files with its weights their sizes and, where it is cheap, hashes."""
 
-import hashlib
 import re
 from pathlib import Path
 
+from qwen_precision.files import sha256_of
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.record import Model, WeightFile
 
@@ -61,7 +61,6 @@ def _named_by(path: Path) -> str | None:
 
 def _digest(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError:
         return None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.files import sha256_of
 from qwen_precision.model import FLOAT_TYPES, Checkpoint, TensorInfo
 from qwen_precision.progress import Progress
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
@@ -163,7 +164,7 @@ class Exporter:
         try:
             with _one_thread(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="qprec-hash") as pool:
                 # The sources are hashed beside the work.
-                sources = {file: pool.submit(_hash, self._checkpoint.folder / file) for file in self._shards}
+                sources = {file: pool.submit(sha256_of, self._checkpoint.folder / file) for file in self._shards}
                 written = {file: self._shard(folder / file, shard) for file, shard in self._shards.items()}
                 before = {file: each.result() for file, each in sources.items()}
             written |= self._others(folder)
@@ -227,7 +228,7 @@ class Exporter:
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = str(_torch_dtype(_FORMATS[self._dtype])).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return {path.name: _hash(path) for path in folder.iterdir() if path.name not in self._shards}
+        return {path.name: sha256_of(path) for path in folder.iterdir() if path.name not in self._shards}
 
 
 def _travels(path: Path) -> bool:
@@ -306,8 +307,3 @@ def _bytes(tensor: Tensor) -> memoryview:
     same_width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     array: np.ndarray[Any, Any] = tensor.view(same_width).numpy()
     return array.data.cast("B")
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
