@@ -58,7 +58,7 @@ def test_the_command_that_is_named_next_finds_the_origin(capsys: Capture) -> Non
 def test_with_guards_the_demo_answers_and_says_how(capsys: Capture) -> None:
     assert main(["generate", "demo", "--dtype", "fp16", "-o", "gen.json"]) == 0
     out = capsys.readouterr().out
-    assert f'"{ANSWER}"' in out and "computed again in bf16" in out and "qprec report gen.json" in out
+    assert f'"{ANSWER}"' in out and "Computed again in bf16" in out and "qprec report gen.json" in out
     assert main(["generate", "demo", "--dtype", "fp16", "-o", "gen.json", "--full"]) == 0
     out = capsys.readouterr().out
     assert "recovered" in out and "bf16 from step 0" in out
