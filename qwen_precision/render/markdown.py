@@ -14,13 +14,13 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge import Report, grouped, headroom_gains, precision, same_again
 from qwen_precision.qwen3 import name_of
 from qwen_precision.render.repro.script import render_repro
-from qwen_precision.render.text import count, number, room, safe
+from qwen_precision.render.text import count, number, ranges, room, safe
 from qwen_precision.render.view import View, one
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words import why
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
-from qwen_precision.render.words.finding import facts
+from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 
 LONGEST = 65_000
@@ -28,6 +28,7 @@ LONGEST = 65_000
 
 _FINDINGS = 40
 _IDS = 400
+_TRIPS = 40
 _MOVED = 12
 """Operations whose headroom before and after a rescue is shown."""
 
@@ -112,7 +113,12 @@ def _head(report: Report, told: Answer) -> str:
         if fact.label == RULED_OUT:
             continue  # a section of its own
         lines.append(f"- **{fact.label}**: {escaped(fact.text, 600)}" if fact.label else f"  {escaped(fact.text, 600)}")
-    lines += ["", *(escaped(line, 400) for line in not_seen(report))]
+    lines += [
+        "",
+        *(escaped(line, 400) for line in not_seen(report)),
+        "",
+        COUNTED,
+    ]
     return "\n".join(lines).rstrip()
 
 
@@ -212,14 +218,14 @@ def _trips(report: Report) -> str:
     made = report.run.generation
     if made is None or not made.trips:
         return ""
-    rows = ["| step | row | dtype | guard | what | why |", "|---|---|---|---|---|---|"]
-    for trip in made.trips[:40]:
+    steps: dict[str, list[int]] = {}
+    for trip in made.trips:
         done = "" if trip.acted or trip.guard == "watch" else " (only reported)"
-        rows.append(
-            f"| {trip.step} | {trip.row} | {trip.dtype} | {escaped(trip.guard)} | {trip.kind}{done} | "
-            f"{escaped(trip.why)} |"
-        )
-    more = f"\n\n… and {len(made.trips) - 40} more." if len(made.trips) > 40 else ""
+        same = f"{trip.row} | {trip.dtype} | {escaped(trip.guard)} | {trip.kind}{done} | {escaped(trip.why)}"
+        steps.setdefault(same, []).append(trip.step)
+    rows = ["| steps | row | dtype | guard | what | why |", "|---|---|---|---|---|---|"]
+    rows += [f"| {ranges(held)} | {same} |" for same, held in list(steps.items())[:_TRIPS]]
+    more = f"\n\n… and {len(steps) - _TRIPS} more." if len(steps) > _TRIPS else ""
     return _folded(f"Trips ({len(made.trips)})", "\n".join(rows) + more)
 
 

@@ -35,7 +35,7 @@ class _Block(NamedTuple):
 
 
 _WORTH = {"Starts": 90, "Where": 90, "Why": 80, "Also": 60, "Done": 55, "Tried": 45, "Not it": 35, "More": 65, "or": 30}
-_WORTH |= {"Share": 25, "Rescued": 85, "Note": 28, "Rescue": 85, "Go on": 50}
+_WORTH |= {"Share": 25, "Rescued": 85, "Note": 46, "Rescue": 85, "Go on": 50}
 """Of a fact or a step, by its label; 75 for any other. What hangs below one is worth as much."""
 _ROOM = 40
 
@@ -77,7 +77,7 @@ def _head(told: Answer, report: Report, view: View) -> Iterator[_Block]:
         verdict = Text(f"{each.verdict.upper():6}", VERDICT[each.verdict]).append(
             f" {safe(each.said)}", "default not bold"
         )
-        first.append(_labelled(each.dtype, verdict, 1, view.width))
+        first.append(_labelled(each.dtype, verdict, 2, view.width))
     yield _Block(printed(first, view))
     made = report.run.generation
     if made is not None and made.rows:

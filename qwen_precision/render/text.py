@@ -5,7 +5,7 @@ A control character could move the cursor or recolour the screen, a right-to-lef
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
@@ -79,3 +79,16 @@ def spark(values: Sequence[float | None], width: int = 32) -> str:
     known = [peak for peak in peaks if peak is not None]
     low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
     return "".join("·" if peak is None else _BLOCKS[round((peak - low) / span * 7)] for peak in peaks)
+
+
+def ranges(numbers: Iterable[int], most: int = 8) -> str:
+    """Numbers in order, neighbours together: ``3``, ``0 to 5, 7``; beyond so many stretches a sign for the rest."""
+    parts: list[list[int]] = []
+    for each in sorted(numbers):
+        if parts and parts[-1][-1] == each - 1:
+            parts[-1] = [parts[-1][0], each]
+        else:
+            parts.append([each])
+    return ", ".join(" to ".join(str(end) for end in part) for part in parts[:most]) + (
+        " …" if len(parts) > most else ""
+    )

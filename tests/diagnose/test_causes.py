@@ -18,7 +18,7 @@ from qwen_precision.judge.meanings import CAUSES
 from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
-from support.builders import a_pass, a_run, an_event
+from support.builders import a_control, a_pass, a_run, an_event
 from support.checkpoints import DEMO, ROOT, make_checkpoint
 from support.plants import averaging, down_proj_output, empty, enough_of_them, ids_of, loud_token, mark, one_unit
 from support.runs import TEXTS, explained, first_of
@@ -383,19 +383,9 @@ def test_a_streamed_checkpoint_is_read_once_for_all_controls(tmp_path: Path, mon
 
 
 def test_a_batch_that_fails_only_as_a_batch_is_told_by_its_row_alone() -> None:
-    from qwen_precision.record.explanation import Control, Explanation
+    from qwen_precision.record.explanation import Explanation
 
-    control = Control(
-        what="row alone",
-        dtype="fp16",
-        prompt="plain",
-        row=0,
-        tokens=2,
-        position=None,
-        clean=True,
-        detail="the same row without the batch and its padding",
-        began=None,
-    )
+    control = a_control("row alone", tokens=2, clean=True)
     made = Explanation(budget=8, controls=[control], left_out=[], hashes={}, continuations=[])
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])
     run = a_run([a_pass("fp32", [1.5, 90000.0, 1.0, 1.0, 1.0, 1.0]), fp16], explanation=made)

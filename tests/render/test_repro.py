@@ -119,7 +119,8 @@ def test_the_script_fails_and_names_the_module_of_the_finding(
     run = run_probe(make_checkpoint(tmp_path / "model", edit=FAULTS[name]), [text], attention=attention)
     script = script_of(run)
     assert ran(script, capsys, monkeypatch) == (False, module_of(run))
-    assert f"attn_implementation='{attention}'" in script and "dtype=torch.float16" in script
+    assert ran(script, capsys, monkeypatch, str(tmp_path / "model"), "float32") == (True, "none")
+    assert f"attn_implementation='{attention}'" in script and '"float16"' in script
     assert f"in {module_of(run)} (" in script
 
 

@@ -11,8 +11,10 @@ from qwen_precision.render.screen import MOST_LINES
 from support.builders import (
     HEALTHY,
     RUNS,
+    a_control,
     a_generation,
     a_pass,
+    a_plan,
     a_prompt,
     a_run,
     generated,
@@ -20,6 +22,7 @@ from support.builders import (
     hostile_run,
     many_overflows_run,
     overflowing_run,
+    two_prompts_run,
 )
 
 
@@ -80,7 +83,7 @@ def test_the_answer_names_place_magnitude_limit_cause_and_what_to_do() -> None:
         'Starts    layer 31, residual add after mlp, token 0 "Hello", channel 35',
         "74,946 in fp32, 1.14 times fp16's limit of 65,504",
         "Why       out-of-range: the value itself is too large for fp16",
-        "fp16      FAIL   the prompt fails; least headroom 0.874x",
+        "fp16      FAIL   the prompt fails",
     ):
         assert part in text, text
 
@@ -93,3 +96,26 @@ def test_what_is_worth_least_goes_first_where_there_is_no_room() -> None:
 
 def test_without_a_record_no_command_names_one() -> None:
     assert "qprec report" not in screen(overflowing_run(), record="")
+
+
+def test_where_one_or_two_prompts_are_clean_the_verdict_names_them() -> None:
+    few = [a_prompt("plain"), a_prompt("chat"), a_prompt("a newline")]
+    many = [*few, a_prompt("code"), a_prompt("chinese")]
+    assert 'FAIL   1 of 3 prompts fail (not "chat" and "a newline")' in screen(overflowing_run(prompts=few))
+    assert "FAIL   1 of 5 prompts fail\n" in screen(overflowing_run(prompts=many))
+
+
+def test_a_control_that_came_out_otherwise_for_another_prompt_is_told_and_rules_nothing_out() -> None:
+    fails = a_control("with the template", "plain")
+    alike, other = (a_control("with the template", "chat", clean=clean) for clean in (False, True))
+    same, differs = (" ".join(screen(two_prompts_run([fails, each])).split()) for each in (alike, other))
+    assert "fails: with chat template Not it" in same and ", chat template," in same
+    assert 'fails: with chat template; in "chat" clean: with chat template Not it' in differs
+    assert ", chat template," not in differs
+
+
+def test_beside_the_fix_stands_what_it_costs() -> None:
+    told = " ".join(screen(overflowing_run(rescue=a_plan())).split())
+    assert "becomes 4x or more; 40 of 536,870,912 weights change by over 1 % in fp16, 3 to zero" in told
+    free = a_plan(losses=[each.model_copy(update={"badly": 0}) for each in a_plan().losses])
+    assert "weights change" not in screen(overflowing_run(rescue=free))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qwen_precision.record.closeup import Closeup, Contribution, Massive, Operand, Source
-from qwen_precision.record.explanation import Control, Explanation, GreedyMatch, Sweep, Swept
+from qwen_precision.record.explanation import Control, ControlKind, Explanation, GreedyMatch, Sweep, Swept
 from qwen_precision.record.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
 from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
@@ -211,6 +211,31 @@ def not_rescuable_run() -> Run:
     return overflowing_run(rescue=a_plan(stuck=stuck, fp32_modules=["lm_head"]))
 
 
+def a_control(what: ControlKind, prompt: str = "plain", **changes: Any) -> Control:
+    return Control(
+        **{
+            "what": what,
+            "dtype": "fp16",
+            "prompt": prompt,
+            "row": 0,
+            "tokens": 1,
+            "position": None,
+            "clean": False,
+            "detail": what,
+            "began": None,
+            **changes,
+        }
+    )
+
+
+def two_prompts_run(controls: list[Control]) -> Run:
+    """Two prompts that fail at one place, with the controls of both."""
+    one = overflowing_run()
+    made = Explanation(budget=10, controls=controls, left_out=[], hashes={}, continuations=[])
+    passes = [each.model_copy(update={"prompt": prompt}) for prompt in (0, 1) for each in one.passes[:2]]
+    return a_run(passes, prompts=[a_prompt("plain"), a_prompt("chat")], explanation=made)
+
+
 def explained_run() -> Run:
     look = Closeup(
         operands=[
@@ -222,28 +247,8 @@ def explained_run() -> Run:
         contributions=[Contribution(channel=7, value=12.5, weight=1800.0, share=0.93)],
     )
     controls = [
-        Control(
-            what="token alone",
-            dtype="fp16",
-            prompt="plain",
-            row=0,
-            tokens=1,
-            position=None,
-            clean=False,
-            detail="token 0 alone",
-            began=None,
-        ),
-        Control(
-            what="without the token",
-            dtype="fp16",
-            prompt="plain",
-            row=0,
-            tokens=1,
-            position=None,
-            clean=True,
-            detail="the prompt with every occurrence of token 0 taken out",
-            began=None,
-        ),
+        a_control("token alone", detail="token 0 alone"),
+        a_control("without the token", clean=True, detail="the prompt with every occurrence of token 0 taken out"),
     ]
     made = Explanation(
         budget=2,
@@ -513,9 +518,7 @@ def hostile_run(text: str) -> Run:
         contributions=[],
     )
     passes = [run.passes[0], run.passes[1].model_copy(update={"events": [an_event(0, closeup=look), an_event(1)]})]
-    control = Control(
-        what="sdpa", dtype=text, prompt=text, row=0, tokens=1, position=None, clean=True, detail=text, began=None
-    )
+    control = a_control("sdpa", text, dtype=text, clean=True, detail=text)
     made = Explanation(
         budget=1,
         controls=[control],

@@ -23,7 +23,7 @@ _ID_LINES = 4
 """Lines that the token ids may take before they stand in one long line."""
 
 _TOP = (
-    "# Runs fixed token ids through a checkpoint (or that in the folder given as argument); torch, transformers only."
+    "# Runs fixed token ids through a checkpoint. Arguments: another folder, another dtype. torch, transformers only."
 )
 
 _SIFT = [
@@ -92,7 +92,14 @@ def _of_a_forward(case: Case, ids: list[str]) -> list[list[str]]:
     return [
         [_TOP, *_imports(case)],
         ["import torch", "import transformers"],
-        [*_found(case), f"MODEL = {_source(case.report.run.model)}", *ids, *_model(case), *_tensors(case)],
+        [
+            *_found(case),
+            f"MODEL = {_source(case.report.run.model)}",
+            _asked(case),
+            *ids,
+            *_model(case),
+            *_tensors(case),
+        ],
         [_STATE],
         _SIFT if case.sifted else [],
         [hook],
@@ -132,8 +139,9 @@ def _fine(case: Case, damaged: Weight | ScaleFault) -> tuple[str, str]:
 
 def _imports(case: Case) -> list[str]:
     demo, forward = case.report.run.model.source == "demo", case.damaged is None and case.asserts != "scores"
-    names = ["importlib.util"] * demo + ["inspect"] * (forward and not case.causal and not case.replay) + ["sys"]
-    return [f"import {name}" for name in names]
+    names = ["inspect"] * (forward and not case.causal and not case.replay) + ["sys"]
+    found = ["from importlib.util import find_spec  # the demo lies in the package qwen-precision: install that"]
+    return [*(f"import {name}" for name in names), *(found * demo)]
 
 
 def _found(case: Case) -> list[str]:
@@ -142,7 +150,10 @@ def _found(case: Case) -> list[str]:
     said = f"{case.dtype} is {case.verdict}"
     if finding is not None:
         place = finding.place
-        said += f": {finding.kind}, {placed(place.layer, place.name)}, in {place.module} ({place.op})"
+        where = f"{placed(place.layer, place.name)}, in {place.module} ({place.op})"
+        if place.step is not None and place.site is None:
+            where = f"the logits of row {place.row} at step {place.step}"  # where it starts is printed below
+        said += f": {finding.kind}, {where}"
     told = [f"{name} {run.environment[name]}" for name in ("torch", "transformers") if name in run.environment]
     measured = f"Measured with {', '.join([*told, case.told.get('device', 'cpu')])}."
     return [f"# {safe(text, _WIDTH - 2)}" for text in (said, " ".join([measured, *_how(case)]))]
@@ -180,7 +191,7 @@ def _model(case: Case) -> list[str]:
     attention = case.told.get("attention", "unknown")
     asked = "" if attention == "unknown" else f"attn_implementation={attention!a}, "
     return [
-        f"model = {found}.from_pretrained(MODEL{_revision(model)}, dtype={_dtype(case)},",
+        f"model = {found}.from_pretrained(MODEL{_revision(model)}, dtype=DTYPE,",
         f"    {asked}use_safetensors=True).to({case.told.get('device', 'cpu')!a})",
     ]
 
@@ -275,6 +286,10 @@ def _end(case: Case, last: str) -> list[str]:
     return [f"# Nothing is asserted: {case.dtype} is judged {case.verdict}, which is no failure."]
 
 
+def _asked(case: Case) -> str:
+    return f'DTYPE = getattr(torch, sys.argv[2] if sys.argv[2:] else "{DTYPES[case.dtype].torch_name}")'
+
+
 def _dtype(case: Case) -> str:
     return f"torch.{DTYPES[case.dtype].torch_name}"
 
@@ -287,5 +302,5 @@ def _source(model: Model) -> str:
     """Where the checkpoint is; the demo lies in our package, wherever that is installed."""
     where = ascii(model.source)
     if model.source == "demo":
-        where = 'importlib.util.find_spec("qwen_precision").submodule_search_locations[0] + "/demo"'
+        where = 'find_spec("qwen_precision").submodule_search_locations[0] + "/demo"'
     return f"sys.argv[1] if sys.argv[1:] else {where}"

@@ -26,7 +26,7 @@ from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words.answer import verdict_words
 from qwen_precision.render.words.changes import change_lines
-from qwen_precision.render.words.finding import facts
+from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 
 _BAR = 18
@@ -92,7 +92,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield from precision_parts(report)
     yield from why_parts(report)
     yield from _weights(report)
-    for line in not_seen(report):
+    for line in (*not_seen(report), COUNTED):
         yield Text(safe(line, 400), style="dim")
 
 

@@ -117,13 +117,13 @@ def _first(report: Report) -> Group | None:
 
 
 def verdict_words(report: Report, dtype: str) -> str:
-    """What a verdict says: how many prompts fail, how near a finite dtype came to its limit, or how precise it is."""
+    """What a verdict says: which prompts fail, how near a finite dtype came to its limit, or how precise it is."""
     mine = [finding for finding in report.findings if finding.dtype == dtype and finding.severity != "info"]
     if report.run.generation is not None:
         return _of_a_text(report, dtype, mine)
     errors = [finding for finding in mine if finding.severity == "error"]
     if errors:
-        return "; ".join([_who(report, errors), *([] if _is_damage(errors[0]) else _least(report, dtype))])
+        return _who(report, errors)
     if mine:
         return "; ".join([f"{mine[0].kind} {_on(mine[0])}".strip(), *_least(report, dtype)])
     if report.verdict[dtype] == "incomplete":
@@ -142,7 +142,11 @@ def _who(report: Report, errors: list[Finding]) -> str:
     in_all = len(report.run.prompts)
     if not failing:
         return f"{errors[0].kind} in the file" if errors[0].place.op == "weight" else errors[0].kind
-    return "the prompt fails" if in_all == 1 else f"{len(failing)} of {in_all} prompts fail"
+    if in_all == 1:
+        return "the prompt fails"
+    clean = [quoted(each.name, 24) for each in report.run.prompts if each.name not in failing]
+    but = f" (not {' and '.join(clean)})" if len(clean) in (1, 2) else ""
+    return f"{len(failing)} of {in_all} prompts fail{but}"
 
 
 def _on(finding: Finding) -> str:
@@ -190,7 +194,7 @@ def _facts(report: Report, group: Group) -> Iterator[Fact]:
     first = group.first
     if first.place.op == "weight":
         yield Fact(_label(first), first.cause.sentence.rstrip("."))
-        yield from _why(first)
+        yield from _why(report, first)
         return
     where, far = ", ".join([_place(first), *_inside(report, first)]), how_far(first)
     short = first.magnitude.reference is None
@@ -202,7 +206,7 @@ def _facts(report: Report, group: Group) -> Iterator[Fact]:
     others = [each for each in rest if (each.where, each.first.kind) != (group.where, first.kind)]
     if others:
         yield Fact("Also", _others(others, first.dtype))
-    yield from _why(first)
+    yield from _why(report, first)
     excluded = list(dict.fromkeys(what for what, _ in ruled_out(report, first)))
     if excluded:
         yield Fact(RULED_OUT, ", ".join(excluded))
@@ -252,12 +256,12 @@ def _others(groups: Sequence[Group], dtype: str) -> str:
     return "; ".join(said) + (f" and {len(groups) - 2} more" if len(groups) > 2 else "")
 
 
-def _why(first: Finding) -> Iterator[Fact]:
+def _why(report: Report, first: Finding) -> Iterator[Fact]:
     if first.kind == "near-overflow":
         return  # what to do says it
     yield Fact("Why", why(first))
     if first.cause.tried:
-        yield Fact("Tried", tried(first))
+        yield Fact("Tried", tried(report, first))
 
 
 _EXPECTED = ("device", "memory", "attention", "decoding")

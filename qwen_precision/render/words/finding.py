@@ -8,9 +8,12 @@ from collections.abc import Iterator
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge import CAUSES, Finding, Group, Place, Report, Token
+from qwen_precision.record import Control
 from qwen_precision.render.text import count, number, quoted, room
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.why import microscope
+
+COUNTED = "Layers, tokens, channels, rows and steps count from 0."
 
 
 def facts(report: Report, group: Group) -> Iterator[tuple[str, str]]:
@@ -27,7 +30,7 @@ def facts(report: Report, group: Group) -> Iterator[tuple[str, str]]:
     if first.predicted:
         yield "", f"foreseen from fp32: the {first.dtype} stream had failed before, and did not get here"
     if first.cause.tried:
-        yield "tried", tried(first)
+        yield "tried", tried(report, first)
     excluded = dict.fromkeys(what for what, _ in ruled_out(report, first))
     if excluded:
         yield "not it", ", ".join(excluded)
@@ -128,14 +131,34 @@ def why(first: Finding) -> str:
     return f"{first.cause.kind}: {CAUSES[first.cause.kind].said.format(dtype=first.dtype)}"
 
 
-def tried(first: Finding) -> str:
-    """The control runs by outcome: ``fails: again, token 1 alone; clean: with chat template``."""
+def tried(report: Report, first: Finding) -> str:
+    """The control runs by outcome: ``fails: again, token 1 alone; clean: with chat template``.
+
+    Of other failing prompts only what came out otherwise: ``in "chat" clean: token 57 alone``.
+    """
     token = f"token {first.place.token.position}" if first.place.token is not None else "the token"
     by_outcome: dict[str, list[str]] = {}
     for each in first.cause.tried:
-        said = _BRIEFLY.get(each.what, each.detail).format(token=token)
-        by_outcome.setdefault(each.outcome, []).append(said)
+        by_outcome.setdefault(each.outcome, []).append(_briefly(each.what, each.detail, token))
+    for control in _otherwise(report, first):
+        outcome = f"in {quoted(control.prompt, 24)} {'clean' if control.clean else 'fails'}"
+        token = f"token {control.position}"
+        by_outcome.setdefault(outcome, []).append(_briefly(control.what, control.detail, token))
     return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in by_outcome.items())
+
+
+def _briefly(what: str, detail: str, token: str) -> str:
+    return _BRIEFLY.get(what, detail).format(token=token)
+
+
+def _otherwise(report: Report, first: Finding) -> Iterator[Control]:
+    """Controls of the dtype's other failing prompts whose outcome is not that of the prompt that is shown."""
+    outcomes = {each.what: each.outcome for each in first.cause.tried}
+    explained = report.run.explanation
+    for each in explained.controls if explained is not None else []:
+        mine, other = outcomes.get(each.what), each.dtype == first.dtype and each.prompt != first.place.prompt
+        if other and mine is not None and (mine == "clean") != each.clean:
+            yield each
 
 
 _BRIEFLY = {

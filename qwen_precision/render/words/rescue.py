@@ -6,7 +6,7 @@ from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge import LOGITS, Report, answer_of
 from qwen_precision.qwen3 import placed
 from qwen_precision.record import Exported, LayerPowers, Rescue, Stuck
-from qwen_precision.render.text import count, number, room
+from qwen_precision.render.text import count, number, ranges, room
 
 _MOST = 6
 """Stuck operations named one by one; the rest is counted."""
@@ -51,7 +51,7 @@ def factors(plan: Rescue) -> Iterator[str]:
         yield "lm_head becomes a tensor of its own, no longer tied to embed_tokens"
     for power, what, other in _LAYERED:
         for size, layers in _by_size(scaling.layers, power):
-            yield f"{what} x 2^{-size} in {_ranges(layers)}: {other} makes up for it"
+            yield f"{what} x 2^{-size} in layer{'s' * (len(layers) > 1)} {ranges(layers)}: {other} makes up for it"
 
 
 def _by_size(layers: Iterable[LayerPowers], power: str) -> Iterator[tuple[int, list[int]]]:
@@ -61,18 +61,6 @@ def _by_size(layers: Iterable[LayerPowers], power: str) -> Iterator[tuple[int, l
         for size in sorted(set(held if isinstance(held, list) else [held]) - {0}):
             sizes.setdefault(size, []).append(each.layer)
     yield from sorted(sizes.items())
-
-
-def _ranges(layers: list[int]) -> str:
-    """ "layer 3", "layers 0 to 5, 7"."""
-    parts: list[list[int]] = []
-    for layer in sorted(layers):
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1] = [parts[-1][0], layer]
-        else:
-            parts.append([layer])
-    words = ", ".join(" to ".join(str(end) for end in part) for part in parts[:8]) + (" …" if len(parts) > 8 else "")
-    return f"layer{'' if len(layers) == 1 else 's'} {words}"
 
 
 def costs(report: Report, plan: Rescue) -> str:
@@ -92,6 +80,15 @@ def costs(report: Report, plan: Rescue) -> str:
         f"{badly:,} change by more than 1 %, {sum(each.to_zero for each in plan.losses):,} become zero. "
         f"Root mean square error at most {number(float(worst.error))} of the weights' ({worst.kind})."
     )
+
+
+def costs_briefly(plan: Rescue) -> str:
+    """What fp16 makes of the weights that take a factor, in a clause; empty where it changes none by much."""
+    badly, zero = (sum(getattr(each, key) for each in plan.losses) for key in ("badly", "to_zero"))
+    elements = sum(each.elements for each in plan.losses)
+    if not badly:
+        return ""
+    return f"{badly:,} of {elements:,} weights change by over 1 % in fp16" + (f", {zero:,} to zero" if zero else "")
 
 
 def stuck(plan: Rescue) -> Iterator[str]:

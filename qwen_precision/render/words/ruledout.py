@@ -33,11 +33,20 @@ def ruled_out(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
     if others:
         yield "a broken model", f"finite in {' and '.join(others)}"
     outcomes = {each.what: each.outcome for each in finding.cause.tried}
+    doubted = {what for control, what, _ in _BY_CONTROL if control in _clean_elsewhere(report, finding)}
     for control, what, how in _BY_CONTROL:
-        if outcomes.get(control) == "fails":
+        if outcomes.get(control) == "fails" and what not in doubted:
             yield what, how
     if run.generation is None and finding.place.step is None and finding.place.site is not None:
         yield "sampling", "one forward shows it, no token was drawn"
+
+
+def _clean_elsewhere(report: Report, finding: Finding) -> set[str]:
+    """Controls that were clean for another failing row of the dtype: of the checkpoint they rule nothing out."""
+    explained = report.run.explanation
+    return (
+        {each.what for each in explained.controls if each.clean and each.dtype == finding.dtype} if explained else set()
+    )
 
 
 def _reference_is_finite(report: Report) -> bool:

@@ -8,6 +8,7 @@ from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge import Group, Report, next_command, next_rescue, next_sweep, quoted_for_a_shell
 from qwen_precision.record import Rescue
 from qwen_precision.render.text import room
+from qwen_precision.render.words.rescue import costs_briefly
 
 
 class Step(NamedTuple):
@@ -61,8 +62,10 @@ def _repairs(report: Report, first: Group | None, record: str) -> Iterator[Step]
 
 def _gain(report: Report, plan: Rescue | None) -> str:
     before = report.headroom.get(RESCUED) or []
-    alone = "; planned on this prompt alone" if len(report.run.prompts) == 1 else ""
+    lost = costs_briefly(plan) if plan is not None else ""
+    notes = [lost, "planned on this prompt alone" if len(report.run.prompts) == 1 else ""]
+    more = "".join(f"; {note}" for note in notes if note)
     if plan is None or not before or not math.isfinite(before[0].headroom):
-        return f"gives the same answers in fp32, bit for bit{alone}"
-    least = f"in fp16 the least headroom goes from {room(before[0].headroom)} to {room(plan.margin)} or more"
-    return f"gives the same answers in fp32; {least}{alone}"
+        return f"same answers in fp32, bit for bit{more}"
+    least = f"in fp16 the least headroom {room(before[0].headroom)} becomes {room(plan.margin)} or more"
+    return f"same answers in fp32; {least}{more}"
