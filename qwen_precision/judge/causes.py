@@ -101,7 +101,7 @@ def advice_for(run: Run, dtype: str, magnitude: float | None, limit: float) -> s
     if dtype == REFERENCE:
         return "Compare the file's hash with the hub's and download again; no dtype can repair this."
     if dtype == "fp16" and (magnitude is None or magnitude > limit):
-        otherwise = "run this checkpoint in bf16 or fp32, or keep this operation in fp32."
+        otherwise = "run this checkpoint in bf16 or fp32, or keep what leaves the range in fp32."
         rescued = run.rescue is not None and run.rescue.possible and not run.rescue.rescaling.changes_nothing
         return f"Rescale it exactly (see Rescue), {otherwise}" if rescued else f"R{otherwise[1:]}"
     return f"Run this checkpoint in fp32, or keep this operation out of {dtype}."

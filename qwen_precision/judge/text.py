@@ -54,12 +54,12 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
     cause = f"At step {first.step} of row {row.row}, {first.why}."
     if first.poisoned is not None:
         place = first.poisoned
-        before = f"layers up to {place.layer - 1}" if place.layer else "the embedding"
+        before = f"layer {place.layer - 1} or before" if place.layer else "the embedding"
         token = place.position - run.prompts[0].rows[row.row].padding
         where = f"token {token}" if token >= 0 else "a pad position"
         cause += (
             f" The KV cache is not finite from the {place.part} of layer {place.layer} on, first at {where}: "
-            f"what {before} gave is where it starts."
+            f"it starts in {before}."
         )
     else:
         cause += " Its KV cache was finite."

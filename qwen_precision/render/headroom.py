@@ -75,7 +75,8 @@ def _limit(axes: Any, lines: Lines, limit: float) -> None:
     """The limit by name, and the quiet shade of what lies beyond it."""
     layers = sorted({layer for rows in lines.values() for layer in rows})
     sizes = {layer: max(_drawn(rows[layer], limit) for rows in lines.values() if layer in rows) for layer in layers}
-    low, high = math.log10(min(sizes.values())) - 0.3, math.log10(max(limit, *sizes.values()))
+    least = min(_drawn(row, limit) for rows in lines.values() for row in rows.values())
+    low, high = math.log10(least) - 0.3, math.log10(max(limit, *sizes.values()))
     top = 10 ** (high + _ABOVE * (high - low))
     axes.set_ylim(10**low, top)
     axes.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)

@@ -11,6 +11,7 @@ from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words import why
 from qwen_precision.render.words.answer import Answer, answer
 from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.continuation import went
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 
@@ -73,7 +74,7 @@ def render_html(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.globals.update(not_seen=not_seen, facts=facts, why=why, counted=COUNTED)
+    engine.globals.update(not_seen=not_seen, facts=facts, why=why, went=went, counted=COUNTED)
     engine.filters.update(
         inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room, count=count
     )

@@ -20,6 +20,7 @@ from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words import why
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.continuation import went
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 
@@ -205,9 +206,8 @@ def _texts(report: Report) -> str:
         return ""
     lines = []
     for row in made.rows[:20]:
-        stretches = ", ".join(f"{each.way} from step {each.start}" for each in row.stretches[:8])
         lines += [
-            f"Row {row.row}: {count(len(row.ids), 'token')}, {escaped(row.finish)}; {stretches}",
+            f"Row {row.row}: {escaped(went(row))}",
             fenced(f"{row.input[:500]}\n----\n{row.text[:2000]}"),
             "",
         ]

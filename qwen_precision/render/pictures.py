@@ -12,6 +12,7 @@ from typing import Any
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge import Report, precision
 from qwen_precision.qwen3 import name_of
+from qwen_precision.record import Generation
 from qwen_precision.render import canvas as on
 from qwen_precision.render.canvas import Canvas
 from qwen_precision.render.headroom import headroom
@@ -50,8 +51,11 @@ def pictures(report: Report) -> list[tuple[str, str]]:
             "Largest magnitude by layer and operation. The scale ends at fp16's largest number; a cross is beyond it.",
             heat_map(report),
         ),
-        ("Relative error against fp32 after each layer, on the dtype's own stream.", error_growth(report)),
-        ("Entropy and margin by step; a cross marks logits that could not be used.", steps(report)),
+        (
+            "Relative error against fp32 after each layer, while a row is finite.",
+            error_growth(report),
+        ),
+        ("Entropy and margin by step; a cross above marks logits that could not be used.", steps(report)),
     ]
     texts = [(caption, on.as_svg(made)) for caption, made in drawn if made is not None]
     return [(caption, text[text.index("<svg") :]) for caption, text in texts]
@@ -146,19 +150,33 @@ def steps(report: Report) -> Canvas | None:
         for axes, column, what in ((top, row.entropy, "entropy"), (bottom, row.margin, "margin")):
             values = [math.nan if value is None else value for value in column]
             axes.plot(range(len(values)), values, marker=".", color=colour, label=f"row {row.row}")
-            bad = [step for step, value in enumerate(values) if not math.isfinite(value)]
-            axes.scatter(bad, [0.0] * len(bad), marker="x", color=on.RED, clip_on=False, zorder=3)
             for step, value in enumerate(values):
-                fine = math.isfinite(value)
-                says = f"step {step}, row {row.row}: {what} {written(value) if fine else 'cannot be told'}"
-                drawn.point(axes, step, value if fine else 0.0, says)
+                if math.isfinite(value):
+                    drawn.point(axes, step, value, f"step {step}, row {row.row}: {what} {written(value)}")
     for axes in drawn.axes:
         axes.set_ylim(bottom=0.0)  # only now: it would end the scaling to what is drawn later
         on.count_across(axes)
+        _unusable(drawn, axes, made)
     on.label(top, "", "entropy (nats)")
     on.label(bottom, "step", "margin (logits)")
     top.legend(frameon=False, labelcolor=on.GREY)
     return drawn
+
+
+def _unusable(drawn: Canvas, axes: Any, made: Generation) -> None:
+    """A cross at the upper edge for each step without a value: lower down it would be read as one."""
+    rows = made.rows[: len(on.ROWS_IN)]
+    bad = [(step, row.row) for row in rows for step, value in enumerate(row.margin) if not _is_number(value)]
+    top = axes.get_ylim()[1]
+    axes.scatter([step for step, _ in bad], [top] * len(bad), marker="x", color=on.RED, clip_on=False, zorder=3)
+    for step, row in bad:
+        drawn.point(axes, step, top, f"step {step}, row {row}: cannot be told")
+    if not any(_is_number(value) for row in rows for value in row.margin):
+        axes.set_yticks([])
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _empty() -> Canvas:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from typing import Any
@@ -90,6 +91,25 @@ def test_the_margin_of_a_generation_is_inside_its_picture() -> None:
     assert drawn is not None
     for axes, most in zip(drawn.axes, (3.0, 14.0), strict=True):
         assert axes.get_ylim()[0] == 0.0 and most <= axes.get_ylim()[1] < 2 * most
+
+
+def test_steps_without_a_value_are_crosses_above_the_data_and_no_scale_stands_beside_nothing() -> None:
+    mixed = a_continuation([1, 2], ["a"] * 2, margin=[2.0, math.nan], entropy=[3.0, math.nan])
+    dead = a_continuation([1, 2], ["a"] * 2, margin=[math.nan] * 2, entropy=[math.nan] * 2)
+    for row, ticks in ((mixed, True), (dead, False)):
+        drawn = steps(judge(generated(a_generation([row]), ["fp16"])))
+        assert drawn is not None
+        for axes in drawn.axes:
+            crosses = axes.collections[0].get_offsets()
+            assert all(y == axes.get_ylim()[1] for _, y in crosses) and bool(list(axes.get_yticks())) == ticks
+
+
+def test_every_line_is_inside_the_picture_also_that_of_a_dtype_that_stays_small() -> None:
+    fp32, bf16 = [1e4, 1e5, 1e9, 1e9, 1e9, 1e3], [1.0, 1.0, 2.0, 2.0, 3.0, 1.0]
+    drawn = headroom(judge(a_run([a_pass("fp32", fp32), a_pass("bf16", bf16)])), wide=True)
+    assert drawn is not None
+    low, high = drawn.axes[0].get_ylim()
+    assert all(low < y < high for line in drawn.axes[0].lines for y in line.get_ydata())
 
 
 # -- the hero of the page ------------------------------------------------------------------------------------------

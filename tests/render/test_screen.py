@@ -110,7 +110,7 @@ def test_a_control_that_came_out_otherwise_for_another_prompt_is_told_and_rules_
     alike, other = (a_control("with the template", "chat", clean=clean) for clean in (False, True))
     same, differs = (" ".join(screen(two_prompts_run([fails, each])).split()) for each in (alike, other))
     assert "fails: with chat template Not it" in same and ", chat template," in same
-    assert 'fails: with chat template; in "chat" clean: with chat template Not it' in differs
+    assert 'fails: with chat template; prompt "chat" clean: with chat template Not it' in differs
     assert ", chat template," not in differs
 
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qwen_precision.record import Continuation, Generation, Run, Trip
 from qwen_precision.render.text import count, number, quoted, safe
+from qwen_precision.render.words.continuation import went
 
 _ROWS = 8
 """Texts shown; the rest is counted."""
@@ -17,16 +18,6 @@ _TRIPS = 12
 """Trips shown; the rest is counted by guard."""
 _TEXT = 1200
 """Characters of a text that are shown; all of it is in the record."""
-
-_FINISH = {
-    "eos": "ended by its end token",
-    "length": "ended at the limit",
-    "criterion": "ended by a stopping criterion",
-    "failed": "ENDED after its last good token",
-    "error": "ENDED by the sampling error",
-    "degenerate": "ENDED as degenerate",
-    "interrupted": "interrupted",
-}
 
 
 def summary(run: Run, made: Generation) -> str:
@@ -57,9 +48,7 @@ def texts(made: Generation) -> Iterator[RenderableType]:
 
 
 def _how(row: Continuation) -> str:
-    parts = [f"{count(len(row.ids), 'token')}, {_FINISH[row.finish]}"]
-    stretches = [f"{each.way} from step {each.start}" for each in row.stretches]
-    parts.append(", ".join(stretches[:6]) + (" …" if len(stretches) > 6 else ""))
+    parts = [went(row)]
     margins = [(value, step) for step, value in enumerate(row.margin) if value is not None and math.isfinite(value)]
     if margins:
         least, step = min(margins)

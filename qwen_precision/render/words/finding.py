@@ -134,14 +134,14 @@ def why(first: Finding) -> str:
 def tried(report: Report, first: Finding) -> str:
     """The control runs by outcome: ``fails: again, token 1 alone; clean: with chat template``.
 
-    Of other failing prompts only what came out otherwise: ``in "chat" clean: token 57 alone``.
+    Of other failing prompts only what came out otherwise: ``prompt "chat" clean: token 57 alone``.
     """
     token = f"token {first.place.token.position}" if first.place.token is not None else "the token"
     by_outcome: dict[str, list[str]] = {}
     for each in first.cause.tried:
         by_outcome.setdefault(each.outcome, []).append(_briefly(each.what, each.detail, token))
     for control in _otherwise(report, first):
-        outcome = f"in {quoted(control.prompt, 24)} {'clean' if control.clean else 'fails'}"
+        outcome = f"prompt {quoted(control.prompt, 24)} {'clean' if control.clean else 'fails'}"
         token = f"token {control.position}"
         by_outcome.setdefault(outcome, []).append(_briefly(control.what, control.detail, token))
     return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in by_outcome.items())
