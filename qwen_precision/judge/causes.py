@@ -53,7 +53,8 @@ def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | N
     """
     if not columns.run.reference or each.dtype == REFERENCE:
         return None
-    own = columns.foreseen(each.prompt).get((event.site, event.row or 0))
+    here = [one for one in columns.foreseen(each.prompt) if one.site == event.site]
+    own = next((one for one in here if _owner(one) == _owner(event)), None)
     if own is None and _beside(columns, each, event):
         return None
     if own is not None and (own.position, own.channel) != (event.position, event.channel):
@@ -63,9 +64,14 @@ def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | N
 
 
 def _beside(columns: Columns, each: Pass, event: Event) -> bool:
-    """Whether the reference leaves the range at this operation in other rows only."""
-    rows = {row for site, row in columns.foreseen(each.prompt) if site == event.site}
-    return bool(rows) and (event.row or 0) not in rows
+    """Whether the reference leaves the range at this operation in other rows, or experts, only."""
+    owners = {_owner(one) for one in columns.foreseen(each.prompt) if one.site == event.site}
+    return bool(owners) and _owner(event) not in owners
+
+
+def _owner(event: Event) -> tuple[int, int | None]:
+    """Whose elements an event is about."""
+    return event.row or 0, event.expert
 
 
 def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:

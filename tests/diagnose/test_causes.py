@@ -170,7 +170,8 @@ def test_a_trigger_beside_bad_padding_at_the_same_operation_is_the_finding(tmp_p
         model.model.embed_tokens.weight[pad, 3] = 100.0
 
     specs = [PromptSpec(name="batch", batch=["aaaaaa", "a"]), PromptSpec(name="z", text="abZc"), TOKEN[2]]
-    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant), specs))
+    made = explained(make_checkpoint(tmp_path / "model", edit=plant), specs)
+    finding = first_of(made, places=2)  # the token, and padding
     assert (finding.cause.kind, finding.place.prompt) == ("trigger-token", "z")
 
 
@@ -248,7 +249,7 @@ def test_a_norm_that_squares_in_fp16_is_absorbed_silently(tmp_path: Path, monkey
         return plant
 
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", narrow)
-    finding = first_of(explained(make_checkpoint(tmp_path / "bad", edit=loud(1000.0))))
+    finding = first_of(explained(make_checkpoint(tmp_path / "bad", edit=loud(1000.0))), places=7)  # every norm on it
     assert (finding.cause.kind, finding.place.layer, finding.place.name) == (
         "silent-absorption",
         0,
@@ -344,7 +345,7 @@ def test_precision_is_told_from_range(tmp_path: Path) -> None:
         return edit
 
     run = explained(make_checkpoint(tmp_path / "bad", edit=plant(1000.0), dtype="float32"), dtypes=["bf16"])
-    finding = first_of(run, "bf16")
+    finding = first_of(run, "bf16", places=0)
     assert (finding.kind, finding.cause.kind, finding.severity) == ("divergence", "precision", "warning")
     assert judge(run).verdict == {"bf16": "risk"} and "KL divergence" in finding.cause.evidence[0]
     assert judge(explained(make_checkpoint(tmp_path / "ok", edit=plant(1.0), dtype="float32"))).findings == []
