@@ -22,6 +22,8 @@ pytestmark = pytest.mark.transformers
 
 TEXTS = ["hello there, this is a test", "ab"]
 NAMES = [*(name for name in FAMILIES if name not in SKIPPED), *(n for n, t in WRAPPERS.items() if t in CONFIG_MAPPING)]
+AMPLIFYING = ("qwen4_exp", "qwen4_exp_text")
+"""What multiplies the planted module's output by up to 2: of a token that is finite until then, that overflows too."""
 Answers = dict[tuple[str, int], torch.Tensor]
 
 
@@ -73,8 +75,9 @@ def test_an_overflow_planted_into_a_family_is_named(name: str, tmp_path: Path) -
     report, _ = probed(family.folder, ["fp32", "fp16"])
     found = errors(report)
     assert report.verdict["fp32"] in ("ok", "risk") and report.verdict["fp16"] == "fail"
+    assert found and all((each.kind, each.predicted) == ("overflow", False) for each in found)
     places = [(each.place.module, each.place.name, each.place.expert) for each in found]
-    assert found and all((each.kind, each.predicted) == ("overflow", False) for each in found), places
-    assert all(f".{family.planted}." in f".{module}." for module, _, _ in places), places
-    # One module is one place, run again or not; every expert of it that overflows is one.
-    assert len(set(places)) == len(places) == (len(places) if ".expert" in places[0][0] else 1), places
+    inside = [place for place in places if f".{family.planted}." in f".{place[0]}."]
+    assert places[0] in inside and len(places) - len(inside) == (name in AMPLIFYING), places
+    # One module is one place, run again or not; of experts every one that overflows is.
+    assert len(set(inside)) == len(inside) and (len(inside) == 1 or "expert" in inside[0][0]), places
