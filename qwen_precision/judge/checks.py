@@ -102,10 +102,7 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
             before = worst.get(key)
             if before is None or size > before[2]:
                 worst[key] = (event.step, finding, size)
-    begins: dict[int, int] = {}
-    for ((number, _), _), (step, _, _) in worst.items():
-        begins[number] = min(step, begins.get(number, step))
-    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (begins[item[0][0][0]], repr(item[0]))):
+    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (item[1][0], repr(item[0]))):
         too = [] if key[1] else [each.prompt for each in columns.passes(dtype) if _hidden(columns, each, key[0])]
         names = {*prompts[key], *(columns.run.prompts[prompt].name for prompt in too)}
         in_order = tuple(prompt.name for prompt in columns.run.prompts if prompt.name in names)
