@@ -90,9 +90,7 @@ class Columns:
     def spared(self, each: Pass, event: Event) -> bool:
         """Whether only pad positions went bad in a pass, and what real tokens give came out finite all the same."""
         row = event.row or 0
-        if not event.in_padding or any(row in seed.rows for seed in each.reseeded):
-            return False
-        answered = row < len(each.top1) and each.top1[row] is not None
+        answered = row < len(each.top1) and each.top1[row] is not None  # of a replaced stream nothing is kept
         return answered and all(one.in_padding for one in each.events if one.nan or one.inf)
 
     def came_to_nothing(self, each: Pass, site: int) -> bool:
@@ -118,8 +116,8 @@ class Columns:
     @cached_property
     def _places(self) -> list[int]:
         """By site: a number, the same for calls that nobody can tell apart (a module run again, a loop's turns)."""
-        numbers: dict[tuple[str, str, str], int] = {}
-        keys = ((site.module, site.op, name_of(*_spot(site))) for site in self.run.sites)
+        numbers: dict[tuple[str, str], int] = {}
+        keys = ((site.module, name_of(*_spot(site))) for site in self.run.sites)
         return [numbers.setdefault(key, len(numbers)) for key in keys]
 
     @cached_property

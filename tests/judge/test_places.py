@@ -8,6 +8,7 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding
+from qwen_precision.record.closeup import Closeup
 from qwen_precision.record.explanation import Control, Explanation
 from qwen_precision.record.run import Event, Pass, Prompt, Reseed, Run, Site
 from support.builders import HEALTHY, SITES, a_pass, a_prompt, a_run, an_event
@@ -109,6 +110,13 @@ def test_of_prompts_that_fail_at_one_place_one_that_takes_harm_speaks_for_all() 
     assert finding.place.prompt == "one"
 
 
+def test_two_operations_of_one_kind_in_a_module_are_two_places() -> None:
+    sums = [Site(layer=31, module="model.layers.31", op="add", call=number) for number in (0, 1)]
+    sites = [*SITES[:3], *sums, SITES[5]]
+    found = errors(run_of(failed(SUM, an_event(LAST)), sites=sites))
+    assert [each.place.name for each in found] == ["residual add after attention", "residual add after mlp"]
+
+
 # -- what is foreseen ----------------------------------------------------------------------------------------------
 
 
@@ -174,6 +182,12 @@ def test_what_a_dtype_was_stopped_before_is_not_foreseen() -> None:
     assert errors(run_of((fp32, cut), stopped="interrupted")) == []
 
 
+def test_what_began_before_a_clamp_is_evidence() -> None:
+    fp32, fp16 = failed(PRODUCT)
+    seeded = fp16.model_copy(update={"reseeded": [Reseed(layer=31, rows=[0], clamped=True)]})
+    assert [each.place.site for each in errors(run_of((fp32, seeded)))] == [PRODUCT]
+
+
 @pytest.mark.parametrize("rows", [[0], [1]])
 def test_a_clamped_row_is_no_evidence_and_the_other_row_still_is(rows: list[int]) -> None:
     fp32, fp16 = failed(LAST, row=1, position=1)
@@ -190,8 +204,10 @@ def test_a_dtype_that_survives_beyond_its_range_is_near_it(value: float) -> None
     assert [each.kind for each in judge(run_of(pair)).findings] == ["near-overflow"]
 
 
-def test_behind_a_failure_what_is_in_range_and_near_its_end_is_a_risk() -> None:
-    pair = a_pass("fp32", reached(LAST, 60_000.0)), a_pass("fp16", HEALTHY, reseeded=[DEAD])
+@pytest.mark.parametrize("value", [60_000.0, 65_510.0])
+def test_behind_a_failure_what_is_in_range_and_near_its_end_is_a_risk(value: float) -> None:
+    """What rounds to the largest finite number is in range."""
+    pair = a_pass("fp32", reached(LAST, value)), a_pass("fp16", HEALTHY, reseeded=[DEAD])
     assert [(each.kind, each.severity) for each in judge(run_of(pair)).findings] == [("near-overflow", "warning")]
 
 
@@ -203,6 +219,12 @@ def test_an_infinity_that_the_model_means_is_none_of_the_dtype(harmless: bool, d
     infinite = [an_event(LAST, harmless=harmless)]
     pair = a_pass("fp32", reached(LAST, math.inf), infinite), a_pass("fp16", reached(LAST, math.inf), [an_event(LAST)])
     assert sorted(each.dtype for each in judge(run_of(pair)).findings) == sorted(dtypes)
+
+
+def test_an_infinity_that_the_model_means_elsewhere_excuses_nothing() -> None:
+    fp32, fp16 = failed(SUM)
+    meant = fp32.model_copy(update={"events": [an_event(PRODUCT, harmless=True)]})
+    assert [each.place.site for each in errors(run_of((meant, fp16)))] == [SUM]
 
 
 NEAR = an_event(PRODUCT, inf=0, value=60_000.0)
@@ -217,9 +239,8 @@ AT_A_TOKEN = an_event(5, clean_inputs=False)
         ({"in_padding": False}, [], {}, "error"),
         ({"in_padding": True}, [AT_A_TOKEN], {}, "error"),
         ({"in_padding": True}, [], {"top1": [None]}, "error"),
-        ({"in_padding": True}, [], {"reseeded": [DEAD]}, "error"),
     ],
-    ids=["padding", "a token near it", "a token", "a token behind it", "no answer", "replaced"],
+    ids=["padding", "a token near it", "a token", "a token behind it", "no answer"],
 )
 def test_padding_that_overflows_is_harmless_only_where_every_real_token_is_finite(
     event: dict[str, Any], more: list[Event], changes: dict[str, Any], severity: str
@@ -228,3 +249,81 @@ def test_padding_that_overflows_is_harmless_only_where_every_real_token_is_finit
     found = judge(run_of((a_pass("fp32", reached(SUM, 70_000.0)), fp16))).findings
     first = next(each for each in found if each.kind == "overflow")
     assert first.severity == severity and (first.cause.kind == "harmless-overflow") == (severity == "warning")
+
+
+@pytest.mark.parametrize(
+    ("event", "failed"),
+    [
+        ({}, True),
+        ({"harmless": True}, False),
+        ({"harmless": False}, True),
+        ({"clean_inputs": False}, False),
+        ({"clean_inputs": False, "clean_weights": False}, True),
+        ({"inf": 0, "value": 60_000.0}, False),
+    ],
+    ids=["an origin", "harmless", "harmful", "passed on", "a bad weight", "finite"],
+)
+def test_a_pass_fails_by_origins_that_do_harm_and_by_bad_weights(event: dict[str, Any], failed: bool) -> None:
+    assert a_pass("fp16", HEALTHY, [an_event(SUM, **event)]).failed == failed
+
+
+# -- how far the reference goes ------------------------------------------------------------------------------------
+
+
+def exactly(value: float) -> Closeup:
+    return Closeup(operands=[], source=None, exact=value, contributions=[])
+
+
+@pytest.mark.parametrize(
+    ("reached_by", "exact", "cause"),
+    [
+        (65_510.0, 65_519.0, "accumulation"),
+        (65_510.0, 65_520.0, "rounding"),
+        (65_519.0, None, "accumulation"),
+        (65_520.0, 65_530.0, "out-of-range"),
+    ],
+)
+def test_the_edge_is_where_rounding_reaches_infinity(reached_by: float, exact: float | None, cause: str) -> None:
+    look = None if exact is None else exactly(exact)
+    (finding,) = errors(run_of(failed(SUM, value=reached_by, closeup=look)))
+    assert finding.cause.kind == cause
+
+
+def test_a_row_is_judged_by_its_own_magnitude_not_by_that_of_a_larger_one() -> None:
+    large = [beyond(SUM, 90_000.0), beyond(SUM, 70_000.0, row=1, position=1)]
+    fp16 = a_pass("fp16", reached(SUM, math.inf), [an_event(SUM, row=1, position=1)], reseeded=[DEAD], top1=[None])
+    (finding,) = errors(run_of((a_pass("fp32", reached(SUM, 90_000.0), large), fp16), prompts=[batch()]))
+    assert finding.magnitude.reference == 70_000.0
+
+
+@pytest.mark.parametrize(("exact", "cause"), [(65_530.0, "rounding"), (60_000.0, "accumulation")])
+def test_a_row_that_only_rounding_takes_out_is_not_judged_by_another_beyond_the_range(exact: float, cause: str) -> None:
+    look = exactly(exact)
+    fp16 = a_pass("fp16", reached(SUM, math.inf), [an_event(SUM, row=1, position=1, closeup=look)], top1=[5, None])
+    fp32 = a_pass("fp32", reached(SUM, 65_530.0), [beyond(SUM, 65_530.0)])
+    (finding,) = errors(run_of((fp32, fp16), prompts=[batch()]))
+    assert (finding.cause.kind, finding.magnitude.reference) == (cause, None)
+
+
+def test_an_element_is_not_judged_by_another_one_of_its_row() -> None:
+    fp32 = a_pass("fp32", reached(SUM, 70_000.0), [beyond(SUM, position=1)])
+    (finding,) = errors(run_of((fp32, failed(SUM)[1])))
+    assert finding.magnitude.reference is None
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "cause"),
+    [
+        ([], {"kl": [0.5]}, "silent-absorption"),
+        ([an_event(LAST, inf=0, value=60_000.0)], {"kl": [0.5]}, "silent-absorption"),
+        ([an_event(LAST, clean_inputs=False)], {"kl": [0.5]}, "out-of-range"),
+        ([], {"top1": [None]}, "out-of-range"),
+    ],
+    ids=["wrong", "wrong, and near elsewhere", "seen in the stream", "no answer"],
+)
+def test_only_what_never_shows_in_the_stream_or_the_logits_is_absorbed(
+    more: list[Event], changes: dict[str, Any], cause: str
+) -> None:
+    fp16 = a_pass("fp16", reached(SUM, math.inf), [an_event(SUM), *more], **changes)
+    (finding,) = errors(run_of((a_pass("fp32", reached(SUM, 70_000.0)), fp16)))
+    assert finding.cause.kind == cause
