@@ -326,11 +326,10 @@ def _without(case: _Case, token: int | None) -> list[str]:
 
 
 def _place(case: _Case) -> int | None:
-    """The token's index in the row's ids; None at padding."""
+    """The token's index in the row's ids, or None."""
     if case.event.position is None:
         return None
-    place = case.event.position - case.columns.run.prompts[case.run_pass.prompt].rows[case.event.row or 0].padding
-    return place if 0 < place < len(_row_ids(case)) else None
+    return case.event.position - case.columns.run.prompts[case.run_pass.prompt].rows[case.event.row or 0].padding
 
 
 def _row_ids(case: _Case) -> list[int]:

@@ -218,6 +218,17 @@ def test_every_expert_that_overflows_is_a_place_however_transformers_runs_them(
     assert all(each.place.name.startswith("SwiGLU product of ") and not each.predicted for each in found)
 
 
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+def test_a_row_is_not_hidden_behind_another_of_the_same_expert(experts: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, moe=True, edit=expert_product)
+    edit_json(folder / "config.json", experts_implementation=experts)
+    (tmp_path / "prompts.yaml").write_text("- {name: batch, batch: [ab, cd]}\n")
+    run = run_probe(folder, file=str(tmp_path / "prompts.yaml"), dtypes=["fp16"])
+    (fp16,) = [each for each in run.passes if each.dtype == "fp16"]
+    began = [(event.row, event.expert) for event in fp16.events if event.inf and event.clean_inputs]
+    assert began == [(0, 5), (1, 5)] and len(errors(judge(run))) == 1
+
+
 def test_a_bad_weight_of_an_expert_that_nobody_uses_hides_nothing(tmp_path: Path) -> None:
     def plant(model: Any) -> None:
         expert_product(model)
