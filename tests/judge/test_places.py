@@ -308,7 +308,14 @@ def test_a_row_that_only_rounding_takes_out_is_not_judged_by_another_beyond_the_
 def test_an_element_is_not_judged_by_another_one_of_its_row() -> None:
     fp32 = a_pass("fp32", reached(SUM, 70_000.0), [beyond(SUM, position=1)])
     (finding,) = errors(run_of((fp32, failed(SUM)[1])))
-    assert finding.magnitude.reference is None
+    assert (finding.magnitude.reference, finding.cause.kind) == (None, "not-told")
+
+
+def test_an_expert_that_only_rounding_takes_out_is_not_judged_by_another_beyond_the_range() -> None:
+    fp32 = a_pass("fp32", reached(SUM, 70_000.0), [beyond(SUM, expert=3)])
+    alive = failed(SUM, expert=5, closeup=exactly(65_530.0))[1]
+    finding = errors(run_of((fp32, alive)))[0]
+    assert (finding.place.expert, finding.cause.kind, finding.magnitude.reference) == (5, "rounding", None)
 
 
 @pytest.mark.parametrize(
