@@ -390,6 +390,28 @@ def test_a_harmful_score_is_named_although_the_layer_fails_behind_it_as_well(tmp
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_harmless_score_stays_so_where_its_layer_fails_behind_it(memory: str, tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        low_score(70_000.0)(model)
+        one_unit(model, 1, 4, 400.0, 400.0)
+        one_channel(model, 4, 100.0)
+
+    report = probed(make_checkpoint(tmp_path, edit=plant, dtype="float32"), ["abZcd"], "eager", memory)
+    assert places(report) == [(1, "SwiGLU product", False)]
+    assert "attention scores" in [each.place.name for each in warned(report) if each.severity == "warning"]
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_whether_a_score_does_harm_is_told_of_each_row_of_a_batch(memory: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.yaml").write_text("- {name: batch, batch: [abZcd, Zabcd]}\n")
+    folder = make_checkpoint(tmp_path / "model", edit=low_score(70_000.0))
+    run = run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention="eager", memory=memory, dtypes=["fp16"])
+    (fp16,) = [each for each in run.passes if each.dtype == "fp16"]
+    first = min(event.site for event in fp16.events if event.inf)
+    assert [(event.row, event.harmless) for event in fp16.events if event.site == first] == [(0, True), (1, False)]
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
 def test_a_router_logit_that_overflows_for_an_expert_nobody_takes_is_a_risk(memory: str, tmp_path: Path) -> None:
     def plant(model: Any) -> None:
         one_channel(model, 3, 100.0)
