@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import pytest
+
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.controls import candidates
 from qwen_precision.record.explanation import Control, Explanation
@@ -55,3 +57,31 @@ def test_a_control_of_one_token_says_nothing_of_another() -> None:
 
 def test_a_token_is_no_trigger_by_other_prompts_alone_where_its_row_was_not_run_without_it() -> None:
     assert cause(failing(1, [control("token alone", 1, clean=False)])) == "out-of-range"
+
+
+@pytest.mark.parametrize(
+    ("few", "alone", "many", "others", "wanted"),
+    [
+        (True, True, False, False, "length"),
+        (False, True, False, False, "out-of-range"),
+        (True, False, False, False, "out-of-range"),
+        (True, True, None, False, "out-of-range"),
+        (True, True, False, None, "out-of-range"),
+        (True, True, True, False, "trigger-prompt"),
+        (True, True, False, True, "trigger-prompt"),
+        (True, False, True, False, "out-of-range"),
+    ],
+)
+def test_a_length_fails_after_as_many_tokens_whatever_they_are_and_a_pair_does_not(
+    few: bool, alone: bool, many: bool | None, others: bool | None, wanted: str
+) -> None:
+    outcomes = {
+        "token after the first": few,
+        "token alone": alone,
+        "as many first tokens": many,
+        "as many other tokens": others,
+    }
+    controls = [control(what, 2, clean) for what, clean in outcomes.items() if clean is not None]
+    run = failing(2, controls)
+    long = a_prompt("one", ids=[1, 2, 3], tokens=["a", "b", "c"])
+    assert cause(run.model_copy(update={"prompts": [long, run.prompts[1]]})) == wanted
