@@ -51,9 +51,10 @@ def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | N
 
     None where that is not known: another row, or another token of it, is beyond the range, and this one is not.
     """
-    if not columns.run.reference or each.dtype == REFERENCE:
+    if not columns.run.reference:
         return None
-    own = columns.foreseen(each.prompt).get((event.site, event.row or 0))
+    here = [one for one in columns.foreseen(each.prompt) if one.site == event.site]
+    own = next((one for one in here if _owner(one) == _owner(event)), None)
     if own is None and _beside(columns, each, event):
         return None
     if own is not None and (own.position, own.channel) != (event.position, event.channel):
@@ -63,9 +64,14 @@ def reference_magnitude(columns: Columns, each: Pass, event: Event) -> float | N
 
 
 def _beside(columns: Columns, each: Pass, event: Event) -> bool:
-    """Whether the reference leaves the range at this operation in other rows only."""
-    rows = {row for site, row in columns.foreseen(each.prompt) if site == event.site}
-    return bool(rows) and (event.row or 0) not in rows
+    """Whether the reference leaves the range at this operation in other rows, or experts, only."""
+    owners = {_owner(one) for one in columns.foreseen(each.prompt) if one.site == event.site}
+    return bool(owners) and _owner(event) not in owners
+
+
+def _owner(event: Event) -> tuple[int, int | None]:
+    """Whose elements an event is about."""
+    return event.row or 0, event.expert
 
 
 def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
@@ -238,9 +244,9 @@ _OF_SCORES = (
 
 def _absorbed(case: _Case) -> _Found:
     row, each = case.event.row or 0, case.run_pass
-    if row >= len(each.top1) or each.top1[row] is None or any(row in seed.rows for seed in each.reseeded):
+    if row >= len(each.top1) or each.top1[row] is None:
         return None
-    if any(_reaches_the_stream(case, event) for event in each.events):
+    if any(_is_in_the_stream(case, event) for event in each.events):
         return None
     reference = case.columns.by_key.get((REFERENCE, each.prompt))
     other = reference is not None and row < len(reference.top1) and reference.top1[row] != each.top1[row]
@@ -260,11 +266,9 @@ _WRONG = 0.01
 """Nats of KL divergence from fp32 above which finite logits are wrong; rounding alone gives some 0.001."""
 
 
-def _reaches_the_stream(case: _Case, event: Event) -> bool:
-    """Whether something bad came after this event in the residual stream itself, or in the logits."""
-    site = case.columns.run.sites[event.site]
-    later = bool(event.nan or event.inf) and event.step >= case.event.step
-    return later and _role(site) in ("residual", "logits")
+def _is_in_the_stream(case: _Case, event: Event) -> bool:
+    """Whether something bad stands in the residual stream itself, or in the logits."""
+    return bool(event.nan or event.inf) and _role(case.columns.run.sites[event.site]) in ("residual", "logits")
 
 
 def _role(site: Site) -> str | None:
@@ -322,11 +326,10 @@ def _without(case: _Case, token: int | None) -> list[str]:
 
 
 def _place(case: _Case) -> int | None:
-    """The token's index in the row's ids; None at padding."""
+    """The token's index in the row's ids, or None."""
     if case.event.position is None:
         return None
-    place = case.event.position - case.columns.run.prompts[case.run_pass.prompt].rows[case.event.row or 0].padding
-    return place if 0 < place < len(_row_ids(case)) else None
+    return case.event.position - case.columns.run.prompts[case.run_pass.prompt].rows[case.event.row or 0].padding
 
 
 def _row_ids(case: _Case) -> list[int]:

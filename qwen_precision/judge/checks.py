@@ -17,7 +17,7 @@ import numpy as np
 from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest
 from qwen_precision.judge import text
 from qwen_precision.judge.causes import advice_for, cause_of, reference_magnitude, weight_evidence
-from qwen_precision.judge.columns import Columns, token_of
+from qwen_precision.judge.columns import Columns, Where, token_of
 from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
 from qwen_precision.judge.precision import precision
 from qwen_precision.judge.replays import unseen_failure
@@ -95,34 +95,30 @@ def _origins(columns: Columns, dtype: str) -> Iterator[Finding]:
             following = min((later.step for later in origins if later.step > event.step), default=math.inf)
             carried = sum(event.step < step < following for step in bad)
             finding = _origin_finding(columns, each, event, carried)
-            key = event.site, event.expert, finding.cause.kind == "masked-rows"
+            key = columns.place(event), finding.cause.kind == "masked-rows"
             prompts.setdefault(key, []).append(columns.run.prompts[each.prompt].name)
             # Harm says more than none, and a real token more than padding.
             size = (not event.harmless, not event.in_padding, finding.magnitude.reference or 0.0)
             before = worst.get(key)
             if before is None or size > before[2]:
                 worst[key] = (event.step, finding, size)
-    begins: dict[int, int] = {}
-    for (site, _, _), (step, _, _) in worst.items():
-        begins[site] = min(step, begins.get(site, step))
-    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (begins[item[0][0]], repr(item[0]))):
-        too = [] if key[2] else [each.prompt for each in columns.passes(dtype) if _hidden(columns, each, *key[:2])]
+    for key, (_, finding, _) in sorted(worst.items(), key=lambda item: (item[1][0], repr(item[0]))):
+        too = [] if key[1] else [each.prompt for each in columns.passes(dtype) if _hidden(columns, each, key[0])]
         names = {*prompts[key], *(columns.run.prompts[prompt].name for prompt in too)}
         in_order = tuple(prompt.name for prompt in columns.run.prompts if prompt.name in names)
         yield replace(finding, spread=replace(finding.spread, prompts=in_order))
 
 
-_Key = tuple[int, int | None, bool]
-"""What is one finding: a site, an expert, whether only padding was bad."""
+_Key = tuple[Where, bool]
+"""What is one finding: a place, and whether only padding was bad."""
 
 
-def _hidden(columns: Columns, each: Pass, site: int, expert: int | None) -> bool:
-    """Whether a site overflows by itself in a pass too, behind something that failed before."""
-    if each.dtype != narrowest(columns.run.dtypes) or site in columns.wider(each.dtype):
+def _hidden(columns: Columns, each: Pass, place: Where) -> bool:
+    """Whether a place overflows by itself in a pass too, behind something that failed before."""
+    if each.dtype != narrowest(columns.run.dtypes):
         return False
-    mine = [event for (place, _), event in columns.foreseen(each.prompt).items() if place == site]
-    ahead = [event for event in mine if not event.in_padding and event.expert == expert]
-    return bool(ahead) and columns.came_to_nothing(each, site)
+    mine = [event for event in columns.foreseen(each.prompt) if columns.place(event) == place and not event.in_padding]
+    return any(columns.came_to_nothing(each, event.site) for event in mine)
 
 
 def _stands_in(columns: Columns, dtype: str, event: Event) -> bool:
@@ -130,10 +126,11 @@ def _stands_in(columns: Columns, dtype: str, event: Event) -> bool:
     if not event.in_padding:
         return False
     passes = columns.passes(dtype)
-    alike = (other for each in passes for other in columns.origins(each) if other.site == event.site)
+    place = columns.place(event)
+    alike = (other for each in passes for other in columns.origins(each) if columns.place(other) == place)
     if any(not other.in_padding for other in alike):
         return False
-    return any(_hidden(columns, each, event.site, event.expert) for each in passes)
+    return any(_hidden(columns, each, place) for each in passes)
 
 
 def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) -> Finding:
@@ -177,7 +174,7 @@ def _near_overflow(columns: Columns) -> Iterator[Finding]:
             continue
         bad = {event.site for each in columns.passes(dtype) for event in each.events if event.nan or event.inf}
         began = (event for each in columns.passes(dtype) for event in columns.origins(each))
-        origins = {event.site for event in began if not _stands_in(columns, dtype, event)}
+        origins = {columns.place(event) for event in began if not _stands_in(columns, dtype, event)}
         yield from _foreseen(columns, dtype, origins)
         for row in columns.headroom(dtype):
             if row.headroom >= columns.limits.near_overflow:
@@ -188,29 +185,29 @@ def _near_overflow(columns: Columns) -> Iterator[Finding]:
                 yield _near_finding(columns, row)
 
 
-def _foreseen(columns: Columns, dtype: str, origins: set[int]) -> Iterator[Finding]:
-    """Sites behind a failure at which the reference leaves the range by itself, though the dtype never got there.
+def _foreseen(columns: Columns, dtype: str, origins: set[Where]) -> Iterator[Finding]:
+    """Places behind a failure at which the reference leaves the range by itself, though the dtype never got there.
 
     By itself: everything that goes in is inside the range. What carries a number on that is too large already counts
     with the place where it became so.
     """
     if dtype != narrowest(columns.run.dtypes):
         return
-    found: dict[int, tuple[Finding, tuple[bool, float]]] = {}
-    prompts: dict[int, list[str]] = {}
-    wider = columns.wider(dtype)
+    found: dict[Where, tuple[Finding, tuple[bool, float]]] = {}
+    prompts: dict[Where, list[str]] = {}
     for each in columns.passes(dtype):
-        for (site, _), event in columns.foreseen(each.prompt).items():
-            if site in origins or each.abs_max[site] is None or site in wider:
+        for event in columns.foreseen(each.prompt):
+            site, place = event.site, columns.place(event)
+            if place in origins or each.abs_max[site] is None:
                 continue
             if not columns.came_to_nothing(each, site) or (event.in_padding and not columns.is_read(site)):
                 continue
-            prompts.setdefault(site, []).append(columns.run.prompts[each.prompt].name)
+            prompts.setdefault(place, []).append(columns.run.prompts[each.prompt].name)
             size = not event.in_padding, float(event.value)
-            if site not in found or size > found[site][1]:
-                found[site] = _beyond(columns, each, event), size
-    for site, (finding, _) in found.items():
-        yield replace(finding, spread=Spread(prompts=tuple(dict.fromkeys(prompts[site]))))
+            if place not in found or size > found[place][1]:
+                found[place] = _beyond(columns, each, event), size
+    for place, (finding, _) in found.items():
+        yield replace(finding, spread=Spread(prompts=tuple(dict.fromkeys(prompts[place]))))
 
 
 def _came_reseeded(columns: Columns, row: Headroom) -> bool:

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest, overflows_from
 from qwen_precision.judge.findings import Headroom, Limits, Token
-from qwen_precision.qwen3 import row_of
+from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Event, Pass, Run, Site
 
 Array = NDArray[Any]
+Where = tuple[int, int | None]
+"""An operation, by number, and the expert whose it is."""
 
 _MIXING = ("scaled_dot_product_attention", "matmul", "bmm", "softmax")
 """Operations in which one token reads others."""
@@ -31,11 +33,11 @@ class Columns:
         self.sparse = {site.layer for site in run.sites if ".experts" in site.module}
         """Layers that have experts."""
         self._foreseen = {
-            each.prompt: {
-                (event.site, event.row or 0): event
+            each.prompt: [
+                event
                 for event in each.events
                 if event.clean_inputs and event.clean_weights and not (event.nan or event.inf)
-            }
+            ]
             for each in run.passes
             if each.dtype == REFERENCE
         }
@@ -59,9 +61,13 @@ class Columns:
         """The least magnitude that overflows in the format the site computes in."""
         return overflows_from(self.run.wider.get(dtype, {}).get(site, dtype))
 
-    def foreseen(self, prompt: int) -> dict[tuple[int, int], Event]:
-        """By site and row: where the reference leaves the narrowest range by itself; all that went in was inside."""
-        return self._foreseen.get(prompt, {})
+    def foreseen(self, prompt: int) -> list[Event]:
+        """Where the reference leaves the narrowest range by itself, row by row; all that went in was inside."""
+        return self._foreseen.get(prompt, [])
+
+    def place(self, event: Event) -> Where:
+        """What would have to change: the operation, in whichever call of it; of experts, that of one."""
+        return self._places[event.site], event.expert
 
     def origins(self, each: Pass) -> list[Event]:
         """Where something not finite began, in the order it ran.
@@ -84,9 +90,7 @@ class Columns:
     def spared(self, each: Pass, event: Event) -> bool:
         """Whether only pad positions went bad in a pass, and what real tokens give came out finite all the same."""
         row = event.row or 0
-        if not event.in_padding or any(row in seed.rows for seed in each.reseeded):
-            return False
-        answered = row < len(each.top1) and each.top1[row] is not None
+        answered = row < len(each.top1) and each.top1[row] is not None  # of a replaced stream nothing is kept
         return answered and all(one.in_padding for one in each.events if one.nan or one.inf)
 
     def came_to_nothing(self, each: Pass, site: int) -> bool:
@@ -108,6 +112,13 @@ class Columns:
         own = self.run.sites[site]
         tied = self.run.model.tied_embeddings and row_of(module, "embedding", 0).role == "embedding"
         return own.module == module or (tied and row_of(own.module, own.op, own.call).role == "logits")
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """By site: a number, the same for calls that nobody can tell apart (a module run again, a loop's turns)."""
+        numbers: dict[tuple[str, str], int] = {}
+        keys = ((site.module, name_of(*_spot(site))) for site in self.run.sites)
+        return [numbers.setdefault(key, len(numbers)) for key in keys]
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:

@@ -54,7 +54,7 @@ def unseen(columns: Columns) -> list[Unseen]:
 
 def _finite(columns: Columns, each: Pass, row: int) -> bool:
     """Whether a row's logits came out finite, from a stream of its own in which nothing failed."""
-    if row >= len(each.top1) or each.top1[row] is None or any(row in seed.rows for seed in each.reseeded):
+    if row >= len(each.top1) or each.top1[row] is None:
         return False
     mine = [event for event in columns.origins(each) if event.row in (None, row)]
     return all(event.harmless or columns.spared(each, event) for event in mine)

@@ -15,7 +15,7 @@ _STEPS_A_PART = 1_000_000  # more operations than any part (a layer, the head) o
 @dataclass
 class _Column:
     abs_max: dict[int, float] = field(default_factory=dict)
-    events: dict[tuple[int, int | None, bool], Event] = field(default_factory=dict)
+    events: dict[tuple[int, int | None, int | None, bool], Event] = field(default_factory=dict)
     reseeded: list[Reseed] = field(default_factory=list)
     top1: list[int | None] = field(default_factory=list)
     layer_error: list[float | None] = field(default_factory=list)
@@ -57,13 +57,13 @@ class Collector:
                 self.wider.setdefault(dtype, {})[site] = computed
 
     def add_located(self, dtype: str, prompt: int, found: list[Located], fold: bool = False) -> None:
-        """Take close looks in; of several alike at one site and row of the batch the first stays."""
+        """Take close looks in; of several alike at one site, row of the batch and expert the first stays."""
         column = self.column(dtype, prompt)
         for each in found:
             site = self._site(each.path, each.op, 0 if fold else each.call)
             step = column.parts * _STEPS_A_PART + each.event.step
             update = {"site": site, "value": rounded(each.event.value), "step": step}
-            key = site, each.event.row, each.event.clean_weights
+            key = site, each.event.row, each.event.expert, each.event.clean_weights
             column.events.setdefault(key, each.event.model_copy(update=update))
 
     def _site(self, module: str, op: str, call: int) -> int:
@@ -95,5 +95,5 @@ class Collector:
     def _events(self, dtype: str, column: _Column) -> list[Event]:
         """In the order of the sites; not where the reference leaves a range that is not asked of anybody (norms)."""
         wide = {site for sites in self.wider.values() for site in sites} if dtype == REFERENCE else set()
-        events = sorted(column.events.values(), key=lambda event: (event.site, event.row or 0))
+        events = sorted(column.events.values(), key=lambda event: (event.site, event.row or 0, event.expert or 0))
         return [event for event in events if event.nan or event.inf or event.site not in wide]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class WatchedRun:
                 section.valid, self._near, storages(section.module), prefer=largest, strict=self._strict
             )
             self._again(section, inspector)
-            self._keep(section, [self._tried(section, each) for each in inspector.found])
+            self._keep(section, self._tried(section, inspector.found))
         if self._beyond(section.key[0], readings, wide):
             self._foresee(section, wide)
 
@@ -116,26 +117,36 @@ class WatchedRun:
             self.watcher.inspect = None
             self.watcher.take()
 
-    def _tried(self, section: Section, each: Located) -> Located:
-        """An origin that gave infinities alone, with whether they made any difference.
+    def _tried(self, section: Section, found: list[Located]) -> list[Located]:
+        """All of them; origins that gave infinities alone with whether they made any difference.
 
         With the largest finite number in their place the same finite bits must come out: of a softmax (or what does
         its work), where one reads the operation, else of the whole part. Every number between the two then does the
         same, and the true one, which overflowed, is between them: what reads it is monotonic.
         """
-        event, spot = each.event, each.spot
-        if not (each.infinite and event.clean_inputs and event.clean_weights):
-            return each
+        tried: list[Located] = []
+        for spot, alike in groupby(found, key=lambda each: each.spot):
+            members = list(alike)
+            harmless = self._harmless_rows(section, spot, {each.event.row for each in members if _may_do_nothing(each)})
+            for each in members:
+                known = harmless[each.event.row] if _may_do_nothing(each) else None
+                tried.append(replace(each, event=each.event.model_copy(update={"harmless": known})))
+        return tried
+
+    def _harmless_rows(self, section: Section, spot: Spot, rows: set[int | None]) -> dict[int | None, bool]:
+        """Of rows of the batch: whether the infinities of an operation come to nothing."""
+        if not rows:
+            return {}
         softened = row_of(*spot).role in _SOFTENED
-        before, after = Clamp(spot, clamp=False), Clamp(spot, clamp=True)
-        out = self._again(section, before)
-        one = self._mine(section, event.row, before.read if softened else out, softened)
-        if one is None or not bool(torch.isfinite(one).all()):
-            return replace(each, event=event.model_copy(update={"harmless": False}))
-        out = self._again(section, after)
-        other = self._mine(section, event.row, after.read if softened else out, softened)
-        same = other is not None and _same_bits(one, other)
-        return replace(each, event=event.model_copy(update={"harmless": same}))
+
+        def read(clamp: bool) -> dict[int | None, Tensor | None]:
+            onlooker = Clamp(spot, clamp=clamp)
+            out = self._again(section, onlooker)
+            return {row: self._mine(section, row, onlooker.read if softened else out, softened) for row in rows}
+
+        before = {row: one for row, one in read(clamp=False).items() if one is not None and torch.isfinite(one).all()}
+        after = read(clamp=True) if before else {}
+        return {row: row in before and _same_bits(before[row], after[row]) for row in rows}
 
     def _mine(self, section: Section, row: int | None, read: Tensor | None, softened: bool) -> Tensor | None:
         """What counts of a row: its real tokens, but of a layer's output all, for the next layer reads padding too.
@@ -167,7 +178,13 @@ _SOFTENED = ("scores", "router")
 """Roles of operations whose output a softmax (or what does its work) reads."""
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def _may_do_nothing(each: Located) -> bool:
+    return each.infinite and each.event.clean_inputs and each.event.clean_weights
+
+
+def _same_bits(one: Tensor, other: Tensor | None) -> bool:
+    if other is None:
+        return False
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))
 

@@ -99,23 +99,27 @@ class Inspector(Onlooker):
         # A bad weight is no excuse for what another one of the same tensor makes.
         parts = [(hits & fine, True), (hits & ~fine, False)] if failed and clean else [(hits, bool(fine.all()))]
         for part, clean_weights in parts:
-            for mine in self._by_row(part, seen) if failed and clean else [part]:
+            for mine in self._apart(part, seen) if failed and clean else [part]:
                 infinite = failed and bool(torch.isinf(out[mine]).all())
                 event, index = self._event(seen, mine, failed, clean)
                 event = event.model_copy(update={"clean_weights": clean_weights})
                 self.found.append(Located(seen.path, seen.op, seen.call, event, index, infinite))
 
-    def _by_row(self, hits: Tensor, seen: Seen) -> list[Tensor]:
-        """Hits of each row of the batch that has any: one row must not hide behind another at the same operation."""
+    def _apart(self, hits: Tensor, seen: Seen) -> list[Tensor]:
+        """Hits of each row of the batch, and of each expert, that has any: none must hide behind another."""
         rows, length = self.valid.shape
         layout, dims, device = self._layout(seen), seen.out.dim(), seen.out.device
         tokens = torch.arange(rows * length, device=device) if layout == "flat" else self._picked
-        if rows == 1 or layout == "unknown" or (tokens is None and layout not in _REST):
-            return [hits] if bool(hits.any()) else []
+        if not bool(hits.any()):
+            return []
+        if layout == "unknown" or (tokens is None and layout not in _REST):
+            return [hits]
         numbers = torch.arange(rows, device=device) if layout in _REST or tokens is None else tokens // length
+        if layout == "picked" and self._experts is not None and self._experts.shape == numbers.shape:
+            numbers = numbers * (int(self._experts.max()) + 1) + self._experts
+        some = torch.unique(numbers[hits.flatten(1).any(dim=1) if dims > 1 else hits])
         which = numbers.view(-1, *[1] * (dims - 1))
-        parts = [hits & (which == row) for row in range(rows)]
-        return [part for part in parts if bool(part.any())]
+        return [hits & (which == number) for number in some]
 
     def _event(self, seen: Seen, hits: Tensor, failed: bool, clean: bool) -> tuple[Event, tuple[int, ...]]:
         """What is to be told of an operation whose elements ``hits`` are the ones that count; and the one it names."""

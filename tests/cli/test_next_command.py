@@ -12,7 +12,7 @@ from qwen_precision.cli.app import main
 from qwen_precision.judge.checks import judge
 from qwen_precision.record.file import load, save
 from qwen_precision.report.redact import redacted
-from support.checkpoints import DEMO, make_checkpoint
+from support.checkpoints import DEMO, SHAPES, make_checkpoint
 from support.loud import says
 from support.plants import ids_of
 from support.runs import sentence
@@ -59,10 +59,14 @@ def origin(file: str) -> tuple[tuple[Any, ...], int | None, int]:
     return (place.layer, place.module, place.op, place.name), place.token.id, place.token.position
 
 
-def test_half_a_character_before_the_failure_reaches_the_probe(capsys: Capture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_a_character_before_the_failure_reaches_the_probe(
+    shape: str, attention: str, capsys: Capture, tmp_path: Path
+) -> None:
     token = half_a_character()
-    folder = make_checkpoint(tmp_path / "model", edit=says(token))
-    words = generated(folder, ["abc"], capsys)
+    folder = make_checkpoint(tmp_path / "model", edit=says(token), **SHAPES[shape])
+    words = generated(folder, ["abc"], capsys, "--attn", attention)
     assert main(words) == 1 and rows("qprec-run.json") == [([*ids_of("abc"), token], 0)]
     assert origin("qprec-run.json") == (PLACE, token, 3)
 

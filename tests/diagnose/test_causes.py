@@ -19,7 +19,7 @@ from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
 from support.builders import a_control, a_pass, a_run, an_event
-from support.checkpoints import DEMO, ROOT, make_checkpoint
+from support.checkpoints import DEMO, ROOT, SHAPES, make_checkpoint
 from support.plants import averaging, down_proj_output, empty, enough_of_them, ids_of, loud_token, mark, one_unit
 from support.runs import TEXTS, explained, first_of
 
@@ -170,7 +170,8 @@ def test_a_trigger_beside_bad_padding_at_the_same_operation_is_the_finding(tmp_p
         model.model.embed_tokens.weight[pad, 3] = 100.0
 
     specs = [PromptSpec(name="batch", batch=["aaaaaa", "a"]), PromptSpec(name="z", text="abZc"), TOKEN[2]]
-    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant), specs))
+    made = explained(make_checkpoint(tmp_path / "model", edit=plant), specs)
+    finding = first_of(made, places=2)  # the token, and padding
     assert (finding.cause.kind, finding.place.prompt) == ("trigger-token", "z")
 
 
@@ -189,11 +190,13 @@ def test_two_triggers_in_two_layers_have_evidence_of_their_own(tmp_path: Path) -
     assert "token 2 alone" in " ".join(found[0].cause.evidence) and "token 1 alone" in " ".join(found[1].cause.evidence)
 
 
+@pytest.mark.parametrize(("attention", "memory"), [("sdpa", "resident"), ("eager", "streamed")])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("pair", "other"), [("abZ", "aaaaaaaaaaZ"), ("bZc", "acde")], ids=["in the middle", "the first stands first"]
 )
 def test_two_tokens_that_only_overflow_together_are_neither_a_length_nor_a_mere_range(
-    pair: str, other: str, tmp_path: Path
+    pair: str, other: str, shape: str, attention: str, memory: str, tmp_path: Path
 ) -> None:
     def plant(model: Any) -> None:
         enough_of_them(1500.0)(model)
@@ -202,7 +205,8 @@ def test_two_tokens_that_only_overflow_together_are_neither_a_length_nor_a_mere_
         embed[ids_of("b")[0], 2], embed[ids_of("Z")[0], 2] = 100.0, 0.0
 
     specs = [PromptSpec(name="pair", text=pair), PromptSpec(name="other", text=other)]
-    finding = first_of(explained(make_checkpoint(tmp_path / "model", edit=plant, dtype="float32"), specs))
+    folder = make_checkpoint(tmp_path / "model", edit=plant, dtype="float32", **SHAPES[shape])
+    finding = first_of(explained(folder, specs, attention=attention, memory=memory))
     assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("trigger-prompt", 1, "SwiGLU product")
     assert "it takes what stands before it" in " ".join(finding.cause.evidence)
 
@@ -248,7 +252,7 @@ def test_a_norm_that_squares_in_fp16_is_absorbed_silently(tmp_path: Path, monkey
         return plant
 
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", narrow)
-    finding = first_of(explained(make_checkpoint(tmp_path / "bad", edit=loud(1000.0))))
+    finding = first_of(explained(make_checkpoint(tmp_path / "bad", edit=loud(1000.0))), places=7)  # every norm on it
     assert (finding.cause.kind, finding.place.layer, finding.place.name) == (
         "silent-absorption",
         0,
@@ -344,7 +348,7 @@ def test_precision_is_told_from_range(tmp_path: Path) -> None:
         return edit
 
     run = explained(make_checkpoint(tmp_path / "bad", edit=plant(1000.0), dtype="float32"), dtypes=["bf16"])
-    finding = first_of(run, "bf16")
+    finding = first_of(run, "bf16", places=0)
     assert (finding.kind, finding.cause.kind, finding.severity) == ("divergence", "precision", "warning")
     assert judge(run).verdict == {"bf16": "risk"} and "KL divergence" in finding.cause.evidence[0]
     assert judge(explained(make_checkpoint(tmp_path / "ok", edit=plant(1.0), dtype="float32"))).findings == []
@@ -438,22 +442,27 @@ def test_bad_padding_is_not_blamed_without_a_control_that_shows_it(tmp_path: Pat
     assert finding.cause.kind == "masked-rows" and "the row is clean" in " ".join(finding.cause.evidence)
 
 
+@pytest.mark.parametrize(
+    ("shape", "attention", "memory"),
+    [("dense", "sdpa", "resident"), ("another head ratio", "eager", "streamed"), ("moe", "sdpa", "streamed")],
+)
 @pytest.mark.parametrize("specs", [TOKEN, [PromptSpec(name="batch", batch=["abcZdef", "aZ"])]], ids=["row", "batch"])
 def test_what_fails_in_one_run_of_two_has_no_cause(
-    specs: list[PromptSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    specs: list[PromptSpec], shape: str, attention: str, memory: str, tmp_path: Path
 ) -> None:
     """The fault is there the first time only: with the checkpoint's values mended for whatever runs later."""
     from qwen_precision.diagnose import explain as module
     from qwen_precision.probe.run import measure, prepare
 
     case = CASES["trigger-token"]
-    bad = make_checkpoint(tmp_path / "bad", edit=case.plant)
-    good = make_checkpoint(tmp_path / "good", edit=case.healthy)
-    steady = first_of(explained(bad, specs))
+    bad = make_checkpoint(tmp_path / "bad", edit=case.plant, **SHAPES[shape])
+    good = make_checkpoint(tmp_path / "good", edit=case.healthy, **SHAPES[shape])
+    how = load_settings(None, {"attention": attention, "memory": memory})
+    steady = first_of(diagnose(str(bad), how, specs).run)
     assert steady.cause.kind != "not-told" and "run again: fails" in " ".join(steady.cause.evidence)
-    job = prepare(str(bad), load_settings(None, {}), specs)
+    job = prepare(str(bad), how, specs)
     report = judge(measure(job))
-    job.checkpoint = prepare(str(good), load_settings(None, {}), specs).checkpoint
+    job.checkpoint = prepare(str(good), how, specs).checkpoint
     run = module.explained(job, report, report.run, lambda *_: None, lambda _: None)
     finding = first_of(run)
     assert finding.cause.kind == "not-told" and "a matter of chance" in " ".join(finding.cause.evidence)

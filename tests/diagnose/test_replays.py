@@ -20,7 +20,7 @@ from qwen_precision.judge.findings import Finding
 from qwen_precision.record.explanation import REPLAYS
 from qwen_precision.record.file import load
 from qwen_precision.record.run import Run
-from support.checkpoints import make_checkpoint
+from support.checkpoints import SHAPES, make_checkpoint
 from support.loud import says
 from support.plants import ids_of
 
@@ -87,11 +87,13 @@ def a_second_chunk(rows: int, new: int, before: int) -> bool:
 # -- what makes it ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_that_only_a_cache_spoils_is_told_by_doing_without(
-    healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    shape: str, attention: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     plant(monkeypatch, a_step)
-    words = generated(healthy, [LONG], capsys)
+    words = generated(make_checkpoint(Path("model"), **SHAPES[shape]), [LONG], capsys, "--attn", attention)
     run, finding = probed(words, 1)
     assert outcomes(run) == {"as generated": False, "without cache": True}
     assert (finding.severity, finding.cause.kind) == ("error", "cache")

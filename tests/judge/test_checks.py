@@ -190,6 +190,18 @@ def test_one_site_is_one_finding_that_names_all_prompts_it_fails_on() -> None:
     )
 
 
+@pytest.mark.parametrize("seen", [True, False], ids=["failed", "foreseen"])
+def test_a_module_that_a_forward_runs_twice_is_one_place(seen: bool) -> None:
+    sites = [*SITES[:3], *(Site(layer=31, module="m.layers.31.mlp.down_proj", op="linear", call=n) for n in (0, 1))]
+    seeds = [] if seen else [Reseed(layer=31, rows=[0], clamped=True)]
+    bad = [an_event(n) for n in (3, 4)] if seen else []
+    fp16 = a_pass("fp16", [*HEALTHY[:3], math.inf, math.inf], bad, reseeded=seeds)
+    large = [an_event(n, inf=0, value=size) for n, size in ((3, 70_000.0), (4, 90_000.0))]
+    run = a_run([a_pass("fp32", [*HEALTHY[:3], 70_000.0, 90_000.0], large), fp16], sites=sites, dtypes=["fp16"])
+    (finding,) = judge(run).findings
+    assert (finding.place.site, finding.magnitude.reference, finding.predicted) == (4, 90_000.0, not seen)
+
+
 def test_headroom_is_listed_smallest_first() -> None:
     rows = judge(healthy_run()).headroom["fp16"]
     assert [row.headroom for row in rows] == sorted(row.headroom for row in rows)

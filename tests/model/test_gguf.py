@@ -19,7 +19,7 @@ from qwen_precision.record.run import Run
 from qwen_precision.torch_dtypes import torch_dtype
 from support.gguffiles import FAMILIES, WIDTH, tiny, write_gguf
 from support.plants import down_proj_output
-from support.runs import run_probe, sentence
+from support.runs import errors, run_probe, sentence
 
 Capture = pytest.CaptureFixture[str]
 
@@ -89,7 +89,7 @@ def test_streamed_a_gguf_gives_what_it_gives_resident(family: str, kind: Kind, t
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0, Kind.Q4_0], ids=lambda kind: kind.name)
 def test_an_overflow_planted_into_a_gguf_is_named(kind: Kind, tmp_path: Path) -> None:
     report = judge(run_probe(write_gguf(tmp_path / "model.gguf", kind=kind, edit=down_proj_output), [TEXT]))
-    first = next(each for each in report.findings if each.dtype == "fp16")
+    (first,) = errors(report)
     assert report.verdict["fp16"] == "fail" and report.verdict["fp32"] == "ok"
     assert (first.kind, first.place.module, first.place.channel) == ("overflow", "model.layers.1.mlp.down_proj", 9)
 
@@ -100,7 +100,7 @@ def test_an_overflow_planted_into_a_gguf_that_runs_whole_is_named(tmp_path: Path
             part.weight.mul_(1000)
 
     report = judge(run_probe(write_gguf(tmp_path / "model.gguf", "gemma3", edit=plant), [TEXT]))
-    first = next(each for each in report.findings if each.dtype == "fp16")
+    (first,) = errors(report)
     assert report.verdict["fp16"] == "fail" and first.kind == "overflow"
     assert first.place.module == "model.layers.1.mlp", first.place
 

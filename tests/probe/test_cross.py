@@ -10,7 +10,7 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
-from support.checkpoints import edit_json, make_checkpoint
+from support.checkpoints import RATIO, SHAPES, edit_json, make_checkpoint
 from support.plants import (
     SIZE,
     down_proj_output,
@@ -37,12 +37,6 @@ Plant = Callable[[Any], None]
 Place = tuple[int | None, str, str | None, bool]
 """Layer, operation, text of the token that is named (None for any), whether it is predicted."""
 
-RATIO = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4}
-SHAPES: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "another head ratio": RATIO,
-    "moe": {"moe": True, "mlp_only_layers": [1]},
-}
 SPARSE: dict[str, dict[str, Any]] = {
     "moe": {"moe": True},
     "moe, another head ratio": {"moe": True, **RATIO},

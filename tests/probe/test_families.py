@@ -16,12 +16,14 @@ from qwen_precision.judge.findings import Report
 from qwen_precision.model.skeleton import LAYERWISE, model_class
 from qwen_precision.torch_dtypes import torch_dtype
 from support.families import FAMILIES, SKIPPED, WRAPPERS, make_family
-from support.runs import run_probe
+from support.runs import errors, run_probe
 
 pytestmark = pytest.mark.transformers
 
 TEXTS = ["hello there, this is a test", "ab"]
 NAMES = [*(name for name in FAMILIES if name not in SKIPPED), *(n for n, t in WRAPPERS.items() if t in CONFIG_MAPPING)]
+AMPLIFYING = ("qwen4_exp", "qwen4_exp_text")
+"""What multiplies the planted module's output by up to 2: of a token that is finite until then, that overflows too."""
 Answers = dict[tuple[str, int], torch.Tensor]
 
 
@@ -71,7 +73,11 @@ def test_a_healthy_family_gives_what_transformers_gives_and_no_finding(name: str
 def test_an_overflow_planted_into_a_family_is_named(name: str, tmp_path: Path) -> None:
     family = made(tmp_path / "model", name, plant=True)
     report, _ = probed(family.folder, ["fp32", "fp16"])
-    first = report.findings[0]
+    found = errors(report)
     assert report.verdict["fp32"] in ("ok", "risk") and report.verdict["fp16"] == "fail"
-    assert (first.dtype, first.kind, first.predicted) == ("fp16", "overflow", False)
-    assert f".{family.planted}." in f".{first.place.module}.", (first.place.module, first.place.name)
+    assert found and all((each.kind, each.predicted) == ("overflow", False) for each in found)
+    places = [(each.place.module, each.place.name, each.place.expert) for each in found]
+    inside = [place for place in places if f".{family.planted}." in f".{place[0]}."]
+    assert places[0] in inside and len(places) - len(inside) == (name in AMPLIFYING), places
+    # One module is one place, run again or not; of experts every one that overflows is.
+    assert len(set(inside)) == len(inside) and (len(inside) == 1 or "expert" in inside[0][0]), places

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qwen_precision.judge.checks import judge
-from qwen_precision.judge.findings import Finding, Limits, Report
+from qwen_precision.judge.findings import Limits, Report
 from support.checkpoints import DEMO, edit_json, make_checkpoint
 from support.plants import (
     down_proj_output,
@@ -21,7 +21,7 @@ from support.plants import (
     residual_add,
     swiglu_product,
 )
-from support.runs import run_probe
+from support.runs import errors, run_probe
 
 pytestmark = [pytest.mark.arithmetic, pytest.mark.transformers]
 
@@ -64,10 +64,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def errors(report: Report, dtype: str) -> list[Finding]:
-    return [finding for finding in report.findings if finding.dtype == dtype and finding.severity == "error"]
-
-
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAULTS)
@@ -76,7 +72,7 @@ def test_a_planted_overflow_is_named_exactly_and_only_in_fp16(
 ) -> None:
     fault = FAULTS[name]
     report = judge(run_probe(folders(name), TEXTS, attention=attention, memory=memory))
-    first = errors(report, "fp16")[0]
+    (first,) = errors(report)
     # transformers 4 keeps each expert in a module of its own, so the path and the name say which it is.
     module = first.place.module.replace("experts.5", "experts")
     what = first.place.name.replace("of an expert", "of the experts")
@@ -118,7 +114,7 @@ def test_every_place_that_overflows_by_itself_is_found_not_only_the_first(tmp_pa
             one_unit(model, index, 3, 400.0, 400.0)
 
     report = judge(run_probe(make_checkpoint(tmp_path, edit=plant), TEXTS))
-    found = [(finding.place.layer, finding.place.name) for finding in errors(report, "fp16")]
+    found = [(finding.place.layer, finding.place.name) for finding in errors(report)]
     assert found == [(0, "SwiGLU product"), (2, "SwiGLU product")]
 
 
@@ -128,14 +124,14 @@ def test_a_place_in_a_slice_of_the_logits_is_told_as_a_place_in_the_whole(
     monkeypatch.setattr("qwen_precision.probe.run.SLICE_BYTES", 4 * 64 * 50)  # 50 vocabulary rows at a time
     monkeypatch.setattr("qwen_precision.probe.head.LOGITS_BYTES", 50 * 2 * 2)  # two tokens of fp16 logits at a time
     report = judge(run_probe(folders("lm_head output"), TEXTS, memory="streamed"))
-    (first,) = errors(report, "fp16")
+    (first,) = errors(report)
     assert (first.place.name, first.place.channel) == ("logits", 77)
     assert first.place.token is not None and first.place.token.position == 0
 
 
 def test_a_second_overflow_behind_the_first_in_the_same_layer_is_found(tmp_path: Path) -> None:
     report = judge(run_probe(make_checkpoint(tmp_path, edit=o_proj_and_product), TEXTS))
-    found = [(finding.place.layer, finding.place.name, finding.predicted) for finding in errors(report, "fp16")]
+    found = [(finding.place.layer, finding.place.name, finding.predicted) for finding in errors(report)]
     assert found == [(1, "o_proj output", False), (1, "SwiGLU product", True)]
 
 
@@ -158,7 +154,7 @@ def test_one_row_of_a_batch_does_not_hide_what_overflows_in_another(attention: s
     folder = make_checkpoint(tmp_path, edit=plant)
     (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["7", "9"]}\n')
     report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention=attention))
-    found = [(f.place.name, f.place.token.id) for f in errors(report, "fp16") if f.place.token is not None]
+    found = [(f.place.name, f.place.token.id) for f in errors(report) if f.place.token is not None]
     assert found == [("o_proj output", early), ("SwiGLU product", late)]
 
 
@@ -174,8 +170,7 @@ def test_an_expert_is_named_also_when_only_a_later_prompt_uses_it(experts: str, 
 
     folder = make_checkpoint(tmp_path, moe=True, edit=plant)
     edit_json(folder / "config.json", experts_implementation=experts)
-    first, *others = errors(judge(run_probe(folder, ["Hello there", "7"])), "fp16")
-    assert not [finding for finding in others if finding.place.op == "index_add_"]  # it only adds to what was bad
+    (first,) = errors(judge(run_probe(folder, ["Hello there", "7"])))  # the sum only adds to what was bad
     assert first.place.op == "mul" and "experts" in first.place.module and first.spread.prompts == ("prompt 2",)
 
 
@@ -194,9 +189,44 @@ def test_the_expert_and_the_token_are_named_however_transformers_runs_the_expert
 
     folder = make_checkpoint(tmp_path, moe=True, edit=plant)
     edit_json(folder / "config.json", experts_implementation=experts)
-    first = errors(judge(run_probe(folder, [text])), "fp16")[0]
+    (first,) = errors(judge(run_probe(folder, [text])))
     assert (first.place.expert, first.place.channel, first.place.token.position) == (5, 0, text.index("7"))
     assert first.place.name.startswith("SwiGLU product of ")
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("texts", [["ab"], ["a", "b"]], ids=["one prompt", "two prompts"])
+def test_every_expert_that_overflows_is_a_place_however_transformers_runs_them(
+    texts: list[str], experts: str, memory: str, tmp_path: Path
+) -> None:
+    """Both experts that every token is sent to."""
+
+    def plant(model: Any) -> None:
+        expert_product(model)
+        mlp = model.model.layers[1].mlp
+        mlp.gate.weight[6, 3] = 9.0
+        if hasattr(mlp.experts, "gate_up_proj"):
+            mlp.experts.gate_up_proj[6].copy_(mlp.experts.gate_up_proj[5])
+        else:
+            mlp.experts[6].load_state_dict(mlp.experts[5].state_dict())
+
+    folder = make_checkpoint(tmp_path, moe=True, edit=plant)
+    edit_json(folder / "config.json", experts_implementation=experts)
+    found = errors(judge(run_probe(folder, texts, memory=memory)))
+    assert [(each.place.expert, len(each.spread.prompts)) for each in found] == [(5, len(texts)), (6, len(texts))]
+    assert all(each.place.name.startswith("SwiGLU product of ") and not each.predicted for each in found)
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+def test_a_row_is_not_hidden_behind_another_of_the_same_expert(experts: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, moe=True, edit=expert_product)
+    edit_json(folder / "config.json", experts_implementation=experts)
+    (tmp_path / "prompts.yaml").write_text("- {name: batch, batch: [ab, cd]}\n")
+    run = run_probe(folder, file=str(tmp_path / "prompts.yaml"), dtypes=["fp16"])
+    (fp16,) = [each for each in run.passes if each.dtype == "fp16"]
+    began = [(event.row, event.expert) for event in fp16.events if event.inf and event.clean_inputs]
+    assert began == [(0, 5), (1, 5)] and len(errors(judge(run))) == 1
 
 
 def test_a_bad_weight_of_an_expert_that_nobody_uses_hides_nothing(tmp_path: Path) -> None:
@@ -209,13 +239,13 @@ def test_a_bad_weight_of_an_expert_that_nobody_uses_hides_nothing(tmp_path: Path
         gate[2, 3] = -10.0
 
     report = judge(run_probe(make_checkpoint(tmp_path, moe=True, dtype="float32", edit=plant), ["a", "b"]))
-    kinds = [(finding.kind, finding.place.op) for finding in errors(report, "fp16")]
-    assert ("weight-overflow", "weight") in kinds and ("overflow", "mul") in kinds
+    kinds = [(finding.kind, finding.place.op) for finding in errors(report)]
+    assert kinds == [("weight-overflow", "weight"), ("overflow", "mul")]
 
 
 def test_what_only_passes_an_overflow_on_is_counted_not_listed(folders: Callable[[str], Path]) -> None:
     report = judge(run_probe(folders("SwiGLU product"), TEXTS))
-    (only,) = errors(report, "fp16")
+    (only,) = errors(report)
     assert only.spread.propagated >= 2  # down_proj and the residual add of the same layer
 
 
@@ -235,7 +265,7 @@ def test_an_overflow_at_one_token_is_placed_at_that_token(attention: str, tmp_pa
     folder = make_checkpoint(tmp_path, edit=plant)
     (tmp_path / "prompts.yaml").write_text('- {name: batch, batch: ["The capital of France is", "a7b"]}\n')
     report = judge(run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention=attention))
-    (first,) = errors(report, "fp16")
+    (first,) = errors(report)
     assert first.place.name == "SwiGLU product" and first.place.token is not None
     assert (first.place.token.id, first.place.token.text, first.place.token.row) == (token, "7", 1)
     assert not first.place.token.padding
@@ -251,17 +281,13 @@ def test_a_weight_that_fp16_cannot_hold_is_found_without_blaming_an_operation(tm
         model.model.embed_tokens.weight[:, 3] = 1e-3
 
     report = _save_then(plant, tmp_path)
-    (first,) = [finding for finding in errors(report, "fp16") if finding.kind.startswith("weight")]
+    (first,) = errors(report)
     assert (first.kind, first.place.module, first.place.layer) == (
         "weight-overflow",
         "model.layers.0.self_attn.v_proj",
         0,
     )
     assert first.place.name == "v_proj weight" and first.magnitude.inf == 1 and first.spread.propagated > 0
-    assert errors(report, "fp16")[0] == first
-    assert not [
-        finding for finding in errors(report, "fp16") if finding.place.module == first.place.module and finding != first
-    ]
     assert report.verdict["bf16"] == report.verdict["fp32"] == "ok"
 
 
@@ -271,14 +297,13 @@ def test_a_nan_weight_is_damage_in_every_dtype_and_names_the_tensor_and_file(tmp
 
     report = _save_then(plant, tmp_path, "bfloat16")
     for dtype in ("fp16", "bf16", "fp32"):
-        first = errors(report, dtype)[0]
+        (first,) = errors(report, dtype)
         assert (first.kind, first.place.module, first.magnitude.nan) == (
             "weight-nonfinite",
             "model.layers.2.mlp.up_proj",
             1,
         )
         assert "model.safetensors" in first.cause.sentence and report.verdict[dtype] == "fail"
-        assert len(errors(report, dtype)) == 1
 
 
 def test_near_overflow_is_a_risk_and_its_limit_is_a_setting(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec, read_prompts
-from support.checkpoints import make_checkpoint
+from support.checkpoints import RATIO, make_checkpoint
 from support.plants import (
     SIZE,
     empty,
@@ -36,11 +36,7 @@ pytestmark = pytest.mark.arithmetic
 
 Plant = Callable[[Any], None]
 WAYS = pytest.mark.parametrize(("attention", "memory"), [("sdpa", "resident"), ("eager", "streamed")])
-SHAPES: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "another head ratio": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4},
-    "moe": {"moe": True},
-}
+SHAPES: dict[str, dict[str, Any]] = {"dense": {}, "another head ratio": RATIO, "moe": {"moe": True}}
 
 
 def places(report: Report, dtype: str = "fp16") -> list[tuple[int | None, str, bool]]:
@@ -242,11 +238,12 @@ def two_layers(second: float) -> Plant:
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("shape", [{}, RATIO, {"moe": True, "mlp_only_layers": [0, 2]}], ids=SHAPES)
 @pytest.mark.parametrize(("second", "more"), [(6e4, []), (65_510.0, []), (66_500.0, [(2, "down_proj output", True)])])
 def test_behind_a_failure_a_place_is_foreseen_only_where_rounding_would_take_it_out(
-    second: float, more: list[Any], memory: str, tmp_path: Path
+    second: float, more: list[Any], shape: dict[str, Any], memory: str, tmp_path: Path
 ) -> None:
-    folder = make_checkpoint(tmp_path, edit=two_layers(second), dtype="float32")
+    folder = make_checkpoint(tmp_path, edit=two_layers(second), dtype="float32", **shape)
     report = probed(folder, ["The capital"], memory=memory)
     assert places(report) == [(0, "down_proj output", False), *more]
 
@@ -336,9 +333,11 @@ def test_a_score_that_overflows_where_softmax_gives_nothing_is_a_risk_and_no_fai
     assert report.verdict["fp16"] == "risk" and report.exit_code("fail") == 0 and report.exit_code("risk") == 1
 
 
-def test_the_same_score_does_harm_where_a_token_has_no_other_key(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, edit=low_score(70_000.0))
-    report = probed(folder, ["Zabcd"], "eager")
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_score_does_harm_where_a_token_has_no_other_key(shape: str, memory: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, edit=low_score(70_000.0), **SHAPES[shape])
+    report = probed(folder, ["Zabcd"], "eager", memory)
     assert report.verdict["fp16"] == "fail"
     assert places(report)[0] == (1, "attention scores", False)
 
@@ -370,8 +369,13 @@ def test_a_score_beyond_the_range_upwards_is_a_failure(tmp_path: Path) -> None:
     assert places(report)[0] == (1, "attention scores", False)
 
 
-def test_a_low_score_inside_the_range_is_nothing(tmp_path: Path) -> None:
-    report = probed(make_checkpoint(tmp_path, edit=low_score(30_000.0)), ["abZcd"], "eager")
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("size", "attention"), [(30_000.0, "eager"), (70_000.0, "sdpa")])
+def test_a_low_score_inside_the_range_or_kept_in_fp32_is_nothing(
+    size: float, attention: str, shape: str, memory: str, tmp_path: Path
+) -> None:
+    report = probed(make_checkpoint(tmp_path, edit=low_score(size), **SHAPES[shape]), ["abZcd"], attention, memory)
     assert warned(report) == []
 
 
@@ -383,6 +387,28 @@ def test_a_harmful_score_is_named_although_the_layer_fails_behind_it_as_well(tmp
 
     (first, *_) = places(probed(make_checkpoint(tmp_path, edit=plant, dtype="float32"), ["Z"], "eager"))
     assert first == (1, "attention scores", False)
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_harmless_score_stays_so_where_its_layer_fails_behind_it(memory: str, tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        low_score(70_000.0)(model)
+        one_unit(model, 1, 4, 400.0, 400.0)
+        one_channel(model, 4, 100.0)
+
+    report = probed(make_checkpoint(tmp_path, edit=plant, dtype="float32"), ["abZcd"], "eager", memory)
+    assert places(report) == [(1, "SwiGLU product", False)]
+    assert "attention scores" in [each.place.name for each in warned(report) if each.severity == "warning"]
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_whether_a_score_does_harm_is_told_of_each_row_of_a_batch(memory: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.yaml").write_text("- {name: batch, batch: [abZcd, Zabcd]}\n")
+    folder = make_checkpoint(tmp_path / "model", edit=low_score(70_000.0))
+    run = run_probe(folder, file=str(tmp_path / "prompts.yaml"), attention="eager", memory=memory, dtypes=["fp16"])
+    (fp16,) = [each for each in run.passes if each.dtype == "fp16"]
+    first = min(event.site for event in fp16.events if event.inf)
+    assert [(event.row, event.harmless) for event in fp16.events if event.site == first] == [(0, True), (1, False)]
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])

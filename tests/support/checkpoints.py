@@ -9,6 +9,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "qwen_precision" / "demo"
 
+RATIO = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "another head ratio": RATIO,
+    "moe": {"moe": True, "mlp_only_layers": [1]},
+}
+"""Shapes in which layer 1 has a plain mlp to plant into."""
+
 
 def make_checkpoint(
     folder: Path,

@@ -122,9 +122,7 @@ def enough_of_them(gain: float) -> Callable[[Any], None]:
         embed[:, 1] = 100.0  # what every norm divides by: sqrt(64) / 100
         embed[:, 2], embed[mark, 2] = 12.5, -12.5
         embed[mark, 3] = 12.5
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+        silence(model)
         block = model.model.layers[1]
         block.self_attn.q_norm.weight.zero_()  # all scores equal: the plain average
         block.self_attn.v_proj.weight.zero_()
@@ -159,6 +157,15 @@ def query_norm_too_large(model: Any) -> None:
     attention.k_norm.weight.fill_(1e-3)
 
 
+def silence(model: Any) -> None:
+    """No layer adds anything to the stream."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        mlps = [layer.mlp] if hasattr(layer.mlp, "down_proj") else layer.mlp.experts
+        for part in [mlps] if hasattr(mlps, "down_proj") else mlps:
+            getattr(part.down_proj, "weight", part.down_proj).zero_()
+
+
 def two_units(model: Any, size: float) -> tuple[Any, Any, Any]:
     """The mlp of layer 1, empty: "Y" is 100 in channel 5, "Z" is ``size`` in channel 6. Gives gate, up and down."""
     (early,), (late,) = ids_of("Y"), ids_of("Z")
@@ -166,10 +173,7 @@ def two_units(model: Any, size: float) -> tuple[Any, Any, Any]:
     embed.zero_()
     embed[:, 0] = 100.0
     embed[early, 5], embed[late, 6] = 100.0, size
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        experts = getattr(layer.mlp, "experts", None)
-        (layer.mlp.down_proj.weight if experts is None else experts.down_proj).zero_()
+    silence(model)
     block = model.model.layers[1]
     block.post_attention_layernorm.weight.zero_()
     block.post_attention_layernorm.weight[5:7] = 1.0

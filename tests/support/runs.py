@@ -7,7 +7,7 @@ import pytest
 
 from qwen_precision.diagnose.run import diagnose
 from qwen_precision.judge.checks import judge
-from qwen_precision.judge.findings import Finding
+from qwen_precision.judge.findings import Finding, Report
 from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
@@ -39,5 +39,14 @@ def explained(folder: Path | str, prompts: list[PromptSpec] | None = None, **set
     return diagnose(str(folder), load_settings(None, settings), specs).run
 
 
-def first_of(run: Run, dtype: str = "fp16") -> Finding:
-    return next(each for each in judge(run).findings if each.dtype == dtype and each.severity != "info")
+def errors(report: Report, dtype: str = "fp16") -> list[Finding]:
+    """What makes a dtype fail: one for every place that would have to change."""
+    return [finding for finding in report.findings if finding.dtype == dtype and finding.severity == "error"]
+
+
+def first_of(run: Run, dtype: str = "fp16", places: int = 1) -> Finding:
+    """The first finding of a dtype in which so many places would have to change: more failures are a bug."""
+    report = judge(run)
+    found = [(each.place.layer, each.place.name, each.place.expert) for each in errors(report, dtype)]
+    assert len(found) == places, found
+    return next(each for each in report.findings if each.dtype == dtype and each.severity != "info")

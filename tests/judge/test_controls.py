@@ -1,0 +1,87 @@
+"""Which controls a failing token is given, and of which token what they say is."""
+
+import math
+from typing import Any
+
+import pytest
+
+from qwen_precision.judge.checks import judge
+from qwen_precision.judge.controls import candidates
+from qwen_precision.record.explanation import Control, Explanation
+from qwen_precision.record.run import Run
+from support.builders import HEALTHY, a_pass, a_prompt, a_run, an_event
+
+SUM = 3
+FIRST, SECOND = a_prompt().rows[0].ids
+
+
+def failing(position: int, controls: list[Control] | None = None, **changes: Any) -> Run:
+    """The first prompt fails at one of its two tokens; a second, of other tokens, is clean."""
+    large, bad = ([*HEALTHY[:SUM], size, *HEALTHY[SUM + 1 :]] for size in (70_000.0, math.inf))
+    passes = [
+        a_pass("fp32", large),
+        a_pass("fp16", bad, [an_event(SUM, position=position)], top1=[None]),
+        a_pass("fp32", HEALTHY, prompt=1),
+        a_pass("fp16", HEALTHY, prompt=1),
+    ]
+    made = Explanation(budget=8, controls=controls or [], left_out=[], hashes={}, continuations=[])
+    prompts = [a_prompt("one"), a_prompt("two", "no", ids=[7, 8], tokens=["n", "o"])]
+    return a_run(passes, dtypes=["fp16"], prompts=prompts, explanation=made, **changes)
+
+
+def control(what: str, position: int, clean: bool) -> Control:
+    about: dict[str, Any] = {"what": what, "position": position, "clean": clean, "detail": what, "began": None}
+    return Control(dtype="fp16", prompt="one", row=0, tokens=1, **about)
+
+
+def cause(run: Run) -> str | None:
+    return judge(run).findings[0].cause.kind
+
+
+def test_the_first_token_is_not_asked_what_stands_before_it() -> None:
+    asked = {each.what for each in candidates(judge(failing(0)))}
+    assert "token alone" in asked and asked.isdisjoint({"before the token", "token after the first", "up to the token"})
+
+
+def test_the_token_that_fills_up_is_taken_from_another_prompt_where_the_row_has_none() -> None:
+    asked = {each.what: each.ids for each in candidates(judge(failing(1)))}
+    assert asked["as many other tokens"] == (7, SECOND) and asked["token alone"] == (SECOND,)
+    assert asked["without the token"] == (FIRST,)
+
+
+def test_a_control_of_one_token_says_nothing_of_another() -> None:
+    controls = [control("token alone", 1, clean=False), control("without the token", 1, clean=True)]
+    assert cause(failing(1, controls)) == "trigger-token"
+    assert cause(failing(0, controls)) == "out-of-range"
+
+
+def test_a_token_is_no_trigger_by_other_prompts_alone_where_its_row_was_not_run_without_it() -> None:
+    assert cause(failing(1, [control("token alone", 1, clean=False)])) == "out-of-range"
+
+
+@pytest.mark.parametrize(
+    ("few", "alone", "many", "others", "wanted"),
+    [
+        (True, True, False, False, "length"),
+        (False, True, False, False, "out-of-range"),
+        (True, False, False, False, "out-of-range"),
+        (True, True, None, False, "out-of-range"),
+        (True, True, False, None, "out-of-range"),
+        (True, True, True, False, "trigger-prompt"),
+        (True, True, False, True, "trigger-prompt"),
+        (True, False, True, False, "out-of-range"),
+    ],
+)
+def test_a_length_fails_after_as_many_tokens_whatever_they_are_and_a_pair_does_not(
+    few: bool, alone: bool, many: bool | None, others: bool | None, wanted: str
+) -> None:
+    outcomes = {
+        "token after the first": few,
+        "token alone": alone,
+        "as many first tokens": many,
+        "as many other tokens": others,
+    }
+    controls = [control(what, 2, clean) for what, clean in outcomes.items() if clean is not None]
+    run = failing(2, controls)
+    long = a_prompt("one", ids=[1, 2, 3], tokens=["a", "b", "c"])
+    assert cause(run.model_copy(update={"prompts": [long, run.prompts[1]]})) == wanted
