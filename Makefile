@@ -10,7 +10,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 REAL_STAMP := $(VENV)/.real-weights
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test portable oldest real lint types docs check bench format golden clean
+.PHONY: help demo test portable device oldest real lint types docs check bench format golden clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ test: $(STAMP) ## set up, then the full test suite, a worker a core
 
 portable: $(STAMP) ## the tests marked arithmetic, as several processors would sum
 	$(BIN)/python scripts/portable.py
+
+device: $(STAMP) ## the tests marked device, on pretend graphics cards (CUDA, Apple's)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m device --pretend cuda tests/device
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m device --pretend mps tests/device
 
 $(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

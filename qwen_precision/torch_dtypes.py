@@ -1,6 +1,7 @@
 """qprec's words for number formats, and torch's."""
 
 import torch
+from torch import Tensor
 
 from qwen_precision.dtypes import DTYPES
 
@@ -16,3 +17,8 @@ def torch_dtype(name: str) -> torch.dtype:
     """torch's dtype for qprec's word."""
     found: torch.dtype = getattr(torch, DTYPES[name].torch_name)
     return found
+
+
+def widened(values: Tensor) -> Tensor:
+    """In the widest format that the values' device computes in: float64, and float32 on Apple's GPU, which has none."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)

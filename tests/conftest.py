@@ -19,6 +19,14 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write expected outputs anew; read the diff")
+    parser.addoption("--pretend", choices=("cuda", "mps"), help="pretend a graphics card, for the tests marked device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--pretend"):  # before anything asks torch what there is
+        from support import pretend
+
+        pretend.install(config.getoption("--pretend"))
 
 
 @pytest.fixture

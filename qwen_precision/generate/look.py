@@ -59,7 +59,7 @@ def look(row: Tensor, settings: Watch) -> Look:
         row: ``[vocabulary]`` raw logits.
         settings: how near to uniform a flat row must be.
     """
-    finite = row[torch.isfinite(row)].double()
+    finite = row[torch.isfinite(row)]
     flat = settings.flat > 0 and finite.numel() > 2 and bool(finite.min() == finite.max())
     return Look(
         int(torch.isnan(row).sum()), int(torch.isposinf(row).sum()), int(torch.isneginf(row).sum()), row.numel(), flat

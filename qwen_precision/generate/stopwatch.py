@@ -10,21 +10,21 @@ class Stopwatch:
     """A ``with`` block around the part; on CUDA the events are read only when the sum is asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device if device.type == "cuda" else None
         self._events: list[tuple[Any, Any]] = []
         self._seconds = 0.0
 
     def __enter__(self) -> None:
-        if self._cuda:
+        if self._device is not None:
             event: Any = torch.cuda.Event
             self._events.append((event(enable_timing=True), event(enable_timing=True)))
-            self._events[-1][0].record()
+            self._events[-1][0].record(torch.cuda.current_stream(self._device))
         else:
             self._started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        if self._cuda:
-            self._events[-1][1].record()
+        if self._device is not None:
+            self._events[-1][1].record(torch.cuda.current_stream(self._device))
         else:
             self._seconds += time.perf_counter() - self._started
 

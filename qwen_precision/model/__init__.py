@@ -11,7 +11,14 @@ from qwen_precision.model.hub import download_bytes, is_here, locate, without_we
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
-from qwen_precision.model.machine import attention_used, choose_device, choose_memory, environment, out_of_memory
+from qwen_precision.model.machine import (
+    attention_used,
+    choose_device,
+    choose_memory,
+    environment,
+    exact_float32,
+    out_of_memory,
+)
 from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.skeleton import (
     LayerCall,
@@ -50,6 +57,7 @@ __all__ = [
     "download_bytes",
     "encode",
     "environment",
+    "exact_float32",
     "filled",
     "finish",
     "is_here",

@@ -3,7 +3,8 @@
 import platform
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import torch
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.record import Choice
 
-_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+"""As torch, the C library, cuBLAS and cuDNN say it."""
 
 _SHARE = 0.7  # of the free memory that weights and buffers may take; the rest is for activations
 
@@ -72,9 +76,10 @@ def attention_used(model: Any, asked: str | None) -> Choice:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory free on a device; on the CPU no more than the container's limit leaves."""
+    """Memory free on a device, with what torch keeps; on the CPU no more than the container's limit leaves."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -82,6 +87,25 @@ def free_bytes(device: torch.device) -> int:
         return min(free, int(limit) - int(used)) if limit.isdigit() else free
     except (OSError, ValueError):
         return free
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[list[Choice]]:
+    """fp32 products in fp32, where something switched TF32 on: with its 10 bits the reference would be none.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices (also
+    by the environment variable TORCH_ALLOW_TF32_CUBLAS_OVERRIDE).
+    """
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_tf32
+    if device.type != "cuda" or not before:
+        yield []
+        return
+    flags.allow_tf32 = False
+    try:
+        yield [Choice(what="TF32", value="off", reason="it was on, and has 10 bits where the fp32 reference needs 23")]
+    finally:
+        flags.allow_tf32 = before
 
 
 def out_of_memory(error: BaseException) -> bool:

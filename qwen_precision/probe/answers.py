@@ -10,6 +10,7 @@ from qwen_precision.model import Encoded
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.logprobs import LogProbs
 from qwen_precision.record import rounded
+from qwen_precision.torch_dtypes import widened
 
 
 class Answers:
@@ -54,12 +55,12 @@ class Answers:
         return ends
 
     def _diverge(self, last: dict[tuple[str, int], Tensor]) -> None:
-        """Kullback-Leibler divergence of each row's next token from the reference's, in float64."""
+        """Kullback-Leibler divergence of each row's next token from the reference's, in the widest format."""
         for (dtype, prompt), logits in last.items():
             reference = last.get((REFERENCE, prompt))
             if reference is None or dtype == REFERENCE:
                 continue
-            wanted, ours = torch.log_softmax(reference.double(), -1), torch.log_softmax(logits.double(), -1)
+            wanted, ours = (torch.log_softmax(widened(each), -1) for each in (reference, logits))
             rows = (wanted.exp() * (wanted - ours)).sum(dim=-1).tolist()
             # Rounding can make it a hair less than nothing.
             kl = [rounded(max(row, 0.0)) if math.isfinite(row) else None for row in rows]

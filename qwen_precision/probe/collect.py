@@ -33,6 +33,8 @@ class Collector:
         self.sites: dict[tuple[str, str, int], int] = {}
         self.wider: dict[str, dict[int, str]] = {}
         self.casts: dict[int, int] = {}
+        self.unsteady: set[str] = set()
+        """Dtypes in which a part that was run again did something else."""
         self._columns: dict[tuple[str, int], _Column] = {}
 
     def column(self, dtype: str, prompt: int) -> _Column:

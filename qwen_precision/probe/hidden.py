@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.record import Massive, rounded
+from qwen_precision.torch_dtypes import widened
 
 _CHANNELS = 4
 """Channels with massive activations that are kept of a layer."""
@@ -43,5 +44,5 @@ def relative_error(ours: Tensor, wanted: Tensor) -> float | None:
     """Norm of the difference over the norm, or None where there is nothing finite to compare."""
     if not len(wanted):
         return None
-    error = float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+    error = float((widened(ours) - widened(wanted)).norm() / widened(wanted).norm())
     return rounded(error) if math.isfinite(error) else None

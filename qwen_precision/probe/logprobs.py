@@ -8,6 +8,7 @@ from torch import Tensor
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.model import Encoded
 from qwen_precision.record import rounded
+from qwen_precision.torch_dtypes import widened
 
 _AT_ONCE = 16  # positions upcast to fp32 at a time: logits of a long prompt are never held twice
 
@@ -57,7 +58,7 @@ class LogProbs:
             ours, wanted = (self._chosen[k] - self._total[k] for k in ((dtype, prompt), (REFERENCE, prompt)))
             mask = self._prompts[prompt].mask.bool()
             both = mask[:, :-1] & mask[:, 1:]
-            difference = (ours - wanted)[:, :-1].double()
+            difference = widened((ours - wanted)[:, :-1])
             found[dtype, prompt] = [_rms(row[real]) for row, real in zip(difference, both, strict=True)]
         return found
 

@@ -24,6 +24,7 @@ from qwen_precision.model import (
     decoder_layers,
     encode,
     environment,
+    exact_float32,
     is_layerwise,
     layers_of,
     locate,
@@ -133,7 +134,9 @@ def job_for(
 def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = None) -> Run:
     """Run a job. What it found is not judged here."""
     started = time.perf_counter()
-    stopped = _run(job, progress, on_final)
+    with exact_float32(job.device) as choices:
+        job.choices.extend(choices)
+        stopped = _run(job, progress, on_final)
     job.seconds["total"] = time.perf_counter() - started
     return _record(job, stopped)
 
@@ -222,6 +225,12 @@ def _not_run(job: Job) -> list[str]:
     return [path for path, module in job.model.named_modules() if module._parameters and path not in ran]
 
 
+def _unsteady(job: Job) -> list[Choice]:
+    dtypes = [name for name in job.passes if name in job.collector.unsteady]
+    reason = f"{' and '.join(dtypes)} gave other numbers when a layer was run again: a place named there may be wrong"
+    return [Choice(what="second look", value="differs", reason=reason)] if dtypes else []
+
+
 def _record(job: Job, stopped: str | None) -> Run:
     checkpoint = job.checkpoint
     return Run(
@@ -233,7 +242,7 @@ def _record(job: Job, stopped: str | None) -> Run:
         model=model_part(checkpoint, job.source, type(job.model).__name__, len(layers_of(job.model)[1])),
         environment=environment(job.device),
         settings=job.settings.model_dump(),
-        choices=job.choices,
+        choices=[*job.choices, *_unsteady(job)],
         prompts=job.prompts,
         redacted=False,
         dtypes=job.settings.dtypes,

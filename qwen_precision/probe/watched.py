@@ -85,15 +85,21 @@ class WatchedRun:
             inspector = Inspector(
                 section.valid, self._near, storages(section.module), prefer=largest, strict=self._strict
             )
-            self._again(section, inspector)
+            self._closely(section, inspector, readings)
             self._keep(section, self._tried(section, inspector.found))
         if self._beyond(section.key[0], readings, wide):
-            self._foresee(section, wide)
+            self._foresee(section, readings, wide)
 
-    def _foresee(self, section: Section, wide: Container[Spot]) -> None:
+    def _closely(self, section: Section, inspector: Inspector, readings: list[Reading]) -> None:
+        """Run a part again under an inspector; only if it does the same again are the places true."""
+        _, again = self._again(section, inspector)
+        if [repr(each.abs_max) for each in again] != [repr(each.abs_max) for each in readings]:
+            self.collector.unsteady.add(section.key[0])
+
+    def _foresee(self, section: Section, readings: list[Reading], wide: Container[Spot]) -> None:
         """Run a part of the reference again, to see where it leaves the range of the narrowest dtype by itself."""
         inspector = Inspector(section.valid, self._near, storages(section.module), self._limit, strict=self._strict)
-        self._again(section, inspector)
+        self._closely(section, inspector, readings)
         found = [each for each in inspector.found if each.spot not in wide]
         largest = self._largest[section.key[1]] = {}
         for each in found:
@@ -107,15 +113,17 @@ class WatchedRun:
         large = [each for each in readings if not each.abs_max < self._limit]
         return any(each.spot not in wide for each in large)
 
-    def _again(self, section: Section, onlooker: Onlooker) -> Tensor:
+    def _again(self, section: Section, onlooker: Onlooker) -> tuple[Tensor, list[Reading]]:
+        self.watcher.forget()
         section.enter()
         self.watcher.inspect = onlooker
         try:
             with self.watcher:
-                return section.forward()
+                out = section.forward()
         finally:
             self.watcher.inspect = None
-            self.watcher.take()
+            readings = self.watcher.take()
+        return out, readings
 
     def _tried(self, section: Section, found: list[Located]) -> list[Located]:
         """All of them; origins that gave infinities alone with whether they made any difference.
@@ -141,7 +149,7 @@ class WatchedRun:
 
         def read(clamp: bool) -> dict[int | None, Tensor | None]:
             onlooker = Clamp(spot, clamp=clamp)
-            out = self._again(section, onlooker)
+            out, _ = self._again(section, onlooker)
             return {row: self._mine(section, row, onlooker.read if softened else out, softened) for row in rows}
 
         before = {row: one for row, one in read(clamp=False).items() if one is not None and torch.isfinite(one).all()}

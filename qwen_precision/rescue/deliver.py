@@ -17,6 +17,7 @@ from qwen_precision.rescue.export import NOTE, Exporter, beside
 from qwen_precision.rescue.plan import can_plan, with_plan
 from qwen_precision.rescue.proof import Finals, prove
 from qwen_precision.settings import PromptSpec, Target
+from qwen_precision.torch_dtypes import widened
 from qwen_precision.version import __version__
 
 _MOST_ERROR = 0.02
@@ -166,8 +167,8 @@ def _error(before: Finals, finals: Finals, dtype: str) -> float | None:
     wrong = total = 0.0
     for (name, prompt), wanted in before.answers.items():
         if name == REFERENCE and (dtype, prompt) in finals.answers:
-            wrong += float((finals.answers[dtype, prompt].double() - wanted.double()).square().sum())
-            total += float(wanted.double().square().sum())
+            wrong += float((widened(finals.answers[dtype, prompt]) - widened(wanted)).square().sum())
+            total += float(widened(wanted).square().sum())
     return rounded(math.sqrt(wrong / total)) if total and math.isfinite(wrong) else None
 
 

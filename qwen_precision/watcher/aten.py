@@ -25,6 +25,8 @@ ALIASES = {
     "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention",
     "_scaled_dot_product_cudnn_attention": "scaled_dot_product_attention",
     "_scaled_dot_product_attention_math": "scaled_dot_product_attention",
+    "_scaled_dot_product_attention_math_for_mps": "scaled_dot_product_attention",
+    "_scaled_dot_product_fused_attention_overrideable": "scaled_dot_product_attention",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.record import Closeup, Contribution, Operand, Source, rounded
-from qwen_precision.torch_dtypes import short_name
+from qwen_precision.torch_dtypes import short_name, widened
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -72,7 +72,7 @@ def _source() -> Source | None:
 
 
 Product = tuple[Tensor, Tensor, float]
-"""Two fp64 vectors whose products are summed up to the extreme element, and what is added to that."""
+"""Two vectors in the widest format whose products are summed up to the extreme element, and what is added to that."""
 
 
 def _against_a_weight(
@@ -96,7 +96,7 @@ def _against_a_weight(
             return None
         weight = weight.mT
     bias = float(biases[0][index[-1]]) if biases else 0.0
-    return values.double(), weight[index[-1]].double(), bias
+    return widened(values), widened(weight[index[-1]]), bias
 
 
 def _of_activations(tensors: list[Tensor], op: str, index: list[int]) -> Product | None:
@@ -107,7 +107,7 @@ def _of_activations(tensors: list[Tensor], op: str, index: list[int]) -> Product
     lead = tuple(index[:-2])
     if ours.shape[:-2] != theirs.shape[:-2]:
         return None
-    return ours[lead][index[-2]].double(), theirs[lead][:, index[-1]].double(), 0.0
+    return widened(ours[lead][index[-2]]), widened(theirs[lead][:, index[-1]]), 0.0
 
 
 def _of_two(tensors: list[Tensor], op: str, index: list[int], shape: torch.Size) -> float | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qwen_precision.torch_dtypes import widened
+
 _POOL = 512
 
 
@@ -73,9 +75,8 @@ class _Pool:
         if not self.used:
             return []
         both = torch.cat(self.blocks, dim=1)[:, : self.used]
-        wide = both.to(torch.float64) if both.device.type != "mps" else both.to(torch.float32)
         # abs() of a NaN is NaN and amax carries it, so NaN wins over infinity.
-        result: list[float] = wide.abs().amax(dim=0).tolist()
+        result: list[float] = widened(both).abs().amax(dim=0).tolist()
         self.used = 0
         return result
 

@@ -1,7 +1,7 @@
 """Faults whose place is known by construction: each is named exactly in fp16, and absent in bf16 and fp32."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Limits, Report
+from qwen_precision.probe.watched import Section, WatchedRun
 from support.checkpoints import DEMO, edit_json, make_checkpoint
 from support.plants import (
     down_proj_output,
@@ -332,3 +333,17 @@ def test_headroom_is_read_off_the_reference_at_every_operation() -> None:
     # Norms compute in fp32 inside: their squares are beyond 65504 and that is no finding.
     squares = [index for index, s in enumerate(run.sites) if s.op == "pow" and s.layer == 2]
     assert squares and all(run.wider["fp16"][index] == "fp32" for index in squares)
+
+
+def test_a_second_look_that_differs_from_the_first_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=down_proj_output)
+    assert "second look" not in [each.what for each in run_probe(folder, TEXTS).choices]
+    again = WatchedRun._again
+
+    def otherwise(self: WatchedRun, section: Section, onlooker: Any) -> Any:
+        noisy = replace(section, forward=lambda: section.forward() * 1.5) if section.key[0] == "fp16" else section
+        return again(self, noisy, onlooker)
+
+    monkeypatch.setattr(WatchedRun, "_again", otherwise)
+    (told,) = [each.reason for each in run_probe(folder, TEXTS).choices if each.what == "second look"]
+    assert told.startswith("fp16 gave other numbers")

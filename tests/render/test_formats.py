@@ -15,7 +15,7 @@ from qwen_precision.judge.compare import changes
 from qwen_precision.judge.findings import rescue_exit_code
 from qwen_precision.judge.nextcommand import next_command, next_rescue, same_again
 from qwen_precision.record.file import to_json
-from qwen_precision.record.run import Run
+from qwen_precision.record.run import Choice, Run
 from qwen_precision.render import FORMATS, View, one
 from qwen_precision.render.markdown import LONGEST
 from qwen_precision.report.bundle import unpack
@@ -91,6 +91,13 @@ def test_a_mention_or_a_fence_in_a_prompt_stays_text_in_markdown() -> None:
     assert "@someone" not in escaped("@someone #123 [x](http://y) **b** <b>")
     assert escaped("a|b`c") == r"a\|b\`c"
     assert fenced("```\nout").startswith("````text\n") and fenced("```\nout").endswith("\n````")
+
+
+@pytest.mark.parametrize("name", ["markdown", "html", "table"])
+def test_a_run_on_a_card_says_that_no_real_one_was_tried(name: str) -> None:
+    card = [Choice(what="device", value="cuda:0", reason="asked for")]
+    ours, theirs = (str(FORMATS[name].render(one(judge(run)))) for run in (healthy_run(choices=card), healthy_run()))
+    assert "Not run on a real GPU yet" in ours and "real GPU" not in theirs
 
 
 def test_markdown_stays_below_what_github_takes_and_says_what_was_left_out() -> None:

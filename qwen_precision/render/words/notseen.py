@@ -16,6 +16,9 @@ def not_seen(report: Report) -> Iterator[str]:
     if run.not_run:
         names = ", ".join(run.not_run[:_MOST]) + (" …" if len(run.not_run) > _MOST else "")
         yield f"Not seen: {count(len(run.not_run), 'module')} never ran ({names})."
+    device = next((each.value for each in run.choices if each.what == "device"), "cpu")
+    if device != "cpu":
+        yield f"Not run on a real GPU yet by its makers: where {device} surprises, compare with --device cpu."
     for dtype in run.dtypes:
         mine = [each for each in run.passes if each.dtype == dtype]
         missing = len(run.prompts) - len(mine)
