@@ -345,7 +345,7 @@ def sweeping() -> None:
 
 def export_once(folder: str, target: str) -> None:
     """One export in this process."""
-    rescaling = Rescaling(stream=4, final_norm=4, untied=False, eps=1e-6, layers=[])
+    rescaling = Rescaling(stream=4, qk_norm=True, final_norm=4, untied=False, eps=1e-6, layers=[])
     opened = open_checkpoint(Path(folder), folder)
     Exporter(opened, rescaling, "fp16", lambda done, total, what: None).write(Path(target))
 
