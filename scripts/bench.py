@@ -1,6 +1,6 @@
 """Speed and memory, as ratios measured interleaved in one run; no number here is asserted anywhere.
 
-    python scripts/bench.py [watch] [generate] [export] [sweep] [small] [large] [linear]     (default: all)
+    python scripts/bench.py [watch] [generate] [export] [sweep] [small] [whole] [large] [linear]     (default: all)
 
 QPREC_BENCH_DIR says where the checkpoints are written (default: a folder in the system's temporary one);
 they are kept there for the next run. Figures are the minimum and the median of ``RUNS``.
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from make_checkpoint import write
+from make_checkpoint import DEMO, write
 from transformers import AutoModelForCausalLM
 
 import qwen_precision
@@ -32,9 +32,12 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.generate.decode import Decoder
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.loaded import Models
+from qwen_precision.probe.run import measure, prepare
 from qwen_precision.record.rescue import Rescaling
 from qwen_precision.rescue.export import Exporter
+from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.guards import load_guards
+from qwen_precision.settings.prompts import PromptSpec
 
 RUNS = 7
 TOKENS = 128
@@ -205,6 +208,43 @@ def probe(folder: Path, tokens: int, memory: str) -> dict:
     return {**seconds, "peak": int(done.stdout) * 1024 / 1e9}
 
 
+def gemma() -> Path:
+    """A checkpoint in the shape of Gemma 3 270M with random weights: a family that runs as a whole."""
+    folder = FOLDER / "gemma3-270m"
+    if not (folder / "tokenizer.json").exists():
+        sizes = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4}
+        config = transformers.Gemma3TextConfig(
+            **sizes, num_key_value_heads=1, head_dim=256, vocab_size=262_144, sliding_window=512
+        )
+        torch.manual_seed(0)
+        transformers.Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            shutil.copy(DEMO / name, folder / name)
+    return folder
+
+
+def whole() -> None:
+    """Three dtypes of a family that runs whole: a probe against loading and forwards, one dtype after another."""
+    folder = gemma()
+    settings = load_settings(None, {"memory": "resident", "max_tokens": TOKENS})
+    specs = [PromptSpec(name="text", text=TEXT)]
+    for dtypes in (["fp16"], ["fp16", "bf16"]):
+        names = ["fp32", *dtypes]
+
+        def plain(names: list[str] = names) -> None:
+            for name in names:
+                plain_forward(str(folder), DTYPES[name].torch_name)
+
+        def ours(dtypes: list[str] = dtypes) -> None:
+            run = measure(prepare(str(folder), settings.model_copy(update={"dtypes": dtypes}), specs))
+            assert run.stopped is None
+
+        show(
+            f"270M of Gemma 3, whole, {TOKENS} tokens, {', '.join(names)}",
+            interleaved({"plain loads and forwards, in turn": plain, "probe, whole": ours}),
+        )
+
+
 def large() -> None:
     """An 8B-shaped checkpoint, streamed: wall time against the arithmetic of its three dtypes; peak memory."""
     folder = checkpoint("8B")
@@ -345,7 +385,7 @@ def sweeping() -> None:
 
 def export_once(folder: str, target: str) -> None:
     """One export in this process."""
-    rescaling = Rescaling(stream=4, final_norm=4, untied=False, eps=1e-6, layers=[])
+    rescaling = Rescaling(stream=4, qk_norm=True, final_norm=4, untied=False, eps=1e-6, layers=[])
     opened = open_checkpoint(Path(folder), folder)
     Exporter(opened, rescaling, "fp16", lambda done, total, what: None).write(Path(target))
 
@@ -357,6 +397,7 @@ PARTS = {
     "sweep": sweeping,
     "small": small,
     "large": large,
+    "whole": whole,
     "linear": linear,
 }
 

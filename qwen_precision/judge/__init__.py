@@ -21,7 +21,17 @@ from qwen_precision.judge.findings import (
 )
 from qwen_precision.judge.groups import Group, grouped
 from qwen_precision.judge.meanings import CAUSES, Meaning
-from qwen_precision.judge.needs import ANSWER, FAR, LOGITS, HeadroomGain, Needs, answer_of, headroom_gains, needs
+from qwen_precision.judge.needs import (
+    ANSWER,
+    FAR,
+    LOGITS,
+    HeadroomGain,
+    Needs,
+    answer_of,
+    beyond,
+    headroom_gains,
+    needs,
+)
 from qwen_precision.judge.nextcommand import next_command, next_rescue, next_sweep, quoted_for_a_shell, same_again
 from qwen_precision.judge.precision import Precision, precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
@@ -50,6 +60,7 @@ __all__ = [
     "answer_of",
     "asked",
     "at_the_end",
+    "beyond",
     "candidates",
     "changes",
     "closeup_of",

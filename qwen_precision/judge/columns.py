@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest, overflows_from
 from qwen_precision.judge.findings import Headroom, Limits, Token
-from qwen_precision.qwen3 import name_of, row_of
+from qwen_precision.qwen3 import has_qk_norm, name_of, row_of
 from qwen_precision.record import Event, Pass, Run, Site
 
 Array = NDArray[Any]
@@ -32,6 +32,8 @@ class Columns:
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
         self.sparse = {site.layer for site in run.sites if ".experts" in site.module}
         """Layers that have experts."""
+        self.qk_norm = has_qk_norm(site.module for site in run.sites)
+        """Whether q and k have norms of their own."""
         self._foreseen = {
             each.prompt: [
                 event

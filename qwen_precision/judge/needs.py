@@ -18,19 +18,40 @@ ANSWER = "without an lm_head the final hidden states are the model's answer; a f
 """Why the final norm of a bare model takes no factor."""
 
 
+Key = tuple[str, int | None, int | None]
+"""A power, a layer, an expert."""
+
+
 @dataclass
 class Needs:
-    """By (power, layer, expert): how many bits of headroom are missing to the margin; below 0, to spare."""
+    """What every power is asked for, and what none can move."""
 
-    bits: dict[tuple[str, int | None, int | None], int] = field(default_factory=dict)
+    bits: dict[Key, int] = field(default_factory=dict)
+    """How many bits of headroom are missing to the margin; below 0, to spare."""
+    short: dict[Key, list[Stuck]] = field(default_factory=dict)
+    """Who asks for them: stuck if the power has to be left at 0."""
     stuck: list[Stuck] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)
-    """What would have to compute in fp32, for what is stuck and fails."""
+    held: list[str] = field(default_factory=list)
+    """Modules that would have to compute in fp32, for what is stuck and fails."""
 
-    def ask(self, power: str, layer: int | None, expert: int | None, bits: int) -> None:
+    def ask(self, power: str, who: Stuck, bits: int) -> None:
         """The most that was asked for counts."""
-        key = (power, None if power in ("stream", "final_norm") else layer, expert if power == "product" else None)
+        layer = None if power in ("stream", "final_norm") else who.layer
+        key = (power, layer, expert_of(who.module) if power == "product" else None)
         self.bits[key] = max(self.bits.get(key, -FAR), bits)
+        if bits > 0:
+            self.short.setdefault(key, []).append(who)
+
+    def stick(self, who: Stuck) -> None:
+        """Nothing moves it."""
+        self.stuck.append(who)
+        if who.fails and who.headroom != 0:
+            self.held.append(_unit(who.module))
+
+    @property
+    def modules(self) -> list[str]:
+        """Those that hold all others."""
+        return _least(self.held)
 
     def of(self, power: str, layer: int | None = None, expert: int | None = None) -> int:
         """What is asked for: of one expert its own need, or that of all of them together."""
@@ -51,17 +72,26 @@ def needs(columns: Columns, margin: float, gate_channels: int) -> Needs:
     for row in columns.headroom(RESCUED):
         site, power = mover(columns, row, gate_channels)
         dead = row.headroom == 0
+        fails = dead or ((row.headroom < 1 or row.site in failing) and row.site not in harmless)
+        who = _stuck(site, row, fails)
         if power is None or dead:
-            fails = dead or ((row.headroom < 1 or row.site in failing) and row.site not in harmless)
             if row.headroom < margin or fails:
-                _stick(found, site, row, fails)
+                found.stick(who)
             continue
         # Not finite although the reference is in range: the sum left it half-way; then nothing counts as spare.
         room = min(row.headroom, 1.0) if row.site in failing else row.headroom
         bits = math.ceil(math.log2(margin / room)) if math.isfinite(room) else -FAR
-        found.ask(power, site.layer, expert_of(site.module), bits)
-    found.modules = _least(found.modules)
+        found.ask(power, who, bits)
     return found
+
+
+def beyond(columns: Columns) -> list[str]:
+    """The modules that would have to compute in fp32 where nothing is rescaled: all in which fp16 leaves the range."""
+    failing, harmless = _failing(columns)
+    rows = [row for row in columns.headroom(RESCUED) if row.headroom < 1 or row.site in failing]
+    sites = [columns.run.sites[row.site] for row in rows if row.headroom and row.site not in harmless]
+    heavy = [weight.parameter.rpartition(".")[0] for weight in columns.run.weights if weight.overflow.get(RESCUED)]
+    return _least([*(_unit(site.module) for site in sites), *heavy])
 
 
 def _failing(columns: Columns) -> tuple[set[int], set[int]]:
@@ -75,7 +105,7 @@ def mover(columns: Columns, row: Headroom, gate_channels: int) -> tuple[Site, st
     """The operation (for a cast, the one whose output it casts), and the power that moves it, or None."""
     source = columns.run.casts.get(row.site)
     site = columns.run.sites[row.site if source is None else source]
-    power: str | None = row_of(site.module, site.op, site.call, site.layer in columns.sparse).power
+    power: str | None = row_of(site.module, site.op, site.call, site.layer in columns.sparse).mover(columns.qk_norm)
     shared = name_of(site.module, site.op, site.call) == GATE_AND_UP
     if power is not None and shared and not _in_up(columns, row, gate_channels):
         power = None
@@ -96,31 +126,30 @@ def _in_up(columns: Columns, row: Headroom, gate_channels: int) -> bool:
     return bool(channels) and min(channels) >= gate_channels
 
 
-def _stick(found: Needs, site: Site, row: Headroom, fails: bool) -> None:
-    name = name_of(site.module, site.op, site.call)
-    why = row_of(site.module, site.op, site.call).stuck
-    if row_of(site.module, site.op, site.call).power == "final_norm":
-        why = ANSWER
+def _stuck(site: Site, row: Headroom, fails: bool) -> Stuck:
+    known = row_of(site.module, site.op, site.call)
+    why = ANSWER if known.power == "final_norm" else known.stuck
     if row.headroom == 0:
         why = "it is not finite in fp32 either"
-    found.stuck.append(
-        Stuck(layer=site.layer, module=site.module, name=name, headroom=row.headroom, fails=fails, why=why)
-    )
-    if fails and row.headroom:
-        found.modules.append(_unit(site.module))
+    name = name_of(site.module, site.op, site.call)
+    return Stuck(layer=site.layer, module=site.module, name=name, headroom=row.headroom, fails=fails, why=why)
+
+
+_WITHIN = ("gate_proj", "act_fn", "q_proj", "k_proj", "q_norm", "k_norm")
+"""Modules whose output another of the same parent reads."""
 
 
 def _unit(module: str) -> str:
     """The module whose inputs and outputs are in range, so that it alone can be kept in fp32."""
     parent, _, leaf = module.rpartition(".")
-    return parent if leaf in ("gate_proj", "act_fn", "q_norm", "k_norm") else module
+    return parent if leaf in _WITHIN else module
 
 
 def _weights(columns: Columns, found: Needs) -> None:
     """Weights that no factor reaches, or that are damaged."""
     for weight in columns.run.weights:
         damaged = weight.nan or weight.inf
-        fixed = weight.overflow.get(RESCUED) and not powers_of(weight.name)
+        fixed = weight.overflow.get(RESCUED) and not powers_of(weight.name, columns.qk_norm)
         if not damaged and not fixed:
             continue
         module, _, leaf = weight.parameter.rpartition(".")
@@ -137,7 +166,7 @@ def _weights(columns: Columns, found: Needs) -> None:
             )
         )
         if not damaged:
-            found.modules.append(module)
+            found.held.append(module)
 
 
 def _least(modules: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ May import: record.
 
 from qwen_precision.qwen3.names import expert_of, layer_of, placed
 from qwen_precision.qwen3.op import GATE_AND_UP, name_of, row_of
-from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Scale, powers_of
+from qwen_precision.qwen3.rescaling import EMBEDDING, HEAD, Scale, has_qk_norm, powers_of, why_not
 
 __all__ = [
     "EMBEDDING",
@@ -14,9 +14,11 @@ __all__ = [
     "HEAD",
     "Scale",
     "expert_of",
+    "has_qk_norm",
     "layer_of",
     "name_of",
     "placed",
     "powers_of",
     "row_of",
+    "why_not",
 ]

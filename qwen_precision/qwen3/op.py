@@ -13,8 +13,8 @@ Role = Literal["embedding", "residual", "scores", "router", "product", "logits"]
 then scaled, then masked) and the logits of a router, which a softmax reads; a sum of products, where partial sums may
 leave the range; and the model's answer."""
 
-Power = Literal["stream", "value", "product", "input_norm", "post_norm", "final_norm"]
-"""Which power of a ``Rescaling`` an operation's output goes with."""
+Power = Literal["stream", "query", "key", "value", "product", "input_norm", "post_norm", "final_norm"]
+"""Which power of a ``Rescaling`` an operation's output goes with; ``key`` is minus ``query``."""
 
 
 class Row(NamedTuple):
@@ -37,6 +37,12 @@ class Row(NamedTuple):
     """Only in layers with experts, only in those without, or in both."""
     every: int | None = None
     """A Python loop, over experts say, repeats the calls after so many: ``call`` is the number within one round."""
+    unnormed: Power | None = None
+    """The power instead, where q and k have no norms of their own and meet each other as they are."""
+
+    def mover(self, qk_norm: bool) -> Power | None:
+        """The power that moves it, in a model whose q and k have norms of their own, or in one where they have none."""
+        return self.power if qk_norm or self.unnormed is None else self.unnormed
 
 
 GATE_AND_UP = "gate and up projection of the experts"
@@ -55,16 +61,18 @@ ROWS: tuple[Row, ...] = (
     Row(_LAYER, "add", 0, "residual add after attention", "residual", "stream"),
     Row(_LAYER, "add", 1, "residual add after mlp", "residual", "stream"),
     Row(_LAYER, "add", None, None, "residual", "stream"),
-    Row(r"([qko]|down)_proj$", "linear", role="product", power="stream"),
+    Row(r"q_proj$", "linear", role="product", power="stream", unnormed="query"),
+    Row(r"k_proj$", "linear", role="product", power="stream", unnormed="key"),
+    Row(r"(o|down)_proj$", "linear", role="product", power="stream"),
     Row(r"v_proj$", "linear", role="product", power="value"),
     Row(r"up_proj$", "linear", role="product", power="product"),
     Row(r"gate_proj$", "linear", role="product", stuck=_SILU),
-    Row(_ATTENTION, "mul", 0, "rotary embedding: q times cos", stuck=_SCORES),
-    Row(_ATTENTION, "mul", 1, "rotary embedding: rotated q times sin", stuck=_SCORES),
-    Row(_ATTENTION, "add", 0, "rotary embedding of q", stuck=_SCORES),
-    Row(_ATTENTION, "mul", 2, "rotary embedding: k times cos", stuck=_SCORES),
-    Row(_ATTENTION, "mul", 3, "rotary embedding: rotated k times sin", stuck=_SCORES),
-    Row(_ATTENTION, "add", 1, "rotary embedding of k", stuck=_SCORES),
+    Row(_ATTENTION, "mul", 0, "rotary embedding: q times cos", stuck=_SCORES, unnormed="query"),
+    Row(_ATTENTION, "mul", 1, "rotary embedding: rotated q times sin", stuck=_SCORES, unnormed="query"),
+    Row(_ATTENTION, "add", 0, "rotary embedding of q", stuck=_SCORES, unnormed="query"),
+    Row(_ATTENTION, "mul", 2, "rotary embedding: k times cos", stuck=_SCORES, unnormed="key"),
+    Row(_ATTENTION, "mul", 3, "rotary embedding: rotated k times sin", stuck=_SCORES, unnormed="key"),
+    Row(_ATTENTION, "add", 1, "rotary embedding of k", stuck=_SCORES, unnormed="key"),
     Row(_ATTENTION, "matmul", 0, "attention scores", "scores", stuck=_SCORES),
     Row(_ATTENTION, "mul", 4, "scaled attention scores", "scores", stuck=_SCORES),
     Row(_ATTENTION, "add", 2, "masked attention scores", "scores", stuck=_SCORES),

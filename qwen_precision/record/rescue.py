@@ -16,6 +16,8 @@ class LayerPowers(Part):
     layer: Annotated[int, Field(ge=0)]
     input_norm: Power
     """Output of input_layernorm; q, k and v_proj make up for it."""
+    query: Power
+    """Output of q_proj where q and k have no norm of their own; k_proj makes up for it."""
     value: Power
     """Output of v_proj and so of attention; o_proj makes up for it."""
     post_norm: Power
@@ -28,7 +30,9 @@ class Rescaling(Part):
     """All powers of one checkpoint."""
 
     stream: Power
-    """The residual stream, and outputs of q_proj and k_proj, come out 2^-stream as large."""
+    """The residual stream comes out 2^-stream as large, and so do q_proj and k_proj where a norm reads them."""
+    qk_norm: bool
+    """Whether q and k have norms of their own, which have the same eps as those that read the stream."""
     final_norm: Power
     """The final norm's weight is multiplied by 2^final_norm, lm_head by its inverse."""
     untied: bool
@@ -112,7 +116,7 @@ class Rescue(Part):
     margin: Number
     """Headroom that every operation shall have."""
     unsupported: str | None
-    """Why there is no plan for this model; then all that follows is empty."""
+    """Why there is no plan for this model; then nothing follows but ``fp32_modules``."""
     rescaling: Rescaling
     losses: list[Loss]
     stuck: list[Stuck]

@@ -44,12 +44,13 @@ def _not_rescaled(row: Any) -> Any:
 def _harm_came_in(data: Record) -> Record:
     """Schema 4 holds whether an overflow made a difference, an extreme element in exact arithmetic, where a control
     failed, steps of a generation that are made again, what is wrong with the scales of quantised weights, which files
-    the weights were in, and whether its texts were taken out."""
+    the weights were in, whether its texts were taken out, and whether q and k of a rescaled model have norms."""
     data = {
         **data,
         "scale_faults": [],
         "redacted": _looks_redacted(data.get("prompts")),
         "model": _with(data.get("model"), files=[]),
+        "rescue": _with_qk_norm(data.get("rescue")),
     }
     prompts, passes, why = data.get("prompts"), data.get("passes"), data.get("explanation")
     if isinstance(prompts, list):
@@ -59,6 +60,15 @@ def _harm_came_in(data: Record) -> Record:
     if not isinstance(passes, list):
         return data
     return {**data, "passes": [_events(each, _with_harm) for each in passes]}
+
+
+def _with_qk_norm(rescue: Any) -> Any:
+    """Only Qwen3 was rescaled then."""
+    made = rescue.get("rescaling") if isinstance(rescue, dict) else None
+    if not isinstance(made, dict):
+        return rescue
+    layers = [_with(each, query=0) for each in _list(made.get("layers"))]
+    return {**rescue, "rescaling": {**made, "qk_norm": True, "layers": layers}}
 
 
 _DIGEST = re.compile(r"\[\d+ characters, sha256 [0-9a-f]{12}\]")

@@ -7,16 +7,13 @@ logits must equal the first pass's bit for bit. How it is written to disk is ``e
 import torch
 
 from qwen_precision.dtypes import RESCUED
-from qwen_precision.judge import Report
+from qwen_precision.judge import Columns, Limits, Report, beyond
 from qwen_precision.model import Checkpoint, is_layerwise, read_tensor
 from qwen_precision.progress import Progress, silent
-from qwen_precision.qwen3 import EMBEDDING, HEAD, powers_of
+from qwen_precision.qwen3 import EMBEDDING, HEAD, has_qk_norm, powers_of, why_not
 from qwen_precision.record import Rescaling, Rescue, Run
 from qwen_precision.rescue.bits import WeightBits
 from qwen_precision.rescue.planner import Planner, Shape
-
-FAMILIES = ("qwen3", "qwen3_moe")
-"""``model_type`` of the models whose operations the tables of ``rescaling.py`` describe."""
 
 
 def wanted(report: Report) -> bool:
@@ -45,39 +42,45 @@ def plan_rescue(run: Run, checkpoint: Checkpoint, margin: float, progress: Progr
     Raises:
         QprecError: a shard cannot be read.
     """
-    config = checkpoint.config
-    eps, reason = float(getattr(config, "rms_norm_eps", None) or 0.0), unsupported(checkpoint)
+    config, reason = checkpoint.config, unsupported(checkpoint)
     if reason is not None:
-        nothing = Rescaling(stream=0, final_norm=0, untied=False, eps=eps, layers=[])
-        return Rescue(
-            margin=margin,
-            unsupported=reason,
-            rescaling=nothing,
-            losses=[],
-            stuck=[],
-            fp32_modules=[],
-            gate_channels=0,
-            exported=None,
-        )
+        return _no_rescue(run, margin, reason)
     shape = Shape(
         tied=bool(getattr(config, "tie_word_embeddings", False)) and not checkpoint.bare,
-        eps=eps,
+        qk_norm=has_qk_norm(checkpoint.tensors),
+        eps=float(getattr(config, "rms_norm_eps", None) or 0.0),
         gate_channels=int(getattr(config, "moe_intermediate_size", 0) or 0),
     )
     tensors = [name for name in checkpoint.tensors if not (checkpoint.bare and name == HEAD)]
     return Planner(run, margin, shape, tensors, lambda name: WeightBits(read_tensor(checkpoint, name)), progress).plan()
 
 
+def _no_rescue(run: Run, margin: float, why: str) -> Rescue:
+    """What is said of a model that is not rescaled: why, and what would have to stay in fp32 instead."""
+    return Rescue(
+        margin=margin,
+        unsupported=why,
+        rescaling=Rescaling(stream=0, qk_norm=False, final_norm=0, untied=False, eps=0.0, layers=[]),
+        losses=[],
+        stuck=[],
+        fp32_modules=beyond(Columns(run, Limits())),
+        gate_channels=0,
+        exported=None,
+    )
+
+
 def unsupported(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint cannot be rescaled whatever its numbers are, or None."""
     kind = getattr(checkpoint.config, "model_type", "")
-    if kind not in FAMILIES:
-        return f"only Qwen3 models ({', '.join(FAMILIES)}) can be rescaled, this is {kind!r}"
+    reason = why_not(kind)
+    if reason is not None:
+        return reason
     if not is_layerwise(checkpoint.config):
         return f"only causal and bare models can be rescaled, this is {(checkpoint.config.architectures or [kind])[0]}"
     if checkpoint.only_read is not None:
         return f"{checkpoint.only_read}; rescale the checkpoint they were made from"
-    unknown = [name for name in checkpoint.tensors if powers_of(name) is None and not name.endswith("inv_freq")]
+    normed = has_qk_norm(checkpoint.tensors)
+    unknown = [name for name in checkpoint.tensors if powers_of(name, normed) is None and not name.endswith("inv_freq")]
     if unknown:
         return f"the tensor {unknown[0]} is not one that qprec knows how to rescale"
     tied = getattr(checkpoint.config, "tie_word_embeddings", False) and not checkpoint.bare

@@ -15,18 +15,21 @@ from qwen_precision.qwen3 import Scale, expert_of, layer_of, powers_of
 from qwen_precision.record import LayerPowers, Loss, Rescaling, Rescue, Run, Stuck
 from qwen_precision.rescue.bits import NOTHING_LOST, Lost, WeightBits
 
+_ONE_OF_TWO = "what q gives away k has to take, and both have too little room in fp16"
+
 
 class Shape(NamedTuple):
     """What a plan must know of the model."""
 
     tied: bool
+    qk_norm: bool
     eps: float
     gate_channels: int
     """Channels of the experts' fused gate and up projection that belong to the gate."""
 
 
 class _Block:
-    """Names of one layer's tensors by their leaf; those of experts by expert."""
+    """Names of one layer's tensors by their leaf (``o_proj``, ``o_proj.bias``); those of experts by expert."""
 
     def __init__(self) -> None:
         self.by_leaf: dict[str, dict[int, str]] = defaultdict(dict)
@@ -34,6 +37,10 @@ class _Block:
     def names(self, leaf: str) -> dict[int, str]:
         """By expert (0 where there is none)."""
         return self.by_leaf.get(leaf, {})
+
+    def both(self, leaf: str) -> list[str]:
+        """Weight and bias."""
+        return [*self.names(leaf).values(), *self.names(f"{leaf}.bias").values()]
 
 
 class Planner:
@@ -63,14 +70,17 @@ class Planner:
         self._rooms: dict[str, int] = {}
         self._outside: dict[str, str] = {}
         self._blocks: dict[int, _Block] = defaultdict(_Block)
+        self._only_stream: set[str] = set()
         for name in tensors:
             self._sort_in(name)
 
     def _sort_in(self, name: str) -> None:
-        layer = layer_of(name)
-        if powers_of(name) is None or not name.endswith(".weight"):
+        layer, powers = layer_of(name), powers_of(name, self._shape.qk_norm)
+        if powers is None:
             return
-        leaf = name.split(".")[-2]
+        if powers == {"stream": -1}:
+            self._only_stream.add(name)
+        leaf = ".".join(name.split(".")[-2:]).removesuffix(".weight")
         if layer is None:
             self._outside[leaf] = name
         else:
@@ -87,11 +97,11 @@ class Planner:
             powers = self._layer(number, stream, held)
             if powers != _none(number):
                 layers.append(powers)
-            scale = Scale(_rescaling(stream, [powers], self._shape.eps))
+            scale = Scale(self._rescaling(stream, [powers]))
             names = [name for each in self._blocks[number].by_leaf.values() for name in each.values()]
             self._lose(names, scale, held, losses)
         final, untied = self._final(stream)
-        found = _rescaling(stream, layers, self._shape.eps, final, untied)
+        found = self._rescaling(stream, layers, final, untied)
         unused = {"lm_head"} if self._shape.tied else set()  # a copy of the embedding, written from it
         self._lose([name for leaf, name in self._outside.items() if leaf not in unused], Scale(found), {}, losses)
         return Rescue(
@@ -120,15 +130,16 @@ class Planner:
     def _stream(self) -> int:
         """The stream's power: what its operations ask for, and what its writers need to be representable."""
         stream = max(0, self._needs.of("stream"))
-        for name in self._too_large & set(self._outside.values()):
-            if powers_of(name) == {"stream": -1}:
-                stream = max(stream, -self._room(name))
+        for name in self._too_large & self._only_stream:
+            stream = max(stream, -self._room(name))
         for number, block in self._blocks.items():
             for reads, writes, power in (("up_proj", "down_proj", "product"), ("v_proj", "o_proj", "value")):
                 for expert, name in block.names(writes).items():
                     least = self._least(number, power, expert, block.names(reads).get(expert))
                     if least or name in self._too_large:
                         stream = max(stream, least - self._room(name))
+            if not self._shape.qk_norm:
+                continue
             norm = max(0, self._norm(number, "input_norm", block))
             for name in (*block.names("q_proj").values(), *block.names("k_proj").values()):
                 if norm or name in self._too_large:
@@ -141,7 +152,8 @@ class Planner:
         least = max(0, self._needs.of(power, layer, expert if power == "product" else None))
         if reads is not None and (norm > 0 or reads in self._too_large):
             least = max(least, norm - self._room(reads))
-        return least
+        bias = self._blocks[layer].names("up_proj.bias" if power == "product" else "v_proj.bias").get(expert)
+        return max(least, -self._room(bias)) if bias in self._too_large and bias is not None else least
 
     def _norm(self, layer: int, power: str, block: _Block) -> int:
         """A norm's power: 0 where it may be, else the nearest that gives its output room, and the gate's weight."""
@@ -150,22 +162,44 @@ class Planner:
         for name in block.names(leaf).values():
             if name in self._too_large:
                 low = max(low, -self._room(name))
-        fixed = [] if power == "input_norm" else [*block.names("gate_proj").values(), *block.names("gate").values()]
-        asked = [name for name in fixed if low > 0 or name in self._too_large]
+        leaves = ("gate_proj", "gate") if power == "post_norm" else () if self._shape.qk_norm else ("q_proj", "k_proj")
+        fixed = [name for each in leaves for name in block.names(each).values()]
+        # A weight of q that is too large leaves that to k, if it can.
+        asked = [name for name in fixed if low > 0 or (name in self._too_large and power == "post_norm")]
         high = min((self._room(name) for name in asked), default=FAR)
         if low > high or any(self._room(name) < -high for name in block.names(leaf).values() if high < 0):
             self._stick(layer, leaf, "the weights that read it have no room in fp16 to make up for a smaller output")
             return 0
         return low if low > 0 else min(high, 0)
 
+    def _query(self, number: int, norm: int) -> int:
+        """How much smaller q comes out, and k larger, where no norm reads them: no more than their operations ask for.
+
+        0 where what one of them needs is more than the other can take.
+        """
+        block = self._blocks[number]
+        q, k = block.both("q_proj"), block.both("k_proj")
+        low, high = self._needs.of("query", number), -self._needs.of("key", number)
+        if self._shape.qk_norm or not (low > 0 or high < 0 or norm > 0 or {*q, *k} & self._too_large):
+            return 0
+        low = max(low, *(_taken(name, norm) - self._room(name) for name in q))
+        high = min(high, *(self._room(name) - _taken(name, norm) for name in k))
+        if low <= high:
+            return min(max(low, 0), high)
+        short = [*self._needs.short.get(("query", number, None), []), *self._needs.short.get(("key", number, None), [])]
+        for each in short:
+            self._needs.stick(each.model_copy(update={"why": _ONE_OF_TWO}))
+        for leaf in ("q_proj", "k_proj") if {*q, *k} & self._too_large or not short else ():
+            self._stick(number, leaf, _ONE_OF_TWO)
+        return 0
+
     def _stick(self, layer: int | None, leaf: str, why: str) -> None:
         name = self._blocks[layer].names(leaf)[0] if layer is not None else self._outside[leaf]
         module = name.removesuffix(".weight")
         if all(each.module != module for each in self._needs.stuck):
-            self._needs.stuck.append(
+            self._needs.stick(
                 Stuck(layer=layer, module=module, name=f"{leaf} output", headroom=None, fails=True, why=why)
             )
-            self._needs.modules.append(module)
 
     def _layer(self, number: int, stream: int, held: dict[str, WeightBits]) -> LayerPowers:
         block = self._blocks[number]
@@ -177,6 +211,7 @@ class Planner:
         return LayerPowers(
             layer=number,
             input_norm=norm,
+            query=self._query(number, norm),
             value=self._side(number, "value", 0, norm, stream, held),
             post_norm=post,
             product=product if any(product) or len(product) == 1 else [0],
@@ -197,6 +232,16 @@ class Planner:
         one, other = self._look(first, held), self._look(second, held)
         lost = {each: one.bits_lost(norm - each) + other.bits_lost(each - stream) for each in range(least, most + 1)}
         return min(lost, key=lambda each: (lost[each], each))
+
+    def _rescaling(self, stream: int, layers: list[LayerPowers], final: int = 0, untied: bool = False) -> Rescaling:
+        return Rescaling(
+            stream=stream,
+            qk_norm=self._shape.qk_norm,
+            final_norm=final,
+            untied=untied,
+            eps=self._shape.eps,
+            layers=layers,
+        )
 
     def _final(self, stream: int) -> tuple[int, bool]:
         """The final norm's power, and whether lm_head must be untied for it."""
@@ -239,12 +284,13 @@ class Planner:
                 losses[kind] = (tensors + 1, before + bits.lost(0), after + bits.lost(factor))
 
 
+def _taken(name: str, norm: int) -> int:
+    """What a weight takes of its norm's power; a bias takes none."""
+    return norm if name.endswith(".weight") else 0
+
+
 def _none(layer: int) -> LayerPowers:
-    return LayerPowers(layer=layer, input_norm=0, value=0, post_norm=0, product=[0])
-
-
-def _rescaling(stream: int, layers: list[LayerPowers], eps: float, final: int = 0, untied: bool = False) -> Rescaling:
-    return Rescaling(stream=stream, final_norm=final, untied=untied, eps=eps, layers=layers)
+    return LayerPowers(layer=layer, input_norm=0, query=0, value=0, post_norm=0, product=[0])
 
 
 def _loss(kind: str, tensors: int, before: Lost, after: Lost) -> Loss:

@@ -1,5 +1,6 @@
 """A rescaling changes no bit in fp32, whatever its powers and the model; written, then loaded by transformers."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.qwen3.op import GATE_AND_UP, name_of, row_of
-from qwen_precision.qwen3.rescaling import Scale, powers_of
+from qwen_precision.qwen3.rescaling import FAMILIES, Scale, has_qk_norm, powers_of
 from qwen_precision.rescue.bits import WeightBits
 from support.checkpoints import make_checkpoint
 from support.rescues import export, layer_powers, logits, powers
@@ -20,37 +21,57 @@ pytestmark = pytest.mark.transformers
 
 SMALL = st.integers(0, 12)
 MOVES = st.integers(-6, 6)
+UNNORMED = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "llama": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"sliding_window": 4},
+}
+"""Families whose q and k have no norms of their own, each with what only it has."""
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> dict:
-    """A tiny Qwen3, any ratio of heads, tied or not, and powers for it."""
-    kv = draw(st.sampled_from([1, 2, 3]))
-    moe, tied, stream = draw(st.booleans()), draw(st.booleans()), draw(SMALL)
+def shapes(draw: st.DrawFn, family: str = "qwen3") -> dict:
+    """A tiny model of a family, any ratio of heads, tied or not, and powers for it."""
+    kv, normed = draw(st.sampled_from([1, 2, 3])), family == "qwen3"
+    heads = kv * draw(st.sampled_from([1, 2, 4]))
+    moe, tied, stream = normed and draw(st.booleans()), draw(st.booleans()), draw(SMALL)
     layers = draw(st.integers(1, 3))
     untied = tied and draw(st.booleans())
     final = stream if tied and not untied else draw(MOVES)
     experts = 8 if moe else 1
     return {
         "config": {
-            "num_attention_heads": kv * draw(st.sampled_from([1, 2, 4])),
+            "num_attention_heads": heads,
             "num_key_value_heads": kv,
             "head_dim": draw(st.sampled_from([8, 16])),
-            "hidden_size": draw(st.sampled_from([24, 64])),
+            "hidden_size": draw(st.sampled_from([24, 64] if normed else [8 * heads, 16 * heads])),
             "num_hidden_layers": layers,
             "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.01])),
-            "attention_bias": draw(st.booleans()) and not moe,
+            **({"attention_bias": draw(st.booleans()) and not moe} if normed else copy.deepcopy(UNNORMED[family])),
         },
+        "family": family,
         "moe": moe,
         "tied": tied,
         "rescaling": {
             "stream": stream,
+            "qk_norm": normed,
             "untied": untied,
             "final_norm": final,
             "layers": [
                 layer_powers(
                     number,
                     input_norm=draw(MOVES),
+                    query=0 if normed else draw(MOVES),
                     value=draw(MOVES),
                     post_norm=draw(MOVES),
                     product=[draw(MOVES) for _ in range(experts)],
@@ -66,8 +87,22 @@ def shapes(draw: st.DrawFn) -> dict:
 def test_any_powers_on_any_shape_leave_every_bit_of_the_fp32_logits(
     shape: dict, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = tmp_path_factory.mktemp("any")
-    source = make_checkpoint(folder / "source", moe=shape["moe"], tied=shape["tied"], **shape["config"])
+    every_bit_is_left(shape, tmp_path_factory.mktemp("any"))
+
+
+@pytest.mark.parametrize("family", UNNORMED)
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_so_do_any_powers_where_q_and_k_have_no_norms(
+    family: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    every_bit_is_left(data.draw(shapes(family)), tmp_path_factory.mktemp("any"))
+
+
+def every_bit_is_left(shape: dict, folder: Path) -> None:
+    """Written, and read again by plain transformers, a rescaled model gives what the original does."""
+    form = {key: shape[key] for key in ("family", "moe", "tied")}
+    source = make_checkpoint(folder / "source", **form, **shape["config"])
     eps = shape["config"]["rms_norm_eps"]
     made = export(source, folder / "made", powers(eps=eps, **shape["rescaling"]))
     wanted = logits(source, torch.float32)
@@ -89,12 +124,15 @@ def test_a_tied_model_stays_tied_and_an_untied_one_gets_a_tensor_of_its_own(tmp_
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("moe", [False, True])
-def test_every_output_shrinks_by_what_the_tables_say(moe: bool, attention: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", *UNNORMED])
+def test_every_output_shrinks_by_what_the_tables_say(family: str, attention: str, tmp_path: Path) -> None:
     """Each operation of the rescaled model, measured, is the original's times the power of two the tables name."""
-    source = make_checkpoint(tmp_path / "source", moe=moe)
-    layers = [layer_powers(n, input_norm=1, value=2, post_norm=-1, product=[3] * (8 if moe else 1)) for n in range(3)]
-    rescaling = powers(stream=5, final_norm=2, layers=layers)
+    moe, normed = family == "qwen3_moe", family not in UNNORMED
+    source = make_checkpoint(tmp_path / "source", family=family, moe=moe, **copy.deepcopy(UNNORMED.get(family, {})))
+    product = [3] * (8 if moe else 1)
+    moved = {"input_norm": 1, "query": 0 if normed else 4, "value": 2, "post_norm": -1, "product": product}
+    layers = [layer_powers(number, **moved) for number in range(3)]
+    rescaling = powers(stream=5, qk_norm=normed, final_norm=2, layers=layers)
     made = export(source, tmp_path / "made", rescaling)
     before, after = (run_probe(each, ["Hello there"], dtypes=["fp32"], attention=attention) for each in (source, made))
     scale, checked = Scale(rescaling), 0
@@ -105,15 +143,17 @@ def test_every_output_shrinks_by_what_the_tables_say(moe: bool, attention: str, 
             continue  # inside a norm, in fp32, the factor comes and goes; gate and up are one product
         wanted = value * 2.0 ** scale.output(site.module, site.op, site.call, moe)
         assert theirs[site.module, site.op, site.call] == pytest.approx(wanted, rel=1e-5), site
-        checked += row_of(site.module, site.op, site.call, moe).power is not None
-    assert checked > 30
+        checked += row_of(site.module, site.op, site.call, moe).mover(normed) is not None
+    assert checked > (30 if normed else 48)  # of q and k the rotary embedding moves too
 
 
-def test_every_tensor_of_a_qwen3_checkpoint_has_a_rule(tmp_path: Path) -> None:
-    for moe in (False, True):
-        folder = make_checkpoint(tmp_path / str(moe), moe=moe, attention_bias=not moe)
-        unknown = [name for name in open_checkpoint(folder, "").tensors if powers_of(name) is None]
-        assert unknown == []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_family_has_a_rule(family: str, tmp_path: Path) -> None:
+    moe = family == "qwen3_moe"
+    more = copy.deepcopy(UNNORMED.get(family, {"attention_bias": not moe}))
+    names = list(open_checkpoint(make_checkpoint(tmp_path / "one", family=family, moe=moe, **more), "").tensors)
+    assert has_qk_norm(names) == (family not in UNNORMED)
+    assert [name for name in names if powers_of(name, has_qk_norm(names)) is None] == []
 
 
 def test_the_factor_of_a_tensor_is_the_sum_of_its_powers() -> None:
@@ -133,6 +173,24 @@ def test_the_factor_of_a_tensor_is_the_sum_of_its_powers() -> None:
         "model.layers.70.mlp.gate.weight": 0,
         "embed_tokens.weight": -4,
         "norm.weight": 3,
+    }
+    assert {name: scale.factor(name) for name in factor} == factor
+
+
+def test_without_norms_of_their_own_q_and_k_keep_their_size_whatever_the_stream_does() -> None:
+    scale = Scale(powers(stream=4, qk_norm=False, layers=[layer_powers(7, input_norm=1, query=2)]))
+    factor = {
+        "model.layers.7.self_attn.q_proj.weight": -1,
+        "model.layers.7.self_attn.k_proj.weight": 3,
+        "model.layers.7.self_attn.q_proj.bias": -2,
+        "model.layers.7.self_attn.k_proj.bias": 2,
+        "model.layers.8.self_attn.q_proj.weight": 0,
+        "model.layers.8.self_attn.k_proj.bias": 0,
+        "model.layers.8.self_attn.v_proj.bias": 0,
+        "model.layers.8.self_attn.o_proj.bias": -4,
+        "model.layers.8.mlp.gate_proj.bias": 0,
+        "model.layers.8.mlp.up_proj.bias": 0,
+        "model.layers.8.mlp.down_proj.bias": -4,
     }
     assert {name: scale.factor(name) for name in factor} == factor
 

@@ -432,28 +432,6 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_family_is_told_that_it_cannot_be_rescaled(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 3] = 90_000.0
-    model.save_pretrained(tmp_path / "llama")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, tmp_path / "llama" / name)
-    plan = planned(tmp_path / "llama", TEXTS).rescue
-    assert plan.unsupported is not None and "Qwen3" in plan.unsupported and "llama" in plan.unsupported
-
-
 def test_what_is_further_from_fp32_than_bf16_is_not_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spike(model: Any) -> None:
         model.model.embed_tokens.weight[PARIS, 5] = 1e10  # so large that the factor leaves nothing of the others

@@ -152,8 +152,8 @@ def overflowing_run(**changes: Any) -> Run:
 
 
 def a_plan(**changes: Any) -> Rescue:
-    layers = [LayerPowers(layer=31, input_norm=0, value=0, post_norm=0, product=[2])]
-    rescaling = Rescaling(stream=3, final_norm=3, untied=False, eps=1e-6, layers=layers)
+    layers = [LayerPowers(layer=31, input_norm=0, query=0, value=0, post_norm=0, product=[2])]
+    rescaling = Rescaling(stream=3, qk_norm=True, final_norm=3, untied=False, eps=1e-6, layers=layers)
     loss = {
         "kind": "q_proj",
         "tensors": 32,

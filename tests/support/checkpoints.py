@@ -21,6 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make_checkpoint(
     folder: Path,
     *,
+    family: str = "qwen3",
     moe: bool = False,
     tied: bool = False,
     dtype: str = "bfloat16",
@@ -28,15 +29,16 @@ def make_checkpoint(
     shard: str | None = None,
     **config: Any,
 ) -> Path:
-    """A seeded tiny Qwen3 with the demo's tokenizer.
+    """A seeded tiny Qwen3 with the demo's tokenizer, or a model of another family.
 
     Args:
+        family: its ``model_type``; ``moe`` makes ``qwen3`` into ``qwen3_moe``.
         edit: called with the fp32 model before it is cast and saved: where faults are planted.
         shard: safetensors shard size, for checkpoints of several files.
     """
     import torch
     import transformers
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -57,9 +59,12 @@ def make_checkpoint(
         experts = {**few, **common}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**experts))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**common))
-    if edit is not None:
-        with torch.no_grad():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # transformers begins with zeros, to which any factor does nothing
+                parameter.normal_(0.0, 0.5)
+        if edit is not None:
             edit(model)
     # Saved in fp32 first where the values must survive: a weight of 70,000 is finite in bf16 and fp32.
     model.to(getattr(torch, dtype)).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))

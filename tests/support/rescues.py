@@ -58,8 +58,10 @@ def logits(folder: Path, dtype: torch.dtype, ids: torch.Tensor = IDS, attention:
 
 
 def powers(**changes: Any) -> Rescaling:
-    return Rescaling(**{"stream": 0, "final_norm": 0, "untied": False, "eps": 1e-6, "layers": [], **changes})
+    none = {"stream": 0, "qk_norm": True, "final_norm": 0, "untied": False, "eps": 1e-6, "layers": []}
+    return Rescaling(**{**none, **changes})
 
 
 def layer_powers(layer: int, **changes: Any) -> LayerPowers:
-    return LayerPowers(**{"layer": layer, "input_norm": 0, "value": 0, "post_norm": 0, "product": [0], **changes})
+    none = {"input_norm": 0, "query": 0, "value": 0, "post_norm": 0, "product": [0]}
+    return LayerPowers(**{"layer": layer, **none, **changes})

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from qwen_precision.dtypes import RESCUED
 from qwen_precision.judge import LOGITS, Report, answer_of
-from qwen_precision.qwen3 import placed
+from qwen_precision.qwen3 import layer_of, placed
 from qwen_precision.record import Exported, LayerPowers, Rescue, Stuck
 from qwen_precision.render.text import count, number, ranges, room
 
@@ -14,6 +14,7 @@ _MOST = 6
 _LAYERED = (
     # (power, what is multiplied, what makes up for it)
     ("input_norm", "input_layernorm", "q, k and v_proj"),
+    ("query", "q_proj", "k_proj"),
     ("value", "v_proj", "o_proj"),
     ("post_norm", "post_attention_layernorm", "gate and up_proj"),
     ("product", "up_proj", "down_proj"),
@@ -22,10 +23,10 @@ _LAYERED = (
 
 def headline(plan: Rescue) -> str:
     """What comes of it, in one sentence."""
+    needed = _modules(plan.fp32_modules)
     if plan.unsupported is not None:
-        return f"No rescue: {plan.unsupported}."
+        return f"No rescue: {plan.unsupported}{f'; this would have to stay in fp32: {needed}' if needed else ''}."
     if not plan.possible:
-        needed = ", ".join(plan.fp32_modules)
         beside = "" if plan.rescaling.changes_nothing else "beside the factors below, "
         keep = f"; {beside}this would have to stay in fp32: {needed}" if needed else ""
         return f"Cannot be rescued by rescaling alone{keep}."
@@ -35,12 +36,27 @@ def headline(plan: Rescue) -> str:
     return f"Powers of two that change no fp32 output and give {room(plan.margin)} headroom in fp16:"
 
 
+def _modules(modules: list[str]) -> str:
+    """ "model.layers.1 to 3, lm_head": layers that are whole as ranges, then the rest of what there is one by one."""
+    whole: dict[str, list[int]] = {}
+    rest = []
+    for module in modules:
+        path, _, number = module.rpartition(".")
+        if number.isdecimal() and layer_of(module) == int(number):
+            whole.setdefault(path, []).append(int(number))
+        else:
+            rest.append(module)
+    more = [f"{len(rest) - _MOST} more"] if len(rest) > _MOST else []
+    return ", ".join([*(f"{_ranges(each)} ({path})" for path, each in whole.items()), *rest[:_MOST], *more])
+
+
 def factors(plan: Rescue) -> Iterator[str]:
     """A line for each factor."""
     scaling = plan.rescaling
     if scaling.stream:
+        normed = ", and q_proj, k_proj" if scaling.qk_norm else ""
         yield (
-            f"residual stream x 2^{-scaling.stream}: embed_tokens, o_proj, down_proj, and q_proj, k_proj; "
+            f"residual stream x 2^{-scaling.stream}: embed_tokens, o_proj, down_proj{normed}; "
             f"rms_norm_eps {scaling.eps:.6g} becomes {scaling.new_eps:.6g}"
         )
     if scaling.final_norm:
