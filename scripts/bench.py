@@ -1,6 +1,6 @@
 """Speed and memory, as ratios measured interleaved in one run; no number here is asserted anywhere.
 
-    python scripts/bench.py [watch] [generate] [export] [sweep] [small] [whole] [large] [linear]     (default: all)
+    python scripts/bench.py [PART …]     (default: all of PARTS, below)
 
 QPREC_BENCH_DIR says where the checkpoints are written (default: a folder in the system's temporary one);
 they are kept there for the next run. Figures are the minimum and the median of ``RUNS``.
@@ -40,6 +40,8 @@ from qwen_precision.settings.guards import load_guards
 from qwen_precision.settings.prompts import PromptSpec
 
 RUNS = 7
+FEW = 5
+"""Runs of a whole probe in each arithmetic."""
 TOKENS = 128
 NEW_TOKENS = 64
 FOLDER = Path(os.environ.get("QPREC_BENCH_DIR", Path(tempfile.gettempdir()) / "qprec-bench"))
@@ -178,8 +180,12 @@ def plain_forward(folder: str, name: str) -> None:
         torch.isfinite(model(ids).logits).all().item()
 
 
-def probe(folder: Path, tokens: int, memory: str) -> dict:
-    """One `qprec probe` in its own process: the saved run's seconds, and the peak memory in GB."""
+def probe(folder: Path, tokens: int, memory: str, text: str | None = TEXT, arithmetic: str = "native") -> dict:
+    """One `qprec probe` in its own process: the saved run's seconds, and the peak memory in GB.
+
+    Args:
+        text: the prompt; None for the built-in ones.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run.json"
         command = [
@@ -188,8 +194,9 @@ def probe(folder: Path, tokens: int, memory: str) -> dict:
             "qwen_precision",
             "probe",
             str(folder),
-            "--prompt",
-            TEXT,
+            *(["--prompt", text] if text is not None else []),
+            "--arithmetic",
+            arithmetic,
             "--max-tokens",
             str(tokens),
             "--memory",
@@ -256,6 +263,35 @@ def large() -> None:
             f"({row['total'] / arithmetic:.2f}x), reading and casting {row['read and cast']:.1f} s, "
             f"peak {row['peak']:.2f} GB"
         )
+
+
+def arithmetics() -> None:
+    """Native against tensor-core: three dtypes as a ratio to three fp32 passes, and to native; taken in turn.
+
+    A processor with AMX computes 16 bits natively in no time. As one with AVX2 computes:
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python scripts/bench.py arithmetic
+    """
+    cases = {
+        "0.6B, built-in prompts": (checkpoint("0.6B", 7), 512, "resident", None),
+        "8B streamed, 64 tokens": (checkpoint("8B", 2), 64, "streamed", TEXT),
+    }
+    print(f"\n{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    for title, (folder, tokens, memory, text) in cases.items():
+        rows: dict[str, list[dict]] = {"native": [], "tensor-core": []}
+        for _ in range(FEW):
+            for name, measured in rows.items():
+                measured.append(probe(folder, tokens, memory, text, name))
+        first = statistics.median(sum(row[name] for name in DTYPES) for row in rows["native"])
+        for name, measured in rows.items():
+            middle = {key: statistics.median(row[key] for row in measured) for key in (*DTYPES, "total", "peak")}
+            whole = statistics.median(sum(row[key] for key in DTYPES) for row in measured)
+            ratio = statistics.median(sum(row[key] for key in DTYPES) / (3 * row["fp32"]) for row in measured)
+            parts = ", ".join(f"{key} {middle[key]:.2f} s" for key in DTYPES)
+            print(
+                f"  {title}, {folder.name}, {name:12s} {parts}; {ratio:.2f}x of three fp32 passes, "
+                f"{whole / first:.2f}x of native; in all {middle['total']:.2f} s, peak {middle['peak']:.2f} GB",
+                flush=True,
+            )
 
 
 def linear() -> None:
@@ -399,6 +435,7 @@ PARTS = {
     "large": large,
     "whole": whole,
     "linear": linear,
+    "arithmetic": arithmetics,
 }
 
 

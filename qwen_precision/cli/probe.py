@@ -8,7 +8,16 @@ import typer
 from qwen_precision.cli import options, outcome, terminal
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.render import safe
-from qwen_precision.settings import FAIL_ON, MEMORY, ProbeSettings, PromptSpec, load_settings, load_target, read_prompts
+from qwen_precision.settings import (
+    ARITHMETIC,
+    FAIL_ON,
+    MEMORY,
+    ProbeSettings,
+    PromptSpec,
+    load_settings,
+    load_target,
+    read_prompts,
+)
 
 
 def probe(
@@ -38,6 +47,15 @@ def probe(
             help="Keep all weights, or one layer at a time. Default: auto, by the memory that is free.",
             metavar="|".join(MEMORY),
             callback=options.choice_from(MEMORY, "memory mode"),
+        ),
+    ] = None,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(
+            help="How 16-bit products are computed: by this machine's kernels (native, the default), summed in fp32 as "
+            "a GPU does, or with sums in fp16.",
+            metavar="|".join(ARITHMETIC),
+            callback=options.choice_from(ARITHMETIC, "arithmetic"),
         ),
     ] = None,
     no_reference: Annotated[

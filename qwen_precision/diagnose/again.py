@@ -10,7 +10,12 @@ from qwen_precision.settings import as_text
 
 
 def run_again(
-    job: Job, dtype: str, ids: Sequence[Sequence[int]], progress: Progress, attention: str | None = None
+    job: Job,
+    dtype: str,
+    ids: Sequence[Sequence[int]],
+    progress: Progress,
+    attention: str | None = None,
+    arithmetic: str | None = None,
 ) -> Run:
     """A run of these rows, each a prompt of its own, without the reference: only whether it stays finite is asked.
 
@@ -20,6 +25,7 @@ def run_again(
         ids: token ids of each row.
         progress: as for ``probe``.
         attention: another implementation than the job's.
+        arithmetic: another than the job's.
 
     Raises:
         KeyboardInterrupt: it was interrupted.
@@ -33,10 +39,17 @@ def run_again(
         )
         for n, row in enumerate(ids)
     ]
-    return run_prompts(job, dtype, prompts, progress, attention)
+    return run_prompts(job, dtype, prompts, progress, attention, arithmetic)
 
 
-def run_prompts(job: Job, dtype: str, prompts: list[Prompt], progress: Progress, attention: str | None = None) -> Run:
+def run_prompts(
+    job: Job,
+    dtype: str,
+    prompts: list[Prompt],
+    progress: Progress,
+    attention: str | None = None,
+    arithmetic: str | None = None,
+) -> Run:
     """The same of whole prompts, batches with their padding; arguments and errors as for ``run_again``."""
     settings = job.settings.model_copy(
         update={
@@ -44,6 +57,7 @@ def run_prompts(job: Job, dtype: str, prompts: list[Prompt], progress: Progress,
             "reference": dtype == REFERENCE,
             "memory": "resident" if job.resident else "streamed",
             "attention": attention or job.settings.attention,
+            "arithmetic": arithmetic or job.settings.arithmetic,
             "explain": False,
         }
     )

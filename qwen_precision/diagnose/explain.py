@@ -20,6 +20,7 @@ from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress, said
 from qwen_precision.record import REPLAYS, Control, ControlKind, Explanation, GreedyMatch, Run
 from qwen_precision.settings import PromptSpec, has_template, tokenise
+from qwen_precision.watcher import computing
 
 NEW_TOKENS = 16
 """Length of the greedy continuations that are compared."""
@@ -154,11 +155,12 @@ def _run_controls(job: Job, controls: Sequence[Candidate], made: Explanation, pr
     """Run them, those of one dtype and attention together; each is noted as it is done."""
     for (dtype, attention, full), group in groupby(sorted(controls, key=lambda each: each.job), lambda each: each.job):
         members = list(group)
+        # Where sums are kept in fp16 on purpose, no flag of torch's has a part in them.
+        wide = "tensor-core" if full and job.settings.arithmetic == "fp16-accumulate" else None
+        ids, shown = [each.ids for each in members], said("controls", progress)
         try:
             with _full_reduction() if full else nullcontext():
-                run = run_again(
-                    job, dtype, [each.ids for each in members], said("controls", progress), attention or None
-                )
+                run = run_again(job, dtype, ids, shown, attention or None, wide)
         except QprecError as error:
             made.left_out.extend(f"{dtype}: {each.what}: {error}" for each in members)
             continue
@@ -222,7 +224,7 @@ def _continuations(job: Job, left_out: list[str], progress: Progress) -> list[Gr
             progress(number, len(prompts), f"continuing {NEW_TOKENS} tokens in {dtype}")
             given = encode(prompt, job.checkpoint, job.device)
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), computing(job.settings.arithmetic):
                     out = model.generate(
                         given.ids, attention_mask=given.mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
                     )

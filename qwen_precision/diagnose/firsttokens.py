@@ -118,6 +118,7 @@ def _key(job: Job, dtype: str, rows: list[list[int]]) -> str:
             stamps,
             dtype,
             job.settings.attention,
+            job.settings.arithmetic,
             len(rows),
             hashlib.sha256(repr(rows).encode()).digest(),
         )

@@ -18,7 +18,7 @@ from qwen_precision.probe import Job
 from qwen_precision.progress import Progress
 from qwen_precision.qwen3 import layer_of
 from qwen_precision.record import Control, Explanation, FailedStep, Prompt, Site
-from qwen_precision.watcher import Onlooker, Seen, Watcher, attached
+from qwen_precision.watcher import Onlooker, Seen, Watcher, attached, computing
 
 
 def run_replays(job: Job, wanted: Sequence[Candidate], made: Explanation, progress: Progress) -> None:
@@ -53,7 +53,7 @@ def _control(job: Job, models: Models, each: Candidate) -> Control:
     prompt = next(prompt for prompt in job.prompts if prompt.name == each.prompt)
     assert prompt.failed is not None
     given, onlooker = encode(prompt, job.checkpoint, job.device), None
-    with torch.inference_mode():
+    with torch.inference_mode(), computing(job.settings.arithmetic):
         if each.what == "without cache":
             logits = _at_once(model, given)[each.row]
         else:

@@ -32,7 +32,7 @@ from qwen_precision.model import (
 from qwen_precision.probe import Job, forward
 from qwen_precision.qwen3 import layer_of, name_of
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Sequences, Watcher, attached
+from qwen_precision.watcher import Sequences, Watcher, attached, computing
 
 _LOGITS = 1 << 25
 """So many logits are computed at once."""
@@ -78,6 +78,7 @@ class Walker(ABC):
 
     def __init__(self, job: Job, dtype: str) -> None:
         self._device, self._watcher = job.device, Watcher()
+        self._computing = computing(job.settings.arithmetic)
         self.depth = len(layers_of(job.model)[1])
         """All layers of the model."""
         # What the dtype's own model computes in a wider format (the insides of norms) may be as large as it likes.
@@ -95,7 +96,7 @@ class Walker(ABC):
         seen = Sequences(len(ids), ids.shape[1], self._device, lambda site: site not in self._wider)
         try:
             self._watcher.inspect = seen
-            with torch.inference_mode():
+            with torch.inference_mode(), self._computing:
                 self._run(ids.to(self._device), dtype, seen)
         finally:
             self._watcher.inspect = None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeGuard
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.columns import Columns, token_of
+from qwen_precision.judge.columns import Columns, narrow_sums, token_of
 from qwen_precision.judge.findings import Cause, Tried
 from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
@@ -208,10 +208,11 @@ def _accumulation(case: _Case) -> _Found:
     if exact is not None:
         why += f"; in exact arithmetic the same operands give {exact:.6g}, so a partial sum left the range"
     if _clean(full, case):
+        flag = "accumulation" if narrow_sums(case.columns.run) else "reduced_precision_reduction"
         return (
             "accumulation",
             f"{why}; without reduced-precision reductions it is clean",
-            ("Set torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False."),
+            f"Set torch.backends.cuda.matmul.allow_fp16_{flag} = False.",
         )
     return "accumulation", why, f"Keep this operation out of {dtype}, or let it add up in fp32."
 

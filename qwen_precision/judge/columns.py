@@ -222,6 +222,11 @@ def _spot(site: Site) -> tuple[str, str, int]:
     return site.module, site.op, site.call
 
 
+def narrow_sums(run: Run) -> bool:
+    """Whether sums of fp16 products were kept in fp16, as was asked for."""
+    return run.settings.get("arithmetic") == "fp16-accumulate"
+
+
 def token_of(run: Run, each: Pass, event: Event, position: int | None = None) -> Token | None:
     """The token an event was placed at, or another of its row; None where it has no place."""
     if event.position is None or event.row is None:

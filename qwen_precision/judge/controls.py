@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.columns import Columns, token_of
+from qwen_precision.judge.columns import Columns, narrow_sums, token_of
 from qwen_precision.judge.findings import Finding, Limits, Report
 from qwen_precision.judge.replays import Unseen, unseen
 from qwen_precision.qwen3 import row_of
@@ -193,7 +193,11 @@ def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Cand
         yield control("row alone", ids, "alone, without the batch and its padding")
     if site is not None and row_of(site.module, site.op, site.call).role == "scores":
         yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
-    if _on_cuda(run) and finding.magnitude.headroom is not None and finding.magnitude.headroom >= 1:
+    if (
+        (_on_cuda(run) or narrow_sums(run))
+        and finding.magnitude.headroom is not None
+        and finding.magnitude.headroom >= 1
+    ):
         yield control("full reduction", ids, "the same tokens without reduced-precision reductions")
     if place is None:
         return

@@ -65,6 +65,7 @@ _TOLD = (
     "max_tokens",
     "device",
     "memory",
+    "arithmetic",
     "max_new_tokens",
     "temperature",
     "top_p",
@@ -143,7 +144,9 @@ def next_sweep(report: Report) -> str | None:
     run = report.run
     if run.verb != "probe" or run.sweep is not None or run.stopped or RESCUED not in run.dtypes or not run.reference:
         return None
-    return " ".join([*_start("probe", run), f"--dtype {RESCUED}", "--sweep first-token"])
+    told = run.settings.get("arithmetic")
+    computed = [f"--arithmetic {quoted_for_a_shell(told)}"] if isinstance(told, str) and told != "native" else []
+    return " ".join([*_start("probe", run), *computed, f"--dtype {RESCUED}", "--sweep first-token"])
 
 
 def _start(verb: str, run: Run) -> list[str]:

@@ -126,7 +126,8 @@ def job_for(
         resident, memory = True, _whole(settings.memory, model)
     else:
         resident, memory = choose_memory(settings.memory, device, checkpoint.given_out, working_bytes(model))
-    choices = [device_choice, memory, attention_used(model, settings.attention), *_notes(checkpoint, left_out)]
+    ways = [device_choice, memory, attention_used(model, settings.attention), *_arithmetic(settings)]
+    choices = [*ways, *_notes(checkpoint, left_out)]
     check = WeightCheck(passes)
     return Job(source, checkpoint, model, settings, device, resident, whole, prompts, choices, passes, check)
 
@@ -150,6 +151,19 @@ def _whole(memory: str, model: nn.Module) -> Choice:
     return Choice(what="memory", value="whole", reason=reason)
 
 
+_COMPUTED = {
+    "tensor-core": "asked for: products of 16-bit operands are summed in fp32 and rounded once",
+    "fp16-accumulate": "asked for: sums of fp16 products are kept in fp16",
+}
+"""What is said of an arithmetic that is not the machine's own."""
+
+
+def _arithmetic(settings: ProbeSettings) -> list[Choice]:
+    value = settings.arithmetic
+    reason = _COMPUTED.get(value)
+    return [Choice(what="arithmetic", value=value, reason=reason)] if reason is not None else []
+
+
 def working_bytes(model: nn.Module) -> int:
     """Bytes of the cast copies that exist at once: the largest layer in fp32 and a 16-bit dtype, or lm_head."""
     _, layers = decoder_layers(model)
@@ -171,7 +185,7 @@ def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
 def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None:
     """Run all passes; gives why they stopped early, or None."""
     near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
-    task = Task(job.passes, near, vocabulary_rows(job), job.settings.explain is True)
+    task = Task(job.passes, near, vocabulary_rows(job), job.settings.arithmetic, job.settings.explain is True)
     passes = (_as_a_whole if job.whole else _layer_by_layer)(job, task, progress, on_final)
     try:
         passes.run()

@@ -38,7 +38,7 @@ from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Reseed
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Reading, Watcher, attached
+from qwen_precision.watcher import Reading, Watcher, attached, computing
 
 
 @dataclass
@@ -214,7 +214,8 @@ class Shadow:
         reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
         if not self.task.local or reference is None or name == REFERENCE:
             return
-        out = run_layer(layer, reference.given.to(stream.hidden.dtype), call)
+        with computing(self.task.arithmetic):
+            out = run_layer(layer, reference.given.to(stream.hidden.dtype), call)
         own = self.prompts[prompt].mask.bool()
         self.collector.column(name, prompt).local_error.append(relative_error(out[own], reference.hidden[own]))
 

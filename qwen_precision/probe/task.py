@@ -16,6 +16,8 @@ class Task:
     """Locate an operation whose headroom is below this."""
     vocabulary_rows: int
     """Rows of the vocabulary that lm_head takes at once; 0 for all."""
+    arithmetic: str = "native"
+    """How products of 16-bit operands are computed; of ``settings.ARITHMETIC``."""
     local: bool = False
     """Run every layer on the reference's hidden states, too, for the error that it makes by itself."""
 

@@ -12,7 +12,7 @@ from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.task import Task
 from qwen_precision.qwen3 import row_of
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Spot, Watcher, storages
+from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Spot, Watcher, computing, storages
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class WatchedRun:
 
     def __init__(self, watcher: Watcher, collector: Collector, task: Task, strict: bool = False) -> None:
         self.watcher, self.collector, self._near, self._strict = watcher, collector, task.near, strict
+        self._computing = computing(task.arithmetic)
         self._narrow = narrowest(task.dtypes)
         self._limit = overflows_from(self._narrow) if self._narrow is not None else None
         self._largest: dict[int, dict[Spot, list[tuple[int, ...]]]] = {}
@@ -52,7 +53,7 @@ class WatchedRun:
         """Run a part; gives what it gives, and the reading of every operation."""
         self.watcher.forget()
         section.enter()
-        with self.watcher:
+        with self._computing, self.watcher:
             out = section.forward()
         readings = self.watcher.take()
         self.collector.add(*section.key, readings, fold=section.slice_at is not None)
@@ -118,7 +119,7 @@ class WatchedRun:
         section.enter()
         self.watcher.inspect = onlooker
         try:
-            with self.watcher:
+            with self._computing, self.watcher:
                 out = section.forward()
         finally:
             self.watcher.inspect = None

@@ -15,7 +15,7 @@ from qwen_precision.judge import (
     precision,
     run_up,
 )
-from qwen_precision.record import Generation, in_words, rounded
+from qwen_precision.record import Generation, Run, in_words, rounded
 from qwen_precision.render.schema import flat
 from qwen_precision.render.view import View
 
@@ -52,6 +52,7 @@ def _report(report: Report) -> dict[str, Any]:
         "findings": [_finding(report, finding) for finding in report.findings],
         **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),
         **_why(report),
+        **_computed(report.run),
         **({"rescue": _rescue(report)} if report.run.rescue is not None else {}),
         **({"generation": _generation(report.run.generation)} if report.run.generation is not None else {}),
     }
@@ -65,6 +66,11 @@ def _finding(report: Report, finding: Finding) -> dict[str, Any]:
         "closeup": look.model_dump() if look is not None else None,
         "run_up": [step._asdict() for step in run_up(report.run, finding)],
     }
+
+
+def _computed(run: Run) -> dict[str, str]:
+    """How products were computed, where it was not by the machine's own kernels."""
+    return {choice.what: choice.value for choice in run.choices if choice.what == "arithmetic"}
 
 
 def _why(report: Report) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from qwen_precision.judge import Finding
-from qwen_precision.settings import FAIL_ON
+from qwen_precision.settings import ARITHMETIC, FAIL_ON
 
 _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}
@@ -100,6 +100,7 @@ def report_schema() -> dict[str, Any]:
         "precision": {"type": "object"},
         "massive": {"type": "array"},
         "explanation": {"type": "object", "required": ["budget", "controls", "left_out", "hashes", "continuations"]},
+        "arithmetic": {"enum": list(ARITHMETIC[1:])},
         "sweep": {"type": "object", "required": ["kind", "dtype", "tried", "worst"]},
         "rescue": {"type": "object", "required": ["margin", "rescaling", "possible", "stuck", "exported", "headroom"]},
         "generation": {"type": "object"},

@@ -5,6 +5,7 @@ May import: record.
 """
 
 from qwen_precision.settings.config import (
+    ARITHMETIC,
     ATTENTION,
     MEMORY,
     RESCUE_DTYPES,
@@ -34,6 +35,7 @@ from qwen_precision.settings.prompts import (
 )
 
 __all__ = [
+    "ARITHMETIC",
     "ATTENTION",
     "FAILING",
     "FAIL_ON",

@@ -19,6 +19,8 @@ from qwen_precision.settings.levels import FAIL_ON
 
 ATTENTION = ("sdpa", "eager")
 MEMORY = ("auto", "resident", "streamed")
+ARITHMETIC = ("native", "tensor-core", "fp16-accumulate")
+"""How products of 16-bit operands are computed; what each is stands in ``watcher/arithmetic.py``."""
 SWEEPS = ("first-token", "length")
 """Searches for what triggers an overflow."""
 RESCUE_DTYPES = ("fp16", "bf16", "source")
@@ -38,6 +40,7 @@ class ProbeSettings(BaseModel):
     device: str = "auto"
     attention: str | None = None
     memory: str = "auto"
+    arithmetic: str = ARITHMETIC[0]
     near_overflow: float = Field(default=2.0, ge=1.0, le=1e6)
     underflow_share: float = Field(default=0.01, gt=0, le=1)
     rescue_margin: float = Field(default=4.0, ge=1.0, le=1024.0)
@@ -59,12 +62,13 @@ class ProbeSettings(BaseModel):
             raise ValueError(f"at least one dtype is needed; expected {alternatives(DTYPES)}")
         return list(dict.fromkeys(value))
 
-    @field_validator("memory", "attention", "fail_on", "sweep")
+    @field_validator("memory", "attention", "arithmetic", "fail_on", "sweep")
     @classmethod
     def _known_word(cls, value: str | None, info: ValidationInfo) -> str | None:
         table, what = {
             "memory": (MEMORY, "mode"),
             "attention": (ATTENTION, "implementation"),
+            "arithmetic": (ARITHMETIC, "arithmetic"),
             "fail_on": (FAIL_ON, "level"),
             "sweep": (SWEEPS, "sweep"),
         }[str(info.field_name)]

@@ -4,6 +4,7 @@ Other folders import the names below, from here.
 May import: record, qwen3, settings.
 """
 
+from qwen_precision.watcher.arithmetic import computing
 from qwen_precision.watcher.block import Readings, watch
 from qwen_precision.watcher.inspector import Clamp, Inspector, Located, storages
 from qwen_precision.watcher.mode import Onlooker, Seen, Watcher, attached
@@ -22,6 +23,7 @@ __all__ = [
     "Spot",
     "Watcher",
     "attached",
+    "computing",
     "storages",
     "watch",
 ]

@@ -34,6 +34,17 @@ def down_proj_output(model: Any) -> None:
     model.model.layers[1].mlp.down_proj.weight[9, 0] = 2000.0
 
 
+def half_a_sum(model: Any) -> None:
+    """down_proj adds 64 products of 1,280 and takes 64 such away: the sum is next to nothing, half of it 81,920."""
+    one_channel(model, 3, 100.0)
+    one_unit(model, 1, 3, 8.0, 8.0)
+    mlp = model.model.layers[1].mlp
+    for part in (mlp.gate_proj, mlp.up_proj):
+        part.weight[:, 3] = 8.0 / SIZE
+    half = mlp.down_proj.weight.shape[1] // 2
+    mlp.down_proj.weight[9, :half], mlp.down_proj.weight[9, half:] = 20.0, -20.0
+
+
 def residual_add(model: Any) -> None:
     """Two finite parts of 40,000 each: the stream brings one, down_proj adds the other."""
     one_channel(model, 9, 40000.0)

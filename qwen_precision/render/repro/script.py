@@ -156,7 +156,15 @@ def _found(case: Case) -> list[str]:
         said += f": {finding.kind}, {where}"
     told = [f"{name} {run.environment[name]}" for name in ("torch", "transformers") if name in run.environment]
     measured = f"Measured with {', '.join([*told, case.told.get('device', 'cpu')])}."
-    return [f"# {safe(text, _WIDTH - 2)}" for text in (said, " ".join([measured, *_how(case)]))]
+    return [f"# {safe(text, _WIDTH - 2)}" for text in (said, " ".join([measured, *_how(case)]), *_computed(case))]
+
+
+def _computed(case: Case) -> list[str]:
+    """What a script does not do that the run did: it would take more lines than there are."""
+    told = case.told.get("arithmetic")
+    if told is None or case.damaged is not None:
+        return []
+    return [f"Measured with --arithmetic {told}; this computes as torch does on its device, and may not fail."]
 
 
 def _how(case: Case) -> list[str]:

@@ -96,7 +96,7 @@ def _ran(report: Report) -> str:
     what = count(len(run.prompts), "prompt")
     if run.generation is not None:
         what = f"{count(len(run.generation.rows), 'row')} in {run.settings.get('dtype')}"
-    way = [chosen[each] for each in ("device", "attention") if each in chosen]
+    way = [chosen[each] for each in ("device", "attention", "arithmetic") if each in chosen]
     way += [each for each in [chosen.get("memory")] if each and each != "resident"]
     return "; ".join(
         [f"{model.architecture}, {model.layers} layers, {model.source_dtype}", what, ", ".join(way)][: 2 + bool(way)]
@@ -264,7 +264,7 @@ def _why(report: Report, first: Finding) -> Iterator[Fact]:
         yield Fact("Tried", tried(report, first))
 
 
-_EXPECTED = ("device", "memory", "attention", "decoding")
+_EXPECTED = ("device", "memory", "attention", "arithmetic", "decoding")
 
 
 def _notes(report: Report) -> Iterator[Fact]:

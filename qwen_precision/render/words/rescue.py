@@ -47,7 +47,11 @@ def _modules(modules: list[str]) -> str:
         else:
             rest.append(module)
     more = [f"{len(rest) - _MOST} more"] if len(rest) > _MOST else []
-    return ", ".join([*(f"{_ranges(each)} ({path})" for path, each in whole.items()), *rest[:_MOST], *more])
+    return ", ".join([*(f"{_layers(each)} ({path})" for path, each in whole.items()), *rest[:_MOST], *more])
+
+
+def _layers(layers: list[int]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
 
 
 def factors(plan: Rescue) -> Iterator[str]:
@@ -67,7 +71,7 @@ def factors(plan: Rescue) -> Iterator[str]:
         yield "lm_head becomes a tensor of its own, no longer tied to embed_tokens"
     for power, what, other in _LAYERED:
         for size, layers in _by_size(scaling.layers, power):
-            yield f"{what} x 2^{-size} in layer{'s' * (len(layers) > 1)} {ranges(layers)}: {other} makes up for it"
+            yield f"{what} x 2^{-size} in {_layers(layers)}: {other} makes up for it"
 
 
 def _by_size(layers: Iterable[LayerPowers], power: str) -> Iterator[tuple[int, list[int]]]:
