@@ -47,7 +47,7 @@ class LogProbs:
             here = (following >= 0) & (following < piece.shape[2])
             found = piece[:, :width].gather(-1, following.clamp(0, piece.shape[2] - 1)[..., None])[..., 0]
             held = self._chosen[key][:, place.start : place.start + width]
-            held[here] = found[here]
+            held.copy_(torch.where(here, found, held))
 
     def errors(self) -> dict[tuple[str, int], list[float | None]]:
         """By stream and row: root mean square difference from the reference, in nats; None where not finite."""
@@ -58,13 +58,7 @@ class LogProbs:
             ours, wanted = (self._chosen[k] - self._total[k] for k in ((dtype, prompt), (REFERENCE, prompt)))
             mask = self._prompts[prompt].mask.bool()
             both = mask[:, :-1] & mask[:, 1:]
-            difference = widened((ours - wanted)[:, :-1])
-            found[dtype, prompt] = [_rms(row[real]) for row, real in zip(difference, both, strict=True)]
+            square = torch.where(both, widened((ours - wanted)[:, :-1]).square(), 0.0)
+            rows = (square.sum(dim=1) / both.sum(dim=1)).sqrt().tolist()  # NaN of a row with one token
+            found[dtype, prompt] = [rounded(value) if math.isfinite(value) else None for value in rows]
         return found
-
-
-def _rms(values: Tensor) -> float | None:
-    if not len(values):
-        return None
-    value = float(values.square().mean().sqrt())
-    return rounded(value) if math.isfinite(value) else None

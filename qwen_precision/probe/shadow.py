@@ -9,6 +9,7 @@ into its range where the reference itself is out of it) and marked so: what over
 layer is then found too, not only the first place.
 """
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,13 +33,13 @@ from qwen_precision.model import (
 )
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.head import Head
-from qwen_precision.probe.hidden import MASSIVE, massive, relative_error
+from qwen_precision.probe.hidden import MASSIVE, as_error, distance, massive, massive_numbers
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Reseed
-from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Reading, Watcher, attached, computing
+from qwen_precision.torch_dtypes import torch_dtype, widened
+from qwen_precision.watcher import Aside, Reading, Watcher, attached, computing
 
 
 @dataclass
@@ -144,18 +145,49 @@ class Shadow:
             started = time.perf_counter()
             self.scratch.place(layer, sources, torch_dtype(name))
             placed = time.perf_counter()
-            for prompt in range(len(self.prompts)):
-                stream = self._streams[name, prompt]
-                stream.given = stream.hidden
-                stream.hidden, ran[name, prompt] = self.measure.run(self._section(name, prompt, index))
-                self._compare(name, prompt)
-                self._massive(name, prompt, index)
-                self._local(name, prompt, layer, stream.calls[index])
-                self._reseed(name, prompt, index)
+            readings, numbers = self._run_prompts(name, index)
+            for prompt, (error, *bounds) in enumerate(numbers):
+                ran[name, prompt] = readings[prompt]
+                self._compare(name, prompt, error)
+                self._massive(name, prompt, index, bounds)
+                self._local(name, prompt, layer, self._streams[name, prompt].calls[index])
+                self._reseed(name, prompt, index, bounds)
             self.seconds["read and cast"] += placed - started
             self.seconds[name] += time.perf_counter() - placed
         self._look_closely(index, sources, ran)
         self.scratch.release()
+
+    def _run_prompts(self, name: str, index: int) -> tuple[list[list[Reading]], list[list[float]]]:
+        """One layer on every prompt; then all that is to be known of them, in one transfer.
+
+        Returns:
+            By prompt: the readings; and how far the stream is from the reference's, its least and its largest number.
+        """
+        started: list[tuple[Section, Aside]] = []
+        try:
+            for prompt in range(len(self.prompts)):
+                stream = self._streams[name, prompt]
+                stream.given = stream.hidden
+                section = self._section(name, prompt, index)
+                stream.hidden, aside = self.measure.start(section)
+                started.append((section, aside))
+        except BaseException:
+            self.measure.finish(started)  # what ran before is kept
+            raise
+        return self.measure.finish(started, [self._numbers(name, prompt) for prompt in range(len(self.prompts))])
+
+    def _numbers(self, name: str, prompt: int) -> Tensor:
+        """What ``_run_prompts`` tells of a stream, on the device: over the real tokens of rows that are its own."""
+        reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
+        # One number tells of all: aminmax carries NaN and infinity through.
+        bounds = [widened(each) for each in torch.aminmax(stream.hidden)]
+        if reference is None or name == REFERENCE:
+            return torch.stack([torch.zeros_like(bounds[0]), *bounds])
+        own = self.prompts[prompt].mask.bool()
+        if stream.reseeded_rows:
+            own = own.clone()
+            own[sorted(stream.reseeded_rows)] = False
+        return torch.stack([distance(stream.hidden, reference.hidden, own), *bounds])
 
     def _section(self, name: str, prompt: int, index: int) -> Section:
         """One layer on what went into it; it can be run again after the next was."""
@@ -199,15 +231,10 @@ class Shadow:
         self.measure.look(section, readings)
         return out
 
-    def _compare(self, name: str, prompt: int) -> None:
-        """How far a stream is from the reference's, over the real tokens of rows that are still its own."""
-        reference, stream = self._streams.get((REFERENCE, prompt)), self._streams[name, prompt]
-        if reference is None or name == REFERENCE:
-            return
-        own = self.prompts[prompt].mask.bool().clone()
-        own[sorted(stream.reseeded_rows)] = False
-        error = relative_error(stream.hidden[own], reference.hidden[own])
-        self.collector.column(name, prompt).layer_error.append(error)
+    def _compare(self, name: str, prompt: int, error: float) -> None:
+        """Note how far a stream is from the reference's."""
+        if (REFERENCE, prompt) in self._streams and name != REFERENCE:
+            self.collector.column(name, prompt).layer_error.append(as_error(error))
 
     def _local(self, name: str, prompt: int, layer: nn.Module, call: LayerCall) -> None:
         """The error that this layer makes by itself: it is run on the reference's hidden states."""
@@ -216,25 +243,24 @@ class Shadow:
             return
         with computing(self.task.arithmetic):
             out = run_layer(layer, reference.given.to(stream.hidden.dtype), call)
-        own = self.prompts[prompt].mask.bool()
-        self.collector.column(name, prompt).local_error.append(relative_error(out[own], reference.hidden[own]))
+        error = float(distance(out, reference.hidden, self.prompts[prompt].mask.bool()))
+        self.collector.column(name, prompt).local_error.append(as_error(error))
 
-    def _massive(self, name: str, prompt: int, index: int) -> None:
+    def _massive(self, name: str, prompt: int, index: int, bounds: list[float]) -> None:
         """Note the reference's largest hidden state after a layer, where it dwarfs the others."""
-        if name != REFERENCE:
+        if name != REFERENCE or all(abs(bound) <= MASSIVE for bound in bounds):
             return
         hidden = self._streams[name, prompt].hidden
-        if not all(float(bound.abs()) <= MASSIVE for bound in torch.aminmax(hidden)):
-            self.collector.column(name, prompt).massive += massive(hidden, self.prompts[prompt].mask.bool(), index)
+        numbers = massive_numbers(hidden, self.prompts[prompt].mask.bool()).tolist()
+        self.collector.column(name, prompt).massive += massive(numbers, hidden.shape[1], index)
 
-    def _reseed(self, name: str, prompt: int, index: int) -> None:
+    def _reseed(self, name: str, prompt: int, index: int, bounds: list[float]) -> None:
         """Replace the rows of a stream that are no longer finite by the reference's, for the next layer."""
         stream = self._streams[name, prompt]
         reference = self._streams.get((REFERENCE, prompt))
         if reference is None or name == REFERENCE or index + 1 == len(self._layers):
             return
-        # One number tells: aminmax carries NaN and infinity through.
-        if all(bool(torch.isfinite(bound)) for bound in torch.aminmax(stream.hidden)):
+        if all(map(math.isfinite, bounds)):
             return
         bad = ~torch.isfinite(stream.hidden).flatten(1).all(dim=1)
         limit = DTYPES[name].max

@@ -1,6 +1,6 @@
 """Run a part of the model watched, and once more, closely, where something was not finite or near a limit."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -12,7 +12,20 @@ from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.task import Task
 from qwen_precision.qwen3 import row_of
 from qwen_precision.torch_dtypes import torch_dtype
-from qwen_precision.watcher import Clamp, Inspector, Located, Onlooker, Reading, Spot, Watcher, computing, storages
+from qwen_precision.watcher import (
+    Aside,
+    Clamp,
+    Inspector,
+    Located,
+    Onlooker,
+    Reading,
+    Spot,
+    Watcher,
+    bring,
+    computing,
+    spell_out,
+    storages,
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,27 @@ class WatchedRun:
 
     def run(self, section: Section) -> tuple[Tensor, list[Reading]]:
         """Run a part; gives what it gives, and the reading of every operation."""
+        out, aside = self.start(section)
+        (readings,), _ = self.finish([(section, aside)])
+        return out, readings
+
+    def start(self, section: Section) -> tuple[Tensor, Aside]:
+        """Run a part, and leave its readings on the device."""
         self.watcher.forget()
         section.enter()
         with self._computing, self.watcher:
             out = section.forward()
-        readings = self.watcher.take()
-        self.collector.add(*section.key, readings, fold=section.slice_at is not None)
-        return out, readings
+        return out, self.watcher.set_aside()
+
+    def finish(
+        self, started: Sequence[tuple[Section, Aside]], more: Sequence[Tensor] = ()
+    ) -> tuple[list[list[Reading]], list[list[float]]]:
+        """Readings of all that was started, in one transfer, and with them the numbers of more tensors."""
+        raws, numbers = bring([aside for _, aside in started], more)
+        found = [spell_out(raw) for raw in raws]
+        for (section, _), readings in zip(started, found, strict=True):
+            self.collector.add(*section.key, readings, fold=section.slice_at is not None)
+        return found, numbers
 
     def wide(self, ran: Mapping[tuple[str, int], list[Reading]], prompt: int) -> set[Spot]:
         """Of what ran of a prompt, by dtype: the operations that the narrowest dtype computes in a wider format."""

@@ -21,7 +21,7 @@ from qwen_precision.errors import QprecError
 from qwen_precision.model import Encoded, Models, NoRoom, layers_of, positions_of
 from qwen_precision.probe.answers import Answers
 from qwen_precision.probe.collect import Collector
-from qwen_precision.probe.hidden import massive, relative_error
+from qwen_precision.probe.hidden import as_error, distance, massive, massive_numbers
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.progress import Progress, silent
@@ -145,10 +145,10 @@ class Whole:
                 return
             if name == REFERENCE:
                 self._hidden[prompt, index] = hidden
-                column.massive += massive(hidden, valid, index)
+                column.massive += massive(massive_numbers(hidden, valid).tolist(), hidden.shape[1], index)
             elif (prompt, index) in self._hidden:
                 own = valid & torch.isfinite(hidden).flatten(1).all(dim=1)[:, None]
-                column.layer_error.append(relative_error(hidden[own], self._hidden[prompt, index][own]))
+                column.layer_error.append(as_error(float(distance(hidden, self._hidden[prompt, index], own))))
 
     def _look_closely(self) -> None:
         """Run again what was not finite or near a limit: the reference first, which tells more."""

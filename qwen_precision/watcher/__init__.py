@@ -8,10 +8,11 @@ from qwen_precision.watcher.arithmetic import computing
 from qwen_precision.watcher.block import Readings, watch
 from qwen_precision.watcher.inspector import Clamp, Inspector, Located, storages
 from qwen_precision.watcher.mode import Onlooker, Seen, Watcher, attached
-from qwen_precision.watcher.readings import Reading, Spot
+from qwen_precision.watcher.readings import Aside, Reading, Spot, bring, spell_out
 from qwen_precision.watcher.sequences import Sequences
 
 __all__ = [
+    "Aside",
     "Clamp",
     "Inspector",
     "Located",
@@ -23,7 +24,9 @@ __all__ = [
     "Spot",
     "Watcher",
     "attached",
+    "bring",
     "computing",
+    "spell_out",
     "storages",
     "watch",
 ]

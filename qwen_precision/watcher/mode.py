@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from qwen_precision.watcher.aten import Kind, Rule, rule_for
 from qwen_precision.watcher.masks import FLOATS, Masks
-from qwen_precision.watcher.readings import Counted, Reading, Slots, spell_out
+from qwen_precision.watcher.readings import Aside, Counted, Reading, Slots, spell_out
 
 _READ, _MOVE = Kind.READ, Kind.MOVE  # looked up for every operation
 
@@ -132,6 +132,11 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         """The readings since the last call, in order: one transfer per dtype and device."""
         self.forget()
         return self.slots.take()
+
+    def set_aside(self) -> Aside:
+        """The same, not brought to the host yet."""
+        self.forget()
+        return self.slots.set_aside()
 
     def so_far(self, counted: Counted) -> list[Reading]:
         """The readings since the last call; a forward that is under way goes on as if nobody had asked.

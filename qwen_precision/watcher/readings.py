@@ -6,6 +6,7 @@ between large ones. A derived slot holds no tensor: it is computed on the host f
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,15 +71,12 @@ class _Pool:
         self.blocks.append(block)
         self.pairs.extend(zip(block[0].unbind(), block[1].unbind(), strict=True))
 
-    def values(self) -> list[float]:
-        """Largest magnitude of every used pair: the one transfer to the host."""
-        if not self.used:
-            return []
-        both = torch.cat(self.blocks, dim=1)[:, : self.used]
-        # abs() of a NaN is NaN and amax carries it, so NaN wins over infinity.
-        result: list[float] = widened(both).abs().amax(dim=0).tolist()
+    def magnitudes(self) -> Tensor:
+        """Largest magnitude of every used pair, still on the device; the pool is empty afterwards."""
+        both = torch.cat(self.blocks, dim=1)[:, : self.used] if self.used else torch.zeros((2, 0), device=self.device)
         self.used = 0
-        return result
+        # abs() of a NaN is NaN and amax carries it, so NaN wins over infinity.
+        return widened(both).abs().amax(dim=0)
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,43 @@ class Raw:
     values: dict[_Pool, list[float]]
     begins: list[int]
     """Places in the log at which a module was called from outside."""
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What one forward left, still on the device."""
+
+    log: list[tuple[str, str, _Pool | None, int, torch.dtype]]
+    pools: list[_Pool]
+    begins: list[int]
+
+
+def bring(asides: Sequence[Aside], more: Sequence[Tensor] = ()) -> tuple[list[Raw], list[list[float]]]:
+    """The numbers of several forwards, on the host: one transfer a device.
+
+    Args:
+        asides: what they left; their pools are free again.
+        more: one-dimensional tensors whose numbers come along.
+    """
+    pools = [pool for aside in asides for pool in aside.pools]
+    with torch.inference_mode():
+        columns = [pool.magnitudes() for pool in pools] + [widened(each) for each in more]
+        found = _on_the_host(columns)
+    for pool in pools:
+        _SPARE.setdefault((pool.dtype, pool.blocks[0].get_device()), []).append(pool)
+    values = dict(zip(pools, found, strict=False))
+    return [Raw(each.log, values, each.begins) for each in asides], found[len(pools) :]
+
+
+def _on_the_host(columns: Sequence[Tensor]) -> list[list[float]]:
+    found: list[list[float]] = [[] for _ in columns]
+    for device in dict.fromkeys(each.device for each in columns):
+        mine = [place for place, each in enumerate(columns) if each.device == device]
+        numbers, start = torch.cat([columns[place] for place in mine]).tolist(), 0
+        for place in mine:
+            found[place] = numbers[start : start + len(columns[place])]
+            start += len(columns[place])
+    return found
 
 
 @dataclass
@@ -141,14 +176,15 @@ class Slots:
         self._log.append((path, op, None, slot, dtype))
         return len(self._log) - 1
 
+    def set_aside(self) -> "Aside":
+        """The numbers, still on the device; the slots are empty afterwards."""
+        aside = Aside(self._log, list(self._pools.values()), self._begins)
+        self._log, self._pools, self._begins = [], {}, []
+        return aside
+
     def bring(self) -> Raw:
         """The numbers, on the host; the slots are empty afterwards."""
-        with torch.inference_mode():
-            values = {pool: pool.values() for pool in self._pools.values()}
-        for key, pool in self._pools.items():
-            _SPARE.setdefault(key, []).append(pool)
-        raw = Raw(self._log, values, self._begins)
-        self._log, self._pools, self._begins = [], {}, []
+        (raw,), _ = bring([self.set_aside()])
         return raw
 
     def take(self) -> list[Reading]:

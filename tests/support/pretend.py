@@ -564,3 +564,10 @@ def _borrow_guard(kind: str) -> None:
         raise RuntimeError(f"this torch has a real {kind}: nothing to pretend")
     torch._C._acc.register_python_privateuseone_device_guard(guard)
     slots[number[kind]] = slots[number["privateuseone"]]
+
+
+def devices() -> list[str]:
+    """What there is, pretended or real; the last card first: what was put on cuda:0 by mistake shows there."""
+    if torch.cuda.is_available():
+        return [f"cuda:{number}" for number in reversed(range(min(2, torch.cuda.device_count())))]
+    return ["mps"] if torch.backends.mps.is_available() else []
