@@ -83,7 +83,10 @@ def write_gguf(
             edit(model)
     writer = gguf.GGUFWriter(path, family)
     _keys(writer, family, width)
-    (_spaces if family == "gemma3" else _bytes)(writer)
+    if family == "gemma3":
+        _spaces(writer)
+    else:
+        _bytes(writer, bos=family == "llama")
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
             _add(writer, family, name, tensor.float().numpy(), kind)
@@ -138,8 +141,8 @@ def _keys(writer: Any, family: str, width: int) -> None:
         writer.add_sliding_window(16)
 
 
-def _bytes(writer: Any) -> None:
-    """The demo's vocabulary: byte-level, with its merges."""
+def _bytes(writer: Any, bos: bool) -> None:
+    """The demo's vocabulary: byte-level, with its merges; a Llama begins with a token of its own, a Qwen does not."""
     told = json.loads((DEMO / "tokenizer.json").read_text())
     tokens = {**told["model"]["vocab"], **{each["content"]: each["id"] for each in told["added_tokens"]}}
     names = sorted(tokens, key=lambda name: tokens[name])
@@ -151,7 +154,9 @@ def _bytes(writer: Any) -> None:
     writer.add_token_types([3 if name in control else 5 if name.startswith("[PAD") else 1 for name in names])
     writer.add_token_merges([" ".join(merge) for merge in told["model"]["merges"]])
     writer.add_eos_token_id(tokens["<|im_end|>"])
-    writer.add_add_bos_token(False)
+    if bos:
+        writer.add_bos_token_id(tokens["<|im_start|>"])
+    writer.add_add_bos_token(bos)
 
 
 def _spaces(writer: Any) -> None:
