@@ -5,7 +5,7 @@ May import: record, qwen3, settings.
 """
 
 from qwen_precision.model.encode import Encoded, encode
-from qwen_precision.model.files import model_part
+from qwen_precision.model.files import model_part, weight_files
 from qwen_precision.model.folder import Checkpoint, open_checkpoint
 from qwen_precision.model.hub import download_bytes, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
@@ -75,5 +75,6 @@ __all__ = [
     "positions_of",
     "read_tensor",
     "run_layer",
+    "weight_files",
     "without_weights",
 ]

@@ -1,6 +1,7 @@
 """What the record says of a checkpoint; of the files with its weights their sizes and, where it is cheap, hashes."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from qwen_precision.files import sha256_of
@@ -61,6 +62,13 @@ def _named_by(path: Path) -> str | None:
 
 def _digest(path: Path) -> str | None:
     try:
-        return sha256_of(path)
+        told = path.stat()
+        return _read(path, told.st_size, told.st_mtime_ns)
     except OSError:
         return None
+
+
+@lru_cache(maxsize=256)
+def _read(path: Path, size: int, changed: int) -> str:
+    """The hash of a file, read again only once it has another size or time: every control run asks for it."""
+    return sha256_of(path)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -33,6 +34,7 @@ from qwen_precision.model import (
     open_checkpoint,
     out_of_memory,
     outline,
+    weight_files,
 )
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.shadow import Shadow
@@ -135,7 +137,9 @@ def job_for(
 def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = None) -> Run:
     """Run a job. What it found is not judged here."""
     started = time.perf_counter()
-    with exact_float32(job.device) as choices:
+    hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qprec-hash")
+    with hashing as beside, exact_float32(job.device) as choices:
+        beside.submit(weight_files, job.checkpoint)  # loading leaves cores idle; the record finds the hashes made
         job.choices.extend(choices)
         stopped = _run(job, progress, on_final)
     job.seconds["total"] = time.perf_counter() - started

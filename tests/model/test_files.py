@@ -64,6 +64,18 @@ def test_a_blob_that_is_named_otherwise_is_read(tmp_path: Path, monkeypatch: pyt
     assert weight_files(open_checkpoint(folder, "x"))[0].sha256 is None
 
 
+def test_a_file_is_read_again_only_when_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe with control runs asks for the same hashes many times."""
+    folder, read = make_checkpoint(tmp_path / "model"), list[Path]()
+    monkeypatch.setattr(files, "sha256_of", lambda path: (read.append(path), digest(path))[1])
+    first, again = (weight_files(open_checkpoint(folder, "x")) for _ in range(2))
+    assert first == again and len(read) == 1
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    (changed,) = weight_files(open_checkpoint(folder, "x"))
+    assert len(read) == 2 and changed.sha256 == digest(path) != first[0].sha256
+
+
 def test_a_link_outside_a_cache_is_no_hash(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model")
     (tmp_path / "blobs").mkdir()

@@ -267,9 +267,7 @@ def test_another_family_says_why_not_and_what_would_have_to_stay_in_fp32(family:
 
 
 def test_layers_that_would_have_to_stay_in_fp32_are_told_as_a_range(tmp_path: Path) -> None:
-    def plant(model: Any) -> None:
-        model.model.embed_tokens.weight[:, 3] = 30_000.0  # times sqrt(64), as Gemma does with what it embeds
-
-    folder = make_checkpoint(tmp_path / "model", family="gemma", edit=plant, dtype="float32")
-    plan = planned(folder).rescue
-    assert "layers 0 to 2 (model.layers), model.embed_tokens" in words.headline(plan)
+    """From where the stream is beyond fp16 on, every layer passes it on."""
+    run = planned(make_family(tmp_path / "model", "phi3", plant=True).folder)
+    assert run.rescue.fp32_modules[:3] == ["model.layers.1", "model.layers.2", "model.layers.3"]
+    assert "this would have to stay in fp32: layers 1 to 3 (model.layers)" in words.headline(run.rescue)
