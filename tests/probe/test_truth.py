@@ -237,14 +237,14 @@ def two_layers(second: float) -> Plant:
     return plant
 
 
-@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@WAYS
 @pytest.mark.parametrize("shape", [{}, RATIO, {"moe": True, "mlp_only_layers": [0, 2]}], ids=SHAPES)
 @pytest.mark.parametrize(("second", "more"), [(6e4, []), (65_510.0, []), (66_500.0, [(2, "down_proj output", True)])])
 def test_behind_a_failure_a_place_is_foreseen_only_where_rounding_would_take_it_out(
-    second: float, more: list[Any], shape: dict[str, Any], memory: str, tmp_path: Path
+    second: float, more: list[Any], shape: dict[str, Any], attention: str, memory: str, tmp_path: Path
 ) -> None:
     folder = make_checkpoint(tmp_path, edit=two_layers(second), dtype="float32", **shape)
-    report = probed(folder, ["The capital"], memory=memory)
+    report = probed(folder, ["The capital"], attention, memory)
     assert places(report) == [(0, "down_proj output", False), *more]
 
 
