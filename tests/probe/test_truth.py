@@ -425,6 +425,21 @@ def test_a_router_logit_that_overflows_for_an_expert_nobody_takes_is_a_risk(memo
     assert report.verdict["fp16"] == "risk"
 
 
+@pytest.mark.parametrize(("cap", "verdict"), [(30.0, "risk"), (None, "fail")])
+def test_a_logit_that_overflows_before_it_is_capped_is_a_risk(cap: float | None, verdict: str, tmp_path: Path) -> None:
+    """No softmax reads it: what counts is that the whole model answers with the same bits."""
+
+    def plant(model: Any) -> None:
+        model.model.embed_tokens.weight[:, 3] = 1000.0
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[77, 3] = 20_000.0
+
+    shape = {"family": "gemma2", "final_logit_softcapping": cap, "query_pre_attn_scalar": 16}
+    report = probed(make_checkpoint(tmp_path, edit=plant, **shape), ["abcd"], "eager")
+    assert [each.place.name for each in warned(report) if each.kind == "overflow"] == ["logits"]
+    assert report.verdict["fp16"] == verdict
+
+
 # -- a damaged embedding --------------------------------------------------------------------------------------------
 
 
