@@ -182,9 +182,6 @@ class Inspector(Onlooker):
 
     def _note_slice(self, seen: Seen) -> None:
         """Remember which expert is at work, where each has its own slice of a weight that holds all of them."""
-        if "experts" not in seen.path:
-            self._expert = None
-            return
         for arg in _tensors(seen.args):
             start = self.weights.get(arg.untyped_storage().data_ptr())
             if start is not None and arg.dim() == 2:

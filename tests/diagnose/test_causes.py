@@ -20,7 +20,18 @@ from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
 from support.builders import a_control, a_pass, a_run, an_event
 from support.checkpoints import DEMO, ROOT, SHAPES, make_checkpoint
-from support.plants import averaging, down_proj_output, empty, enough_of_them, ids_of, loud_token, mark, one_unit
+from support.plants import (
+    averaging,
+    down_proj_output,
+    empty,
+    enough_of_them,
+    half_a_sum,
+    ids_of,
+    loud_token,
+    mark,
+    one_channel,
+    one_unit,
+)
 from support.runs import TEXTS, explained, first_of
 
 # -- the faults ------------------------------------------------------------------------------------------------
@@ -190,25 +201,80 @@ def test_two_triggers_in_two_layers_have_evidence_of_their_own(tmp_path: Path) -
     assert "token 2 alone" in " ".join(found[0].cause.evidence) and "token 1 alone" in " ".join(found[1].cause.evidence)
 
 
-@pytest.mark.parametrize(("attention", "memory"), [("sdpa", "resident"), ("eager", "streamed")])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("pair", "other"), [("abZ", "aaaaaaaaaaZ"), ("bZc", "acde")], ids=["in the middle", "the first stands first"]
-)
-def test_two_tokens_that_only_overflow_together_are_neither_a_length_nor_a_mere_range(
-    pair: str, other: str, shape: str, attention: str, memory: str, tmp_path: Path
-) -> None:
+def only_together(gain: float) -> Callable[[Any], None]:
+    """ "Z" is large where "b" stands before it, and there only."""
+
     def plant(model: Any) -> None:
-        enough_of_them(1500.0)(model)
+        enough_of_them(gain)(model)
         embed = model.model.embed_tokens.weight
         embed[:, 2] = 0.0
         embed[ids_of("b")[0], 2], embed[ids_of("Z")[0], 2] = 100.0, 0.0
 
+    return plant
+
+
+PAIRS = pytest.mark.parametrize(
+    ("pair", "other"), [("abZ", "aaaaaaaaaaZ"), ("bZc", "acde")], ids=["in the middle", "the first stands first"]
+)
+WAYS = pytest.mark.parametrize(("attention", "memory"), [("sdpa", "resident"), ("eager", "streamed")])
+
+
+@WAYS
+@pytest.mark.parametrize("shape", SHAPES)
+@PAIRS
+def test_two_tokens_that_only_overflow_together_are_neither_a_length_nor_a_mere_range(
+    pair: str, other: str, shape: str, attention: str, memory: str, tmp_path: Path
+) -> None:
     specs = [PromptSpec(name="pair", text=pair), PromptSpec(name="other", text=other)]
-    folder = make_checkpoint(tmp_path / "model", edit=plant, dtype="float32", **SHAPES[shape])
+    folder = make_checkpoint(tmp_path / "model", edit=only_together(1500.0), dtype="float32", **SHAPES[shape])
     finding = first_of(explained(folder, specs, attention=attention, memory=memory))
     assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("trigger-prompt", 1, "SwiGLU product")
     assert "it takes what stands before it" in " ".join(finding.cause.evidence)
+
+
+@WAYS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pair_that_is_less_together_gives_no_finding(shape: str, attention: str, memory: str, tmp_path: Path) -> None:
+    specs = [PromptSpec(name=text, text=text) for text in ("abZ", "bZc", "aaaaaaaaaaZ", "acde")]
+    folder = make_checkpoint(tmp_path / "model", edit=only_together(10.0), dtype="float32", **SHAPES[shape])
+    run = explained(folder, specs, attention=attention, memory=memory)
+    assert judge(run).findings == [] and run.explanation is None
+
+
+def rounded_up(to: float) -> Callable[[Any], None]:
+    """A gate of 8 - 1/64 times a weight that fp16 rounds up by 4, its spacing there being 8."""
+
+    def plant(model: Any) -> None:
+        one_channel(model, 3, 100.0)
+        one_unit(model, 1, 3, 0.0, 0.0)
+        block = model.model.layers[1]
+        block.post_attention_layernorm.weight[3] = 1 - 2**-9
+        block.mlp.gate_proj.weight[0, 3] = to - 3.5
+
+    return plant
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("plant", "arithmetic", "cause"),
+    [
+        (rounded_up(8208.0), "native", "rounding"),
+        (rounded_up(8208.0), "fp16-accumulate", "rounding"),
+        (half_a_sum, "fp16-accumulate", "accumulation"),
+    ],
+    ids=["rounded operands", "rounded operands, narrow sums", "a partial sum"],
+)
+def test_operands_that_are_rounded_out_of_range_are_told_from_sums_that_leave_it(
+    plant: Callable[[Any], None], arithmetic: str, cause: str, attention: str, memory: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=plant, dtype="float32")
+    finding = first_of(explained(folder, arithmetic=arithmetic, attention=attention, memory=memory))
+    assert (finding.cause.kind, finding.place.layer) == (cause, 1)
+
+
+def test_operands_that_are_rounded_up_inside_the_range_fail_nowhere(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=rounded_up(8192.0), dtype="float32")
+    assert judge(explained(folder)).verdict["fp16"] == "risk"
 
 
 def test_what_nothing_shows_is_not_told(tmp_path: Path) -> None:

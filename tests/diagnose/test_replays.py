@@ -22,7 +22,7 @@ from qwen_precision.record.file import load
 from qwen_precision.record.run import Run
 from support.checkpoints import SHAPES, make_checkpoint
 from support.loud import says
-from support.plants import ids_of
+from support.plants import ids_of, loud_token, low_score
 
 pytestmark = [pytest.mark.usefixtures("scratch"), pytest.mark.transformers]
 
@@ -33,17 +33,20 @@ Capture = pytest.CaptureFixture[str]
 LONG, SHORT = "The quick brown fox", "Hello"
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault, layer: int = 1, row: int = -1) -> None:
-    """In fp16, values that a row reads from the cache of a layer are 10 million times too large."""
+def plant(
+    monkeypatch: pytest.MonkeyPatch, fault: Fault, layer: int = 1, row: int = -1, size: float = 1e7, read: bool = True
+) -> None:
+    """In fp16, values of a row in the cache of a layer are 10 million times too large, and are read from there."""
     update = DynamicCache.update
 
     def wrong(self: DynamicCache, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         before = self.get_seq_length(layer_idx)
         keys_all, values_all = update(self, keys, values, layer_idx, *args, **kwargs)
         if layer_idx == layer and values.dtype == torch.float16 and fault(len(values), values.shape[2], before):
-            size = torch.ones(len(values), 1, 1, 1)
-            size[row] = 1e7
-            values_all = (values_all * size).to(values.dtype)
+            sizes = torch.ones(len(values), 1, 1, 1)
+            sizes[row] = size
+            scaled = (values_all * sizes).to(values.dtype)
+            values_all = scaled if read else values_all
         return keys_all, values_all
 
     monkeypatch.setattr(DynamicCache, "update", wrong)
@@ -180,10 +183,12 @@ def test_a_row_that_fails_alone_and_in_chunks_alike_is_the_cache_s(
     assert finding.cause.kind == "cache"
 
 
+@pytest.mark.parametrize("shape", ["healthy", "healthy_moe"])
 def test_a_row_that_failed_in_the_batch_before_is_not_taken_for_this_one(
-    healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    shape: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Row 1 fails by itself at step 1; row 0 is asked about at step 2, when row 1 is bad from the first layer on."""
+    healthy = request.getfixturevalue(shape)
     plant(monkeypatch, a_step_of_a_batch, layer=0, row=1)
     plant(monkeypatch, lambda rows, new, before: new == 1 and before > len(ids_of(LONG)), layer=2, row=0)
     words = generated(healthy, [LONG, SHORT], capsys)
@@ -193,6 +198,50 @@ def test_a_row_that_failed_in_the_batch_before_is_not_taken_for_this_one(
         (1, 1, 0, "batch"),
         (0, 2, 2, "cache"),
     ]
+
+
+def test_another_row_that_fails_without_a_cache_is_not_taken_for_this_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    folder = make_checkpoint(Path("model"), edit=loud_token("Z", 40_000.0))
+    plant(monkeypatch, a_step, row=0)
+    _, finding = probed(generated(folder, [LONG, "Z"], capsys), 1)
+    assert (finding.place.row, finding.cause.kind) == (0, "cache")
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [lambda rows, new, before: before == 0, lambda rows, new, before: new == 1 and before == len(ids_of(LONG))],
+    ids=["the prompt", "a step"],
+)
+def test_an_infinity_that_nothing_read_in_an_earlier_forward_is_not_where_it_began(
+    earlier: Fault, healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    plant(monkeypatch, earlier, layer=0, read=False)
+    plant(monkeypatch, lambda rows, new, before: new == 1 and before > len(ids_of(LONG)))
+    _, finding = probed(generated(healthy, [LONG], capsys), 1)
+    assert (finding.place.step, finding.place.layer) == (2, 1)
+
+
+def test_scores_that_a_mask_makes_infinite_are_not_where_it_began(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A score of -1,000, to which the mask of padding adds the lowest finite number."""
+    plant(monkeypatch, a_step_of_a_batch, layer=2)
+    folder = make_checkpoint(Path("model"), edit=low_score(1000.0, "<|endoftext|>"))
+    _, finding = probed(generated(folder, [LONG, SHORT], capsys, "--attn", "eager"), 1)
+    assert (finding.place.row, finding.place.layer, finding.place.op) == (1, 2, "cast")
+
+
+def test_operations_are_counted_anew_in_every_chunk(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    plant(monkeypatch, lambda rows, new, before: new > 1 and before == 0, size=1.0)
+    plant(monkeypatch, a_second_chunk)
+    Path("chunks.yaml").write_text("float32_logits: {chunk: 2}\n")
+    run, _ = probed(generated(healthy, [LONG], capsys, "--guards", "chunks.yaml"), 1)
+    (began,) = [each.began for each in run.explanation.controls if each.began] if run.explanation else []
+    assert (began.op, began.call) == ("cast", 0)
 
 
 # -- what does not make it -------------------------------------------------------------------------------------

@@ -49,6 +49,16 @@ def test_the_token_that_fills_up_is_taken_from_another_prompt_where_the_row_has_
     assert asked["without the token"] == (FIRST,)
 
 
+def test_a_row_is_filled_up_with_exactly_as_many_tokens_as_stood_before() -> None:
+    long = a_prompt("one", ids=[FIRST, 5, SECOND], tokens=["a", "b", "c"])
+    run = failing(2)
+    asked = {
+        each.what: each.ids for each in candidates(judge(run.model_copy(update={"prompts": [long, run.prompts[1]]})))
+    }
+    assert asked["as many first tokens"] == (FIRST, FIRST, SECOND)
+    assert asked["as many other tokens"] == (5, 5, SECOND)
+
+
 def test_a_control_of_one_token_says_nothing_of_another() -> None:
     controls = [control("token alone", 1, clean=False), control("without the token", 1, clean=True)]
     assert cause(failing(1, controls)) == "trigger-token"

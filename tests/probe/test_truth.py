@@ -237,14 +237,14 @@ def two_layers(second: float) -> Plant:
     return plant
 
 
-@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@WAYS
 @pytest.mark.parametrize("shape", [{}, RATIO, {"moe": True, "mlp_only_layers": [0, 2]}], ids=SHAPES)
 @pytest.mark.parametrize(("second", "more"), [(6e4, []), (65_510.0, []), (66_500.0, [(2, "down_proj output", True)])])
 def test_behind_a_failure_a_place_is_foreseen_only_where_rounding_would_take_it_out(
-    second: float, more: list[Any], shape: dict[str, Any], memory: str, tmp_path: Path
+    second: float, more: list[Any], shape: dict[str, Any], attention: str, memory: str, tmp_path: Path
 ) -> None:
     folder = make_checkpoint(tmp_path, edit=two_layers(second), dtype="float32", **shape)
-    report = probed(folder, ["The capital"], memory=memory)
+    report = probed(folder, ["The capital"], attention, memory)
     assert places(report) == [(0, "down_proj output", False), *more]
 
 
@@ -423,6 +423,21 @@ def test_a_router_logit_that_overflows_for_an_expert_nobody_takes_is_a_risk(memo
     found = [each for each in warned(report) if each.kind == "overflow"]
     assert [(each.severity, each.place.name) for each in found] == [("warning", "router logits")]
     assert report.verdict["fp16"] == "risk"
+
+
+@pytest.mark.parametrize(("cap", "verdict"), [(30.0, "risk"), (None, "fail")])
+def test_a_logit_that_overflows_before_it_is_capped_is_a_risk(cap: float | None, verdict: str, tmp_path: Path) -> None:
+    """No softmax reads it: what counts is that the whole model answers with the same bits."""
+
+    def plant(model: Any) -> None:
+        model.model.embed_tokens.weight[:, 3] = 1000.0
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[77, 3] = 20_000.0
+
+    shape = {"family": "gemma2", "final_logit_softcapping": cap, "query_pre_attn_scalar": 16}
+    report = probed(make_checkpoint(tmp_path, edit=plant, **shape), ["abcd"], "eager")
+    assert [each.place.name for each in warned(report) if each.kind == "overflow"] == ["logits"]
+    assert report.verdict["fp16"] == verdict
 
 
 # -- a damaged embedding --------------------------------------------------------------------------------------------

@@ -241,11 +241,11 @@ def averaging(model: Any, layer: int, source: int, target: int, gain: float) -> 
     attention.o_proj.weight[target, 0] = gain
 
 
-def low_score(size: float) -> Callable[[Any], None]:
-    """In layer 1 every query meets the key of "Z" with minus ``size``, and every other key with next to nothing."""
+def low_score(size: float, token: str = "Z") -> Callable[[Any], None]:
+    """In layer 1 every query meets the key of one token with minus ``size``, every other key with next to nothing."""
 
     def plant(model: Any) -> None:
-        (mark,) = ids_of("Z")
+        (mark,) = ids_of(token)
         config = model.config
         width, slow = config.head_dim, config.head_dim // 2 - 1  # the pair of channels that rotary turns least
         embed = model.model.embed_tokens.weight
