@@ -119,9 +119,13 @@ class WatchedRun:
             self._foresee(section, readings, wide)
 
     def _closely(self, section: Section, inspector: Inspector, readings: list[Reading]) -> None:
-        """Run a part again under an inspector; only if it does the same again are the places true."""
+        """Run a part again under an inspector; only if it does the same again are the places true.
+
+        Operations that run in one of the two alone say nothing: some families set themselves up in their first forward.
+        """
         _, again = self._again(section, inspector)
-        if [repr(each.abs_max) for each in again] != [repr(each.abs_max) for each in readings]:
+        before = {each.spot: repr(each.abs_max) for each in readings}  # NaN is what it is
+        if any(before.get(each.spot, repr(each.abs_max)) != repr(each.abs_max) for each in again):
             self.collector.unsteady.add(section.key[0])
 
     def _foresee(self, section: Section, readings: list[Reading], wide: Container[Spot]) -> None:
