@@ -209,7 +209,10 @@ class Inspector(Onlooker):
             if not arg.is_floating_point() or arg is out or self._is_weight(arg):
                 continue
             # Infinities in a mask or in masked scores are intended.
-            clean = clean & reduce(~self.bad(arg if seen.keep is None else _only(arg, seen.keep)))
+            fine = ~self.bad(arg if seen.keep is None else _only(arg, seen.keep))
+            if seen.masked is not None and arg is seen.args[0]:
+                fine = fine | (seen.masked & (arg == -math.inf))  # what ends a mask: a row of nothing else begins here
+            clean = clean & reduce(fine)
         return clean
 
     def _fine_weights(self, seen: Seen) -> Tensor:

@@ -49,6 +49,10 @@ class Masks:
         if mask.dtype in FLOATS:
             self._remember(mask, mask <= torch.finfo(mask.dtype).min / 2)
 
+    def of(self, value: Any) -> Tensor | None:
+        """Where a tensor is extreme on purpose, broadcastable to it; None where it is nowhere."""
+        return self._held[id(value)].masked if self._is_held(value) else None
+
     def after(
         self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any
     ) -> Tensor | None:

@@ -42,6 +42,8 @@ class Seen:
     """Entries that are not masked on purpose (broadcastable bool), or None for all."""
     spoiled: Tensor | None = None
     """Of an operation in place: where the tensor it writes into was bad before."""
+    masked: Tensor | None = None
+    """Where the first operand is extreme on purpose (broadcastable bool), or None where it is nowhere."""
 
 
 class Onlooker(ABC):
@@ -234,7 +236,8 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         call = self._calls.get((self.path, rule.op), 0)
         self._calls[self.path, rule.op] = call + 1
         assert self.inspect is not None
-        self.inspect(Seen(self.path, rule.op, call, args, out, keep, self._spoiled))
+        masked = self.masks.of(args[0]) if args else None
+        self.inspect(Seen(self.path, rule.op, call, args, out, keep, self._spoiled, masked))
 
     def _read_masked(
         self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None, out: Any

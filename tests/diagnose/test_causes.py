@@ -580,3 +580,25 @@ def test_a_sum_in_halves_that_stays_in_range_gives_no_finding(tmp_path: Path, mo
 
     monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", in_halves)
     assert judge(explained(make_checkpoint(tmp_path / "model"))).findings == []
+
+
+@pytest.mark.parametrize("size", [20.0, 1.0])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_whose_every_score_falls_below_the_masks_minimum_is_where_nan_begins(
+    size: float, attention: str, tmp_path: Path
+) -> None:
+    """The least number of fp16 plus a score of -17 is -inf; a row of nothing else comes out of softmax as NaN."""
+
+    def plant(model: Any) -> None:
+        model.model.layers[0].self_attn.q_norm.weight.fill_(size)
+        model.model.layers[0].self_attn.k_norm.weight.fill_(size)
+
+    folder = make_checkpoint(tmp_path / "model", edit=plant)
+    batch = [PromptSpec(name="batch", batch=["The quick brown fox", "Hello"])]
+    run = explained(folder, batch, attention=attention)
+    if size == 1.0 or attention == "sdpa":
+        assert set(judge(run).verdict.values()) == {"ok"} and all(None not in each.top1 for each in run.passes)
+        return
+    first = first_of(run)
+    assert (first.place.module, first.place.op) == ("model.layers.0.self_attn", "softmax")
+    assert first.cause.kind == "masked-rows" and first.place.token is not None and first.place.token.padding
