@@ -128,6 +128,8 @@ class _Beginning(Onlooker):
     def __init__(self, row: int, rows: int) -> None:
         self._row, self._rows = row, rows
         self.found: Site | None = None
+        self._mixtures: set[str] = set()
+        """Paths of the modules whose experts were seen."""
 
     def __call__(self, seen: Seen) -> None:
         """Look at one operation."""
@@ -135,8 +137,13 @@ class _Beginning(Onlooker):
             self.found = Site(layer=layer_of(seen.path), module=seen.path, op=seen.op, call=seen.call)
 
     def _mine(self, seen: Seen) -> bool:
-        if self._rows > 1 and "experts" in seen.path:
-            return False  # sorted by expert, they cannot be told apart; what adds them up can
+        above, among_experts, _ = seen.path.partition(".experts")
+        if among_experts:
+            self._mixtures.add(above)
+        # Picked by expert, rows cannot be told apart; what adds them up can. Where experts run in a loop, the product
+        # with their routing weights stands outside of them.
+        if self._rows > 1 and (among_experts or (seen.path in self._mixtures and seen.op == "mul")):
+            return False
         bad = ~torch.isfinite(seen.out) if seen.keep is None else ~torch.isfinite(seen.out) & seen.keep
         shared = self._rows == 1 or not bad.dim() or bad.shape[0] % self._rows
         return bool((bad if shared else bad.reshape(self._rows, -1)[self._row]).any())

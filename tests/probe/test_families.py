@@ -75,8 +75,10 @@ def test_an_overflow_planted_into_a_family_is_named(name: str, tmp_path: Path) -
     report, _ = probed(family.folder, ["fp32", "fp16"])
     found = errors(report)
     assert report.verdict["fp32"] in ("ok", "risk") and report.verdict["fp16"] == "fail"
-    assert found and all((each.kind, each.predicted) == ("overflow", False) for each in found)
-    places = [(each.place.module, each.place.name, each.place.expert) for each in found]
+    assert found and all(each.kind == "overflow" for each in found)
+    # Where experts run in a loop, what two of them give may be in range, weighted, and their sum not.
+    assert all(each.place.op == "index_add_" for each in found if each.predicted)
+    places = [(each.place.module, each.place.name, each.place.expert) for each in found if not each.predicted]
     inside = [place for place in places if f".{family.planted}." in f".{place[0]}."]
     assert places[0] in inside and len(places) - len(inside) == (name in AMPLIFYING), places
     # One module is one place, run again or not; of experts every one that overflows is.
