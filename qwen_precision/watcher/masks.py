@@ -148,7 +148,8 @@ class Masks:
 
     def _known(self, value: Any) -> Tensor:
         """Where an operand is extreme on purpose, broadcastable to it."""
-        return self._held[id(value)].masked if self._is_held(value) else torch.zeros((), dtype=torch.bool)
+        masked = self.of(value)
+        return masked if masked is not None else torch.zeros((), dtype=torch.bool)
 
     def _own(self, tensor: Tensor) -> Tensor:
         """The bools of a held tensor in its own shape."""

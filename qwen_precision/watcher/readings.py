@@ -176,7 +176,7 @@ class Slots:
         self._log.append((path, op, None, slot, dtype))
         return len(self._log) - 1
 
-    def set_aside(self) -> "Aside":
+    def set_aside(self) -> Aside:
         """The numbers, still on the device; the slots are empty afterwards."""
         aside = Aside(self._log, list(self._pools.values()), self._begins)
         self._log, self._pools, self._begins = [], {}, []

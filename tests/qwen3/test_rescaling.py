@@ -14,7 +14,7 @@ from qwen_precision.qwen3.op import GATE_AND_UP, name_of, row_of
 from qwen_precision.qwen3.rescaling import FAMILIES, Scale, has_qk_norm, powers_of
 from qwen_precision.rescue.bits import WeightBits
 from support.checkpoints import make_checkpoint
-from support.rescues import export, layer_powers, logits, powers
+from support.rescues import LLAMA, export, layer_powers, logits, powers
 from support.runs import run_probe
 
 pytestmark = pytest.mark.transformers
@@ -23,17 +23,7 @@ SMALL = st.integers(0, 12)
 MOVES = st.integers(-6, 6)
 UNNORMED = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "llama": {
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
+    "llama": LLAMA,
     "mistral": {"sliding_window": 4},
 }
 """Families whose q and k have no norms of their own, each with what only it has."""

@@ -18,24 +18,14 @@ from support.checkpoints import make_checkpoint
 from support.families import make_family, tiny_config
 from support.generations import run as generated
 from support.plants import one_channel, residual_add, swiglu_product
-from support.rescues import IDS, TEXTS, export, logits, planned, rescue
+from support.rescues import IDS, LLAMA, TEXTS, export, logits, planned, rescue
 from support.runs import run_probe
 
 pytestmark = pytest.mark.transformers
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tied": True},
-    "llama": {
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
+    "llama": LLAMA,
     "mistral": {"sliding_window": 4, "num_key_value_heads": 1},
 }
 

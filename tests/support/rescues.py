@@ -15,6 +15,18 @@ from qwen_precision.settings.config import Target, load_settings
 from qwen_precision.settings.prompts import read_prompts
 
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
+LLAMA: dict[str, Any] = {
+    "attention_bias": True,
+    "mlp_bias": True,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+"""What a config of Llama has beside the others: biases everywhere, and frequencies scaled by parts."""
 IDS = torch.arange(1, 25).reshape(2, 12) * 17 % 500
 
 

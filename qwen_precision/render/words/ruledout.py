@@ -33,7 +33,8 @@ def ruled_out(report: Report, finding: Finding) -> Iterator[tuple[str, str]]:
     if others:
         yield "a broken model", f"finite in {' and '.join(others)}"
     outcomes = {each.what: each.outcome for each in finding.cause.tried}
-    doubted = {what for control, what, _ in _BY_CONTROL if control in _clean_elsewhere(report, finding)}
+    elsewhere = _clean_elsewhere(report, finding)
+    doubted = {what for control, what, _ in _BY_CONTROL if control in elsewhere}
     for control, what, how in _BY_CONTROL:
         if outcomes.get(control) == "fails" and what not in doubted:
             yield what, how
