@@ -18,6 +18,8 @@ from qwen_precision.record import ControlKind, Pass, Row, Run, Site
 
 KINDS = ("overflow", "nan")
 """Findings that controls can say something about."""
+_SUMS = ("product", "scores", "router", "logits")
+"""Roles of the operations whose partial sums a card's kernels may keep in fewer bits."""
 
 
 class Candidate(NamedTuple):
@@ -191,10 +193,12 @@ def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Cand
 
     if each.batched:
         yield control("row alone", ids, "alone, without the batch and its padding")
-    if site is not None and row_of(site.module, site.op, site.call).role == "scores":
+    role = row_of(site.module, site.op, site.call).role if site is not None else None
+    if role == "scores":
         yield control("sdpa", ids, "the same tokens with sdpa attention", "sdpa")
     if (
-        (_on_cuda(run) or narrow_sums(run))
+        role in _SUMS
+        and (_on_cuda(run) or narrow_sums(run))
         and finding.magnitude.headroom is not None
         and finding.magnitude.headroom >= 1
     ):

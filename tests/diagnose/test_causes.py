@@ -15,7 +15,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from qwen_precision.diagnose.run import diagnose
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.meanings import CAUSES
-from qwen_precision.record.run import Run
+from qwen_precision.record.run import Pass, Run
 from qwen_precision.settings.config import load_settings
 from qwen_precision.settings.prompts import PromptSpec
 from support.builders import a_control, a_pass, a_run, an_event
@@ -283,21 +283,32 @@ def test_what_nothing_shows_is_not_told(tmp_path: Path) -> None:
     assert finding.cause.kind == "not-told"
 
 
-def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision() -> None:
     from qwen_precision.diagnose import explain as module
-    from qwen_precision.judge.controls import candidates
-    from qwen_precision.record.run import Choice
 
     flags = torch.backends.cuda.matmul
     before = flags.allow_fp16_reduced_precision_reduction
     with module._full_reduction():
         assert flags.allow_fp16_reduced_precision_reduction is False
     assert flags.allow_fp16_reduced_precision_reduction == before
+    fp16 = a_pass("fp16", [1.5, 1.0, 1.0, float("inf"), 1.0, 1.0], [an_event(3)], top1=[None])
+    fp32 = a_pass("fp32", [1.5, 1.0, 1.0, 900.0, 1.0, 1.0])
+    assert asked_again(fp32, fp16, "cuda:0")
+    assert not asked_again(fp32, fp16, "cpu")
+
+
+def asked_again(fp32: Pass, fp16: Pass, device: str) -> bool:
+    """Whether a control without reduced-precision reductions would run."""
+    from qwen_precision.judge.controls import candidates
+    from qwen_precision.record.run import Choice
+
+    run = a_run([fp32, fp16], choices=[Choice(what="device", value=device, reason="asked for")])
+    return any(each.what == "full reduction" for each in candidates(judge(run)))
+
+
+def test_what_is_no_sum_is_not_run_again_for_its_reduction() -> None:
     fp16 = a_pass("fp16", [1.5, float("inf"), 1.0, 1.0, 1.0, 1.0], [an_event(1)], top1=[None])
-    fp32 = a_pass("fp32", [1.5, 900.0, 1.0, 1.0, 1.0, 1.0])
-    for device, wanted in (("cuda:0", True), ("cpu", False)):
-        run = a_run([fp32, fp16], choices=[Choice(what="device", value=device, reason="asked for")])
-        assert any(each.what == "full reduction" for each in candidates(judge(run))) == wanted
+    assert not asked_again(a_pass("fp32", [1.5, 900.0, 1.0, 1.0, 1.0, 1.0]), fp16, "cuda:0")
 
 
 # -- causes that no edit of a weight makes ---------------------------------------------------------------------
