@@ -22,6 +22,7 @@ from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magn
 from qwen_precision.judge.precision import precision
 from qwen_precision.judge.replays import unseen_failure
 from qwen_precision.judge.scales import scales
+from qwen_precision.judge.unwatched import unwatched
 from qwen_precision.qwen3 import layer_of, name_of, row_of
 from qwen_precision.record import Event, Pass, Run, Weight
 from qwen_precision.settings import SEVERITIES
@@ -392,6 +393,7 @@ CHECKS: dict[str, Check] = {
     "weights": Check(_weights, ("weight-overflow", "weight-nonfinite"), ("weights",)),
     "scales": Check(scales, ("bad-scale",), ("weights",)),
     "overflow": Check(_overflow, ("overflow", "nan"), ("prompt",)),
+    "unwatched": Check(unwatched, ("unwatched",), ("prompt",)),
     "unseen-failure": Check(unseen_failure, ("unseen-failure",), ("prompt",)),
     "near-overflow": Check(_near_overflow, ("near-overflow",), ("prompt",)),
     "underflow": Check(_underflow, ("underflow",), ("prompt", "weights")),

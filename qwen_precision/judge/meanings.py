@@ -100,6 +100,11 @@ CAUSES: dict[str, Meaning] = {
         "a step of a generation, not its ids in a single forward; only without a cache it is clean",
         "batch and chunked-prefill are asked first, and were not it.",
     ),
+    "not-watched": Meaning(
+        "it began in something that qprec cannot watch, just before this operation",
+        "something not finite came in, and no operation that was watched made it",
+        "not-told has an origin that was seen; here only the first operation that met it is known.",
+    ),
     "precision": Meaning(
         "nothing overflows, but {dtype} is too coarse: the answers are not fp32's",
         "finite everywhere, but too far from fp32",

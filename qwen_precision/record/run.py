@@ -172,8 +172,15 @@ class Pass(Part):
     @property
     def failed(self) -> bool:
         """Whether something was not finite, and made a difference."""
-        bad = (each for each in self.events if each.nan or each.inf)
-        return any(not each.clean_weights or (each.clean_inputs and not each.harmless) for each in bad)
+        bad = [each for each in self.events if each.nan or each.inf]
+        began = any(not each.clean_weights or (each.clean_inputs and not each.harmless) for each in bad)
+        # What nothing watched began shows where it ends: in a stream that was replaced, or in the answer.
+        return began or bool(self.reseeded) or any(each.nan and each.site == self.last for each in bad)
+
+    @property
+    def last(self) -> int | None:
+        """The last site that ran."""
+        return next((site for site in reversed(range(len(self.abs_max))) if self.abs_max[site] is not None), None)
 
 
 class Weight(Part):

@@ -15,11 +15,14 @@ from qwen_precision.record import Rescaling, Rescue, Run
 from qwen_precision.rescue.bits import WeightBits
 from qwen_precision.rescue.planner import Planner, Shape
 
+_UNMOVED = ("unseen-failure", "unwatched")
+"""Findings whose origin is not an operation of a single forward: no factor is known to move it."""
+
 
 def wanted(report: Report) -> bool:
     """Whether a whole probe says that fp16 fails or is at risk, by what a single forward shows: factors move that."""
     mine = [finding for finding in report.findings if finding.dtype == RESCUED and finding.severity != "info"]
-    return can_plan(report.run) and any(finding.kind != "unseen-failure" for finding in mine)
+    return can_plan(report.run) and any(finding.kind not in _UNMOVED for finding in mine)
 
 
 def can_plan(run: Run) -> bool:

@@ -117,8 +117,8 @@ def test_junit_loads_in_a_junit_parser_with_right_counts_and_passing_cases() -> 
 
     xml = JUnitXml.fromstring(shown(overflowing_run(), "junit").encode())
     suites = {suite.name: suite for suite in xml}
-    assert (suites["fp16 plain"].tests, suites["fp16 plain"].failures) == (4, 1)
-    assert (suites["bf16 plain"].tests, suites["bf16 plain"].failures) == (4, 0)
+    assert (suites["fp16 plain"].tests, suites["fp16 plain"].failures) == (5, 1)
+    assert (suites["bf16 plain"].tests, suites["bf16 plain"].failures) == (5, 0)
     assert xml.tests == sum(suite.tests for suite in xml) and xml.failures == 1 and xml.errors == 0
     cases = {case.name: case for case in suites["fp16 plain"]}
     assert cases["overflow"].result[0].type == "overflow" and cases["underflow"].is_passed
