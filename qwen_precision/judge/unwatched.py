@@ -6,12 +6,13 @@ It is met where an operation was already given it. That place is named, with wha
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.columns import Columns, Where, token_of
+from qwen_precision.judge.columns import Columns, token_of
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
 from qwen_precision.qwen3 import name_of
-from qwen_precision.record import Event, Pass, Site
+from qwen_precision.record import Event, Pass
 
 _ADVICE = (
     "Look at what runs just before: a custom kernel, or memory written in place. With --attn eager, or without the "
@@ -19,23 +20,29 @@ _ADVICE = (
 )
 
 
+class _Met(NamedTuple):
+    """Where it is met first."""
+
+    site: int
+    event: Event | None
+    """Of what was given to the operation; None where all that it gave was finite, and what was read of it was not."""
+
+
 def unwatched(columns: Columns) -> Iterator[Finding]:
     """Something not finite was met of which no operation that was watched is the origin."""
-    dtypes = dict.fromkeys([*columns.run.dtypes, *([REFERENCE] if columns.run.reference else [])])
-    for dtype in dtypes:
-        found: dict[Where | None, Finding] = {}
-        prompts: dict[Where | None, list[str]] = {}
+    for dtype in dict.fromkeys([*columns.run.dtypes, REFERENCE]):
+        found: dict[int, Finding] = {}
+        prompts: dict[int, list[str]] = {}
         for each in columns.passes(dtype):
-            for event in _met(columns, each):
-                where = columns.place(event) if event is not None else None
-                found.setdefault(where, _finding(columns, each, event))
-                prompts.setdefault(where, []).append(columns.run.prompts[each.prompt].name)
-        for where, finding in found.items():
-            yield replace(finding, spread=Spread(prompts=tuple(dict.fromkeys(prompts[where]))))
+            for met in _met(columns, each):
+                found.setdefault(met.site, _finding(columns, each, met))
+                prompts.setdefault(met.site, []).append(columns.run.prompts[each.prompt].name)
+        for site, finding in found.items():
+            yield replace(finding, spread=Spread(prompts=tuple(dict.fromkeys(prompts[site]))))
 
 
-def _met(columns: Columns, each: Pass) -> Iterator[Event | None]:
-    """The first bad event of every stretch of a pass that ended badly and has no origin; None for the logits alone.
+def _met(columns: Columns, each: Pass) -> Iterator[_Met]:
+    """Of every stretch of a pass that ended badly and has no origin.
 
     A stretch ends where the stream is replaced, or with the pass. Behind a clamp the stream is nobody's.
     """
@@ -43,20 +50,26 @@ def _met(columns: Columns, each: Pass) -> Iterator[Event | None]:
     start = -math.inf
     for seed in each.reseeded:
         here = [event for event in bad if start <= columns.depth(event.site) < seed.layer]
-        yield from _first_of(here)
+        yield from _first(here, _last_before(columns, seed.layer))
         start = seed.layer
         if seed.clamped:
             return
     here = [event for event in bad if start <= columns.depth(event.site)]
-    if any(event.nan and event.site == each.last for event in here):
-        yield from _first_of(here)
-    elif not each.reseeded and not bad and _answerless(columns, each):
-        yield None
+    lost = not bad and not each.reseeded and _answerless(columns, each)
+    if lost or any(event.nan and event.site == each.last for event in here):
+        yield from _first(here, each.last)
 
 
-def _first_of(stretch: list[Event]) -> Iterator[Event]:
-    if stretch and all(event.clean_weights and not event.clean_inputs for event in stretch):
-        yield stretch[0]
+def _first(stretch: list[Event], last: int | None) -> Iterator[_Met]:
+    if not stretch and last is not None:
+        yield _Met(last, None)
+    elif stretch and all(event.clean_weights and not event.clean_inputs for event in stretch):
+        yield _Met(stretch[0].site, stretch[0])
+
+
+def _last_before(columns: Columns, layer: int) -> int | None:
+    sites = range(len(columns.run.sites))
+    return max((site for site in sites if columns.depth(site) == layer - 1), default=None)
 
 
 def _answerless(columns: Columns, each: Pass) -> bool:
@@ -66,23 +79,15 @@ def _answerless(columns: Columns, each: Pass) -> bool:
     return any(own is None and other is not None for own, other in zip(each.top1, theirs, strict=False))
 
 
-def _finding(columns: Columns, each: Pass, event: Event | None) -> Finding:
-    run = columns.run
-    site = run.sites[event.site] if event is not None else Site(layer=None, module="lm_head", op="logits", call=0)
-    name = name_of(site.module, site.op, site.call) if event is not None else "logits"
-    place = Place(site.layer, site.module, site.op, name, prompt=run.prompts[each.prompt].name)
+def _finding(columns: Columns, each: Pass, met: _Met) -> Finding:
+    run, event, site = columns.run, met.event, columns.run.sites[met.site]
+    name = name_of(site.module, site.op, site.call)
+    place = Place(site.layer, site.module, site.op, name, site=met.site, prompt=run.prompts[each.prompt].name)
+    size, said = Magnitude(), f"What the {name} gave was finite, and what was read of it was not"
     if event is not None:
         token = token_of(run, each, event)
-        place = replace(place, site=event.site, token=token, channel=event.channel, expert=event.expert)
-    said = f"The {name} was given something that is not finite, and no operation that was watched made it."
-    if event is None:
-        said = "The logits are not finite, and no operation that was watched made them so."
-    return Finding(
-        kind="unwatched",
-        severity="error",
-        dtype=each.dtype,
-        place=place,
-        magnitude=Magnitude(nan=event.nan if event is not None else 0, inf=event.inf if event is not None else 0),
-        cause=Cause("not-watched", said, (), _ADVICE),
-        origin=False,
-    )
+        place = replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
+        size, said = Magnitude(nan=event.nan, inf=event.inf), f"The {name} was given something that is not finite"
+    said = f"{said}; no operation that was watched made it so."
+    cause = Cause("not-watched", said, (), _ADVICE)
+    return Finding("unwatched", "error", each.dtype, place, size, cause, origin=False)

@@ -10,7 +10,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding
-from qwen_precision.record.run import Reseed, Run
+from qwen_precision.record.run import Event, Reseed, Run
 from qwen_precision.settings.prompts import PromptSpec
 from support import plants
 from support.builders import a_pass, a_run, an_event
@@ -114,12 +114,31 @@ def test_a_stream_that_was_replaced_had_failed_whatever_comes_after() -> None:
 
 
 def test_behind_a_clamp_nothing_is_evidence() -> None:
-    clamped = [Reseed(layer=0, rows=[0], clamped=True)]
-    assert not judged(events=[an_event(5, nan=1, inf=0, clean_inputs=False)], reseeded=clamped)
+    events = [an_event(2), an_event(5, nan=1, inf=0, clean_inputs=False)]
+    assert judged(events=events, reseeded=[Reseed(layer=31, rows=[0], clamped=False)])
+    assert not judged(events=events, reseeded=[Reseed(layer=31, rows=[0], clamped=True)])
 
 
-def test_a_carried_infinity_that_comes_to_nothing_is_no_failure() -> None:
-    assert not judged(events=[an_event(2, clean_inputs=False)])
+def test_what_came_near_the_limit_before_is_no_origin() -> None:
+    near, bad = an_event(1, inf=0, value=60_000.0), an_event(5, nan=1, inf=0, clean_inputs=False)
+    [found] = judged(events=[near, bad])
+    assert found.place.module == "lm_head"
+
+
+@pytest.mark.parametrize("event", [an_event(2, clean_inputs=False), an_event(2, nan=1, clean_inputs=False)])
+def test_what_comes_to_nothing_before_the_end_is_no_failure(event: Event) -> None:
+    assert not judged(events=[event])
+
+
+def test_an_infinity_that_is_carried_to_the_end_may_be_meant() -> None:
+    """Some models keep tokens out by it; what it is not is an answer of NaN."""
+    assert not judged(events=[an_event(5, clean_inputs=False)])
+
+
+def test_a_stream_that_was_spoiled_behind_a_layer_is_met_there() -> None:
+    [found] = judged(events=[], top1=[None], reseeded=[Reseed(layer=32, rows=[0], clamped=False)])
+    assert (found.place.layer, found.place.name) == (31, "residual add after mlp")
+    assert found.cause.sentence.startswith("What the residual add after mlp gave was finite")
 
 
 def test_a_bad_weight_is_an_origin() -> None:
