@@ -42,7 +42,7 @@ def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
             evidence = [*evidence, why]
             break
     usual = advice_for(columns.run, each.dtype, magnitude, limit)
-    said = sentence(each.dtype, what, magnitude, limit, event.in_padding, columns.run.reference)
+    said = _sentence(case)
     return Cause(kind, said, tuple(line for line in evidence if line), advice or usual, _tried(case))
 
 
@@ -84,18 +84,21 @@ def _controls(run: Run, each: Pass, event: Event) -> dict[str, Control]:
     return {c.what: c for c in mine if c.position in (None, event.position)}
 
 
-def sentence(dtype: str, what: str, magnitude: float | None, limit: float, in_padding: bool, reference: bool) -> str:
+def _sentence(case: _Case) -> str:
     """What happened, in one sentence."""
-    padding = " What overflows stands at pad positions." if in_padding else ""
+    what, magnitude, limit, dtype = case.what, case.magnitude, case.limit, case.run_pass.dtype
+    padding = " What overflows stands at pad positions." if case.event.in_padding else ""
     many = what.endswith(("scores", "logits", "weights", "values"))
-    reach, are, leave = ("reach", "are", "yet are") if many else ("reaches", "is", "yet is")
+    reach, are, leave, give = ("reach", "are", "yet are", "give") if many else ("reaches", "is", "yet is", "gives")
     if dtype == REFERENCE:
         return f"The {what} {are} not finite even in fp32, from finite inputs.{padding}"
     if magnitude is None:
-        why = "the reference does not tell how far" if reference else "there is no reference to tell how far"
-        return f"The {what} left the range of {dtype} ({limit:.6g}) from finite inputs; {why}.{padding}"
+        why = "the reference does not tell" if case.columns.run.reference else "there is no reference to tell"
+        return f"The {what} left the range of {dtype} ({limit:.6g}) from finite inputs; {why} how far.{padding}"
     if magnitude > limit:
         return f"The {what} {reach} {magnitude:.6g} in fp32; {dtype} ends at {limit:.6g}.{padding}"
+    if not case.event.inf and _role(case.site) is None:  # no sum: nothing says that a part of it was too large
+        return f"The {what} {give} NaN in {dtype}, and {magnitude:.6g} at most in fp32.{padding}"
     return (
         f"The {what} {reach} only {magnitude:.6g} in fp32, within {dtype}'s range of {limit:.6g}, {leave} not finite: "
         f"the accumulation or an intermediate value left the range.{padding}"

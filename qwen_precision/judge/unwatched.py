@@ -55,7 +55,7 @@ def _met(columns: Columns, each: Pass) -> Iterator[_Met]:
         if seed.clamped:
             return
     here = [event for event in bad if start <= columns.depth(event.site)]
-    lost = not bad and not each.reseeded and _answerless(columns, each)
+    lost = not each.reseeded and _answerless(columns, each)
     if lost or any(event.nan and event.site == each.last for event in here):
         yield from _first(here, each.last)
 

@@ -63,6 +63,12 @@ def test_nan_from_finite_inputs_is_a_finding_of_its_own() -> None:
     assert finding.kind == "nan" and "accumulation" in finding.cause.sentence
 
 
+def test_of_a_nan_that_no_sum_gave_nothing_is_said_to_have_left_the_range() -> None:
+    fp16 = a_pass("fp16", [1.0, math.nan, *HEALTHY[2:]], [an_event(1, nan=3, inf=0, value=math.nan)])
+    (finding,) = judge(a_run([a_pass("fp32", [1.0, 31.0, *HEALTHY[2:]]), fp16], dtypes=["fp16"])).findings
+    assert finding.cause.sentence == "The SwiGLU product gives NaN in fp16, and 31 at most in fp32."
+
+
 def test_a_dead_reference_is_told_even_if_nobody_asked_for_fp32() -> None:
     dead = a_pass("fp32", [*HEALTHY[:5], math.inf], [an_event(5)])
     report = judge(a_run([dead, a_pass("fp16", HEALTHY)], dtypes=["fp16"]))
