@@ -8,6 +8,7 @@ for the next layer, and puts them into the module: three dtypes cost the memory 
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from qwen_precision.errors import QprecError
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.index import FLOAT_TYPES, Packed, TensorInfo
+from qwen_precision.model.upload import Upload
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
 
@@ -52,7 +54,8 @@ class WeightStore:
     ) -> None:
         self._scale = scale
         self._checkpoint = checkpoint
-        self._device = device
+        self._upload = Upload(device)
+        self._reading = 0.0
         self._resident = resident
         self._check = check
         self._kept: dict[str, Tensor] = {}
@@ -101,17 +104,30 @@ class WeightStore:
 
     def module(self, module: nn.Module, path: str) -> dict[str, Tensor]:
         """All parameters of one module, in the files' dtype, on the device; keys are relative names."""
-        return {name: self.tensor(f"{path}.{name}") for name, _ in module.named_parameters()}
+        found = {name: self._started(f"{path}.{name}") for name, _ in module.named_parameters()}
+        self._upload.finish()
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """One parameter; expert weights that the model keeps fused are put together here."""
+        found = self._started(name)
+        self._upload.finish()
+        return found
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What was done beside the computing: reading (with the static check), and copying to a card."""
+        copied = {"copied": self._upload.seconds} if self._upload.seconds else {}
+        return {"read": self._reading, **copied}
+
+    def _started(self, name: str) -> Tensor:
         name = self._tied.get(name, name)
         if name in self._kept:
             return self._kept[name]
         parts = self.parts(name)
         read = {part: self._read(part, name) for part in parts}
         tensor = self._fused.join(name, read) if self._fused.has(name) else read[parts[0]]
-        tensor = tensor.to(self._device)
+        tensor = self._upload.start(tensor)
         if self._resident:
             self._kept[name] = tensor
         return tensor
@@ -126,10 +142,10 @@ class WeightStore:
         info = self._checkpoint.tensors[part]
         if info.packed is not None and not info.packed.by_rows:  # its blocks would be cut apart; it is made once
             whole = self._read(part, name)
-            yield from ((start, whole[start : start + rows].to(self._device)) for start in range(0, len(whole), rows))
+            yield from ((start, self._upload(whole[start : start + rows])) for start in range(0, len(whole), rows))
             return
         for start in range(0, info.shape[0], rows):
-            yield start, self._read_rows(part, name, start, min(start + rows, info.shape[0])).to(self._device)
+            yield start, self._upload(self._read_rows(part, name, start, min(start + rows, info.shape[0])))
 
     def rows(self, name: str, wanted: Tensor) -> Tensor:
         """Some rows of a two-dimensional parameter, by their numbers in rising order; no more than a piece is held."""
@@ -150,12 +166,16 @@ class WeightStore:
                         os.posix_fadvise(file.fileno(), place.start, place.size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, part: str, name: str) -> Tensor:
+        started = time.perf_counter()
         tensor = checked_tensor(self._checkpoint, part, self._check, name)
+        self._reading += time.perf_counter() - started
         return self._scaled(tensor, part if self._fused.has(name) else name)
 
     def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
+        started = time.perf_counter()
         tensor = read_tensor(self._checkpoint, part, slice(start, stop))
         self._check.feed(part, self._checkpoint.tensors[part].file, tensor, start, self._tied.get(name, name))
+        self._reading += time.perf_counter() - started
         return self._scaled(tensor, self._tied.get(name, name))
 
     def _scaled(self, tensor: Tensor, name: str) -> Tensor:

@@ -104,6 +104,7 @@ class Shadow:
             self.progress(steps, steps, "done")
         finally:
             self._reader.shutdown(wait=True, cancel_futures=True)
+            self.seconds |= self.store.seconds
             self._ahead = None
             self.scratch.clear()
             self._streams.clear()

@@ -14,6 +14,7 @@ from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
+from qwen_precision.render.words.time import time_words
 
 _MOST = 60
 """Findings, trips and prompts shown of each; the rest is counted."""
@@ -74,7 +75,7 @@ def render_html(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.globals.update(not_seen=not_seen, facts=facts, why=why, went=went, counted=COUNTED)
+    engine.globals.update(not_seen=not_seen, facts=facts, why=why, went=went, time_words=time_words, counted=COUNTED)
     engine.filters.update(
         inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room, count=count
     )

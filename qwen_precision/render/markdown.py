@@ -23,6 +23,7 @@ from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
+from qwen_precision.render.words.time import time_words
 
 LONGEST = 65_000
 """Characters; GitHub's limit is 65,536."""
@@ -256,7 +257,9 @@ def _choices(report: Report) -> str:
     ]
     rows = [f"| {escaped(c.what)} | {escaped(c.value)} | {escaped(c.reason)} |" for c in report.run.choices]
     table = "| what | value | reason |\n|---|---|---|\n" + "\n".join(rows) if rows else ""
-    return "\n\n".join(part for part in (table, "\n".join(files)) if part)
+    took = time_words(report.run)
+    time = f"Time: {escaped(took)}" if took else ""
+    return "\n\n".join(part for part in (table, "\n".join(files), time) if part)
 
 
 def _prompts(report: Report) -> str:

@@ -112,7 +112,7 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
             "weights": [],
             "weight_totals": [WeightTotals(dtype="fp16", elements=8_190_735_360, overflow=0, underflow=7, inexact=900)],
             "scale_faults": [],
-            "seconds": {"total": 12.5},
+            "seconds": {"read and cast": 1.5, "fp32": 6.0, "fp16": 4.0, "read": 2.25, "total": 12.5},
             "generation": None,
             "rescue": None,
             "explanation": None,

@@ -371,6 +371,10 @@ def _copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
         _wait("to device", "copy")
     with _on_host():
         target = _as_host(self) if _is_ours(self) else self
+        stream = getattr(Stream.entered, "stream", None)
+        if stream is not None and non_blocking and not _is_ours(src) and src.is_pinned():
+            stream.copy_later(target, src)
+            return self
         target.copy_(_as_host(src) if _is_ours(src) else src)
     return self
 
@@ -401,19 +405,32 @@ def dice(index: int) -> torch.Generator:
 
 
 class Stream:
-    """Everything has happened when a call returns, so that there is nothing to order."""
+    """Everything has happened when a call returns, but copies from pinned memory: those when they are waited for."""
+
+    entered = threading.local()
 
     def __init__(self, device: Any = None, **_: Any) -> None:
         self.device_index = _index_of(device) if device is not None else _current[0]
+        self._late: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> "Stream":
+        self.entered.stream = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.entered.stream = None
+
+    def copy_later(self, target: Tensor, source: Tensor) -> None:
+        """Until then what is read there is garbage."""
+        target.fill_(float("nan"))
+        self._late.append((target, source))
 
     def synchronize(self) -> None:
         _wait("to host", "stream.synchronize")
+        late, self._late = self._late, []
+        with _on_host():
+            for target, source in late:
+                target.copy_(source)
 
     def wait_stream(self, _: Any) -> None:
         pass
@@ -529,6 +546,21 @@ def _pretend_cuda() -> None:
         "reset_peak_memory_stats": lambda device=None: memory.reset(),
     }.items():
         setattr(torch.cuda, name, value)
+    for name, value in {
+        "pin_memory": _pinned,
+        "is_pinned": lambda tensor, device=None: getattr(tensor, "pinned", False),
+        "record_stream": lambda tensor, stream: None,
+    }.items():
+        setattr(torch.Tensor, name, value)
+
+
+def _pinned(tensor: Tensor, device: Any = None) -> Tensor:
+    """A copy on the host that says so."""
+    if _is_ours(tensor):
+        raise RuntimeError(f"cannot pin a tensor on {tensor.device}")
+    made = tensor.clone()
+    made.pinned = True  # type: ignore[attr-defined]
+    return made
 
 
 def _pretend_mps() -> None:

@@ -28,6 +28,7 @@ from qwen_precision.render.words.answer import verdict_words
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
+from qwen_precision.render.words.time import time_words
 
 _BAR = 18
 _GROUPS = 12
@@ -110,6 +111,8 @@ def _headline(report: Report) -> RenderableType:
     )
     for choice in run.choices:
         lines.append(f"{safe(choice.what)} {safe(choice.value)} ({safe(choice.reason)})\n", style="dim")
+    took = time_words(run)
+    lines.append(f"time {safe(took)}\n" if took else "", style="dim")
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for column in ("dtype", "verdict"):
         table.add_column(column, no_wrap=True)
