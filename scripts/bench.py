@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 import qwen_precision
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.generate.decode import Decoder
+from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.model import files
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.loaded import Models
@@ -57,7 +58,7 @@ def checkpoint(shape: str, layers: int | None = None) -> Path:
     return folder
 
 
-def interleaved(variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+def interleaved(variants: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
     """Seconds of each variant, taken in turn: A B C A B C …, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(RUNS + 1):
@@ -220,12 +221,12 @@ def gemma() -> Path:
     """A checkpoint in the shape of Gemma 3 270M with random weights: a family that runs as a whole."""
     folder = FOLDER / "gemma3-270m"
     if not (folder / "tokenizer.json").exists():
-        sizes = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4}
-        config = transformers.Gemma3TextConfig(
-            **sizes, num_key_value_heads=1, head_dim=256, vocab_size=262_144, sliding_window=512
-        )
+        sizes: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}
+        heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+        config = transformers.Gemma3TextConfig(**sizes, **heads, vocab_size=262_144, sliding_window=512)
         torch.manual_seed(0)
-        transformers.Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        model: Any = transformers.Gemma3ForCausalLM(config)
+        model.to(torch.bfloat16).save_pretrained(folder)
         for name in ("tokenizer_config.json", "tokenizer.json"):
             shutil.copy(DEMO / name, folder / name)
     return folder
@@ -308,6 +309,13 @@ def linear() -> None:
         print(f"  {tokens:4d} tokens  {row['total']:6.2f} s  peak {row['peak']:.2f} GB")
 
 
+def decoder(folder: Path, models: Models, dtype: str, profile: str) -> Decoder:
+    """The guarded decoding method, saying nothing while it works."""
+    guards, opened = load_guards(profile), open_checkpoint(folder, str(folder))
+    rescaler = Rescaler(models, opened, "auto", None, guards.recover.margin, lambda what: None)
+    return Decoder(models, rescaler, dtype, guards, lambda done, total, what: None, lambda row, token: None)
+
+
 def generating() -> None:
     """Guards on against transformers' own generate: the same model, greedy, the same tokens; then the memory."""
     folder = checkpoint("0.6B")
@@ -323,9 +331,8 @@ def generating() -> None:
         def guarded(
             profile: str, model: Any = model, models: Any = models, dtype: str = dtype, length: dict[str, Any] = length
         ) -> torch.Tensor:
-            quiet = (lambda done, total, what: None), (lambda row, token: None)
-            decoder = Decoder(models, dtype, load_guards(profile), *quiet)
-            return model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decoder, **length)
+            way = decoder(folder, models, dtype, profile)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=way, **length)
 
         assert torch.equal(plain(), guarded("default")), "the guards changed a token"
         ways = {
@@ -344,9 +351,7 @@ def generate_once(folder: str, how: str) -> None:
     """One generation in this process, and its peak memory on stdout, in KiB."""
     models = Models(open_checkpoint(Path(folder), folder), torch.device("cpu"), None)
     ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    quiet = (lambda done, total, what: None), (lambda row, token: None)
-    decoder = Decoder(models, "bf16", load_guards("default"), *quiet)
-    more = {} if how == "transformers" else {"custom_generate": decoder}
+    more = {} if how == "transformers" else {"custom_generate": decoder(Path(folder), models, "bf16", "default")}
     models.get("bf16").generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **more)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
@@ -421,6 +426,98 @@ def sweeping() -> None:
     )
 
 
+def on_a_card() -> None:
+    """The same three questions on a CUDA card: watched against bare, a probe against plain, guarded against plain."""
+    if not torch.cuda.is_available():
+        print("\non a card: there is none here, so nothing was measured")
+        return
+    print(f"\n{torch.cuda.get_device_name()}")
+    for shape in ("0.6B", "8B"):
+        folder = checkpoint(shape)
+        watched_on_a_card(folder)
+        probed_on_a_card(folder)
+    guarded_on_a_card(checkpoint("0.6B"))
+
+
+def synchronised(run: Callable[[], object]) -> Callable[[], object]:
+    """Until the card is done."""
+
+    def whole() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return whole
+
+
+def loaded_on_a_card(folder: Path, name: str) -> Any:
+    """A model as a person would load it, in one dtype."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[name].torch_name))
+    return model.to("cuda").eval()
+
+
+def some_ids() -> torch.Tensor:
+    """One prompt on the card."""
+    return torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to("cuda")
+
+
+def watched_on_a_card(folder: Path) -> None:
+    """A resident forward: bare, and with every operation watched."""
+    ids = some_ids()
+    for name in ("fp16", "bf16"):
+        model = loaded_on_a_card(folder, name)
+
+        def watched(model: Any = model) -> None:
+            with qwen_precision.watch(model):
+                model(ids, use_cache=False)
+
+        ways = {"bare forward": lambda model=model: model(ids, use_cache=False), "qwen_precision.watch": watched}
+        with torch.inference_mode():
+            show(
+                f"{folder.name} on the card, {TOKENS} tokens, {name}",
+                interleaved({way: synchronised(run) for way, run in ways.items()}),
+            )
+
+
+def probed_on_a_card(folder: Path) -> None:
+    """Three dtypes: one probe against three plain loads and forwards, in this process."""
+    settings = load_settings(None, {"max_tokens": TOKENS, "device": "cuda"})
+
+    def plain() -> None:
+        for name in DTYPES:
+            model = loaded_on_a_card(folder, name)
+            with torch.inference_mode():
+                torch.isfinite(model(some_ids(), use_cache=False).logits).all().item()
+
+    def ours() -> None:
+        run = measure(prepare(str(folder), settings, [PromptSpec(name="text", text=TEXT)]))
+        assert run.stopped is None
+
+    show(
+        f"three dtypes of {folder.name} on the card",
+        interleaved({"three plain loads and forwards": plain, "probe": ours}),
+    )
+
+
+def guarded_on_a_card(folder: Path) -> None:
+    """Guards on against transformers' own generate: greedy, the same tokens."""
+    ids = some_ids()
+    models = Models(open_checkpoint(folder, str(folder)), torch.device("cuda"), None)
+    model = models.get("fp16")
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+
+    def generated(**more: Any) -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **length, **more)
+
+    def guarded() -> torch.Tensor:
+        return generated(custom_generate=decoder(folder, models, "fp16", "default"))
+
+    assert torch.equal(generated(), guarded()), "the guards changed a token"
+    show(
+        f"{NEW_TOKENS} tokens after {TOKENS}, {folder.name} on the card, fp16, greedy",
+        interleaved({"transformers generate": generated, "guards default": guarded}),
+    )
+
+
 def export_once(folder: str, target: str) -> None:
     """One export in this process."""
     rescaling = Rescaling(stream=4, qk_norm=True, final_norm=4, untied=False, eps=1e-6, layers=[])
@@ -438,6 +535,7 @@ PARTS = {
     "whole": whole,
     "linear": linear,
     "arithmetic": arithmetics,
+    "card": on_a_card,
 }
 
 
