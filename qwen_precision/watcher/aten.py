@@ -5,6 +5,7 @@ their values were seen before (views, copies), or follow exactly from what was s
 monotonically, so the largest magnitude of the result is the cast of the largest magnitude that went in).
 """
 
+import re
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ _CREATES = frozenset(
 )
 _FILLS = frozenset(["where", "masked_fill", "masked_fill_"])
 _IGNORES = frozenset("topk argmax argmin aminmax histc _local_scalar_dense item is_nonzero equal all any".split())
-
+_CACHE = re.compile("_and_cache|(copy|swap)_blocks")
+"""An engine's kernels that only put keys and values into its cache, which is large, and not all of it in use."""
 
 ELEMENTWISE = frozenset("add sub mul div neg cast pow silu gelu relu sigmoid tanh exp where clamp".split())
 """Every element of the output comes from the elements of the inputs in the same place."""
@@ -88,6 +90,8 @@ def kind_of(func: Any) -> Kind:
         return Kind.SORT
     if name in _IGNORES:
         return Kind.IGNORE
+    if _CACHE.search(name):
+        return Kind.MOVE
     if func.is_view:
         return Kind.MOVE
     return Kind.READ
@@ -136,10 +140,20 @@ class Rule(NamedTuple):
     mutates: bool
     may_mask: bool
     """Whether it may put an extreme constant into its output."""
+    writes: tuple[str, ...]
+    """Of an operation that returns nothing: the arguments that hold what it gave, by name."""
+
+    def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Any]:
+        """What it wrote into."""
+        names = (argument.name for argument in func._schema.arguments)
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        return [given[name] for name in self.writes if name in given]
 
 
 def rule_for(func: Any) -> Rule:
     """The rule for one operator, from its schema."""
-    op = name_of_operator(func)
+    op, schema = name_of_operator(func), func._schema
     base = op.rstrip("_")
-    return Rule(kind_of(func), op, base, bool(func._schema.is_mutable), base in _MAY_MASK)
+    silent = () if schema.returns else schema.arguments
+    writes = tuple(each.name for each in silent if each.alias_info is not None and each.alias_info.is_write)
+    return Rule(kind_of(func), op, base, bool(schema.is_mutable), base in _MAY_MASK, writes)

@@ -157,6 +157,8 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     ) -> Any:
         """Run the operation as it is and take the reading of what it gave."""
         rule = _RULES.get(func) or _rule_for(func)
+        if rule.writes and rule.kind is _READ:
+            return self._run_and_read_written(func, rule, args, kwargs)
         if self.inspect is not None:
             self._spoiled = self._bad_before(args[0]) if rule.mutates else None
         out = func(*args, **kwargs) if kwargs else func(*args)
@@ -210,6 +212,20 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         first = next((item for item in items if isinstance(item, Tensor)), None)
         if first is not None:
             self._read(rule, args, first, None)
+
+    def _run_and_read_written(
+        self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> None:
+        """An engine's kernel gives nothing and writes into what it was given: that is its output, and no input."""
+        written = [each for each in rule.written(func, args, kwargs) if isinstance(each, Tensor)]
+        spoiled = [self._bad_before(each) for each in written]
+        func(*args, **(kwargs or {}))
+        given = (*args, *(kwargs or {}).values())
+        inputs = tuple(each for each in given if not any(each is one for one in written))
+        for each, before in zip(written, spoiled, strict=True):
+            self._spoiled = before
+            self._read(rule, inputs, each, None)
+        self._last = None
 
     def _read_exact(self, rule: Rule, args: tuple[Any, ...], out: Tensor) -> None:
         """A cast or a power: derived where it is of the output read last, else read."""
