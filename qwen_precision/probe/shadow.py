@@ -116,7 +116,7 @@ class Shadow:
         embed: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[operator]
         path = path_of(self.model, embed)
         used, places = torch.unique(torch.cat([prompt.ids.flatten() for prompt in self.prompts]), return_inverse=True)
-        rows = self._gather(f"{path}.weight", used)
+        gathered = self._gather(f"{path}.weight", used)
         compact = [
             part.view_as(prompt.ids)
             for part, prompt in zip(
@@ -125,9 +125,9 @@ class Shadow:
         ]
         embed.padding_idx = None  # it only matters to gradients, and would point outside the few rows
         for name in self.task.dtypes:
-            self.scratch.place(embed, {"weight": rows}, torch_dtype(name))
-            for index, prompt in enumerate(self.prompts):
-                hidden = self._watched(name, index, embed, partial(embed, compact[index]))
+            self.scratch.place(embed, {"weight": gathered}, torch_dtype(name))
+            rows = self._watched(name, embed, [partial(embed, ids) for ids in compact])
+            for index, (prompt, hidden) in enumerate(zip(self.prompts, rows, strict=True)):
                 calls = layer_calls(self.model, hidden, prompt.mask)
                 self._streams[name, index] = _Stream(hidden, hidden, calls)
         self.scratch.release()
@@ -225,12 +225,14 @@ class Shadow:
             self.store.prefetch(self._layers[index + 1], f"{self._path}.{index + 1}")
         return self.store.module(self._layers[index], f"{self._path}.{index}")
 
-    def _watched(self, name: str, prompt: int, module: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
-        """A part outside the layers; the reference is looked at closely at once where it leaves the narrowest range."""
-        section = Section((name, prompt), self.prompts[prompt].mask.bool(), module, forward)
-        out, readings = self.measure.run(section)
-        self.measure.look(section, readings)
-        return out
+    def _watched(self, name: str, module: nn.Module, forwards: list[Callable[[], Tensor]]) -> list[Tensor]:
+        """A part outside the layers on every prompt; looked at closely at once, the reference first."""
+        masks = [prompt.mask.bool() for prompt in self.prompts]
+        sections = [
+            Section((name, prompt), mask, module, forward)
+            for prompt, (mask, forward) in enumerate(zip(masks, forwards, strict=True))
+        ]
+        return self.measure.run_all(sections)
 
     def _compare(self, name: str, prompt: int, error: float) -> None:
         """Note how far a stream is from the reference's."""
@@ -286,14 +288,12 @@ class Shadow:
             for child, part in norms:
                 path = f"{self.model.base_model_prefix}.{child}"
                 self.scratch.place(part, self.store.module(part, path), torch_dtype(name))
-            for prompt in range(len(self.prompts)):
-                stream = self._streams[name, prompt]
-                hidden[name, prompt] = self._watched(
-                    name,
-                    prompt,
-                    base,
-                    partial(finish, self.model, stream.embedded, self.prompts[prompt].mask, stream.hidden),
-                )
+            streams = [self._streams[name, prompt] for prompt in range(len(self.prompts))]
+            ends: list[Callable[[], Tensor]] = [
+                partial(finish, self.model, stream.embedded, prompt.mask, stream.hidden)
+                for stream, prompt in zip(streams, self.prompts, strict=True)
+            ]
+            hidden |= {(name, prompt): states for prompt, states in enumerate(self._watched(name, base, ends))}
             self.seconds[name] += time.perf_counter() - started
         self.scratch.clear()  # the layers' buffers are not needed any more; lm_head wants room
         head = Head(self.model, self.store, self.scratch, self.measure)

@@ -68,6 +68,17 @@ class WatchedRun:
         (readings,), _ = self.finish([(section, aside)])
         return out, readings
 
+    def run_all(self, sections: Sequence[Section]) -> list[Tensor]:
+        """Run several parts, readings of all in one transfer, and each once more, closely, where ``look`` would."""
+        ran: list[tuple[Tensor, Aside]] = []
+        try:
+            ran.extend(map(self.start, sections))
+        finally:  # what ran before an exception is kept
+            found, _ = self.finish([(section, aside) for section, (_, aside) in zip(sections, ran, strict=False)])
+        for section, readings in zip(sections, found, strict=True):
+            self.look(section, readings)
+        return [out for out, _ in ran]
+
     def start(self, section: Section) -> tuple[Tensor, Aside]:
         """Run a part, and leave its readings on the device."""
         self.watcher.forget()

@@ -57,8 +57,8 @@ def test_more_prompts_make_no_layer_wait_more_often(device: str, tmp_path: Path)
         with pretend.counting() as waits:
             explained(folder, prompts, device=device)
         found.append(to_host(waits)["watcher/readings.py"])
-    # Embedding, norm and head are asked prompt by prompt, layers are not.
-    assert found[1] - found[0] <= 2 * 3 * 3
+    # Logits of all prompts are too many to be held at once: the head alone is asked prompt by prompt.
+    assert found[1] - found[0] <= 2 * 3
 
 
 @pytest.mark.parametrize("device", DEVICE)
