@@ -31,6 +31,11 @@ def with_engines(report: Report, engines: Sequence[Engine]) -> Report:
     return replace(report, engines=tuple(_verdict(values, engine) for engine in engines))
 
 
+def at_risk(report: Report) -> bool:
+    """Whether fp16 fails or is at risk somewhere, so that it matters which engine it is."""
+    return report.run.generation is None and report.verdict.get(RESCUED) in ("fail", "risk")
+
+
 class _Passing(NamedTuple):
     """A value that passes through fp16: the output of an operation, or at a place that is none."""
 
@@ -231,15 +236,21 @@ def _in_role(*roles: str) -> _Select:
     }
 
 
+def _products(values: _Values) -> set[int]:
+    """A sum ends in the output of its product, and may leave the range before."""
+    return {number for number, site in enumerate(values.run.sites) if is_product(site)}
+
+
 _INSIDE = _named("square", "mean square", "mean square plus eps", "reciprocal root")
 
 SITES: dict[str, _Select] = {
     "outputs": lambda values: set(range(len(values.run.sites))) - values.wide,
-    "products": lambda values: {number for number, site in enumerate(values.run.sites) if is_product(site)},
+    "products": _products,
+    "sums": _products,
     "operands": lambda values: values.operands[0],
     "residual": _in_role("residual", "embedding"),
     "keys and values": _named(*CACHED),
     "squares": _named("square"),
     "mean squares": _named("mean square"),
 }
-"""Which operations' outputs each of ``settings.VALUES`` is; those that are no output (weights, sums) are not here."""
+"""Which operations' outputs each of ``settings.VALUES`` is; weights are none."""

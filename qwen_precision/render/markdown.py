@@ -16,8 +16,8 @@ from qwen_precision.qwen3 import name_of
 from qwen_precision.render.repro.script import render_repro
 from qwen_precision.render.text import count, number, ranges, room, safe
 from qwen_precision.render.view import View, one
+from qwen_precision.render.words import engines, why
 from qwen_precision.render.words import rescue as words
-from qwen_precision.render.words import why
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
@@ -80,6 +80,7 @@ def _sections(report: Report) -> Iterator[_Section]:
     yield _Section(100, "verdict", _head(report, told))
     sections: list[tuple[int, str, str]] = [
         (95, "what to do", _steps(told)),
+        (92, "engines", _engines(report)),
         (88, "what it is not", _ruled_out(told)),
         (85, "reproduction", _reproduction(report)),
         (70, "environment", _environment(report)),
@@ -129,6 +130,20 @@ def _steps(told: Answer) -> str:
         said = escaped(f"{step.label}: {step.said}" if step.said else step.label, 500)
         parts.append(f"{said}\n\n{fenced(step.command)}" if step.command else said)
     return "## What to do\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _engines(report: Report) -> str:
+    """A row an engine that was asked about."""
+    if not report.engines:
+        return ""
+    lines = ["| engine | verdict | headroom | where | avoided by |", "|---|---|---|---|---|"]
+    for each in report.engines:
+        told = "; ".join(part for part in (engines.where(each), engines.lacks(each)) if part)
+        lines.append(
+            f"| {escaped(each.engine.name, 40)} | **{each.verdict.upper()}** | {room(each.headroom)} | "
+            f"{escaped(told, 500)} | {escaped(engines.avoids(report, each), 400)} |"
+        )
+    return "## Engines\n\n" + "\n".join(lines)
 
 
 def _ruled_out(told: Answer) -> str:

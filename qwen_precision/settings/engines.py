@@ -23,17 +23,17 @@ ALL = "all"
 
 VALUES: dict[str, str] = {
     "weights": "as a weight",
-    "outputs": "as an output",
-    "products": "as the output of a product",
-    "operands": "as the operand of a product",
+    "outputs": "",
+    "products": "as a product's output",
+    "operands": "as a product's operand",
     "residual": "in the residual stream",
     "keys and values": "in the KV cache",
-    "squares": "as a square inside a norm",
-    "mean squares": "as a mean square inside a norm",
+    "squares": "inside a norm",
+    "mean squares": "inside a norm",
     "sums": "as a sum on its way",
 }
-"""What can pass through fp16, and how a value does that. ``outputs`` are those of every operation but the insides of
-norms; ``squares`` and ``mean squares`` are these insides; ``sums`` are the partial sums of products."""
+"""What can pass through fp16, and how that is said of a place. ``outputs`` are those of every operation but the insides
+of norms; ``squares`` and ``mean squares`` are these insides; ``sums`` are the partial sums of products."""
 
 
 class _Read(BaseModel):
