@@ -167,8 +167,12 @@ def _reproduction(report: Report) -> str:
 
 
 def _folded_script(report: Report) -> str:
-    """The same with nothing but torch and transformers; a redacted run has no token ids for it."""
-    if report.run.redacted or not any(row.ids for prompt in report.run.prompts for row in prompt.rows):
+    """The same with nothing but torch and transformers; a redacted run, or one that never began, has nothing for it."""
+    if (
+        report.run.redacted
+        or not report.run.dtypes
+        or not any(row.ids for prompt in report.run.prompts for row in prompt.rows)
+    ):
         return ""
     script = fenced(render_repro(one(report)).rstrip(), language="python")
     return "\n\n" + _folded("The same as a script of torch and transformers", script)
