@@ -53,7 +53,7 @@ def report(
     redact: Annotated[bool, typer.Option("--redact", help="Without prompts, texts and token strings.")] = False,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="What comes of it there; repeatable; all for every engine that is known.", metavar="NAME"),
+        typer.Option(help="What comes of it there; repeatable; or all. Default: all, if fp16 fails.", metavar="NAME"),
     ] = None,
     fail_on: options.FailOnOption = "fail",
     quiet: options.QuietOption = False,

@@ -7,12 +7,12 @@ from qwen_precision.diagnose.explain import explained
 from qwen_precision.diagnose.firsttokens import held_state
 from qwen_precision.diagnose.triggers import swept, texts_of
 from qwen_precision.errors import UsageError
-from qwen_precision.judge import Report, at_risk, judge, with_engines
+from qwen_precision.judge import Report, judge, with_engines
 from qwen_precision.probe import measure, prepare
 from qwen_precision.progress import Announce, Progress, silent
 from qwen_precision.record import Run
 from qwen_precision.rescue import Finals, check_folder, delivered, unsupported, wanted, with_plan
-from qwen_precision.settings import ALL, ProbeSettings, PromptSpec, Target, load_engines
+from qwen_precision.settings import ProbeSettings, PromptSpec, Target
 
 
 def diagnose(
@@ -64,5 +64,4 @@ def diagnose(
     if target is not None and run.unfinished is None:
         on_measured(run)
         run = delivered(job, run, before, specs, target, progress)
-    told = measured if run is measured.run else judge(run)
-    return with_engines(told, load_engines([ALL])) if at_risk(told) else told
+    return with_engines(measured if run is measured.run else judge(run))

@@ -9,7 +9,7 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
-from qwen_precision.judge.engines import at_risk, with_engines
+from qwen_precision.judge.engines import with_engines
 from qwen_precision.judge.findings import (
     EngineVerdict,
     Finding,
@@ -62,7 +62,6 @@ __all__ = [
     "Token",
     "answer_of",
     "asked",
-    "at_risk",
     "at_the_end",
     "beyond",
     "candidates",

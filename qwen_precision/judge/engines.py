@@ -19,19 +19,20 @@ from qwen_precision.dtypes import DTYPES, REFERENCE, RESCUED
 from qwen_precision.judge.columns import Array, Columns, narrow_sums, place_of
 from qwen_precision.judge.findings import EngineVerdict, Finding, Place, Report, limits_of
 from qwen_precision.qwen3 import CACHED, is_product, layer_of, name_of, operands, row_of
-from qwen_precision.settings import Engine, Rule
+from qwen_precision.settings import ALL, Engine, Rule, load_engines
 
 FORMAT = DTYPES[RESCUED]
 """The format that all rules are about."""
 
 
-def with_engines(report: Report, engines: Sequence[Engine]) -> Report:
-    """The report with a verdict for each of these engines."""
+def with_engines(report: Report, engines: Sequence[Engine] = ()) -> Report:
+    """The report with a verdict for each of these engines; of none, for all that are known where it matters."""
     values = _Values(report)
-    return replace(report, engines=tuple(_verdict(values, engine) for engine in engines))
+    asked = engines or (load_engines([ALL]) if _at_risk(report) else ())
+    return replace(report, engines=tuple(_verdict(values, engine) for engine in asked))
 
 
-def at_risk(report: Report) -> bool:
+def _at_risk(report: Report) -> bool:
     """Whether fp16 fails or is at risk somewhere, so that it matters which engine it is."""
     return report.run.generation is None and report.verdict.get(RESCUED) in ("fail", "risk")
 

@@ -56,7 +56,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, engines: list[str]) -> View:
-    """Open and judge everything; with a verdict for each engine that is named.
+    """Open and judge everything; with a verdict for each engine that is named, as ``judge.with_engines`` does.
 
     Raises:
         QprecError: an unreadable record.

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from qwen_precision.cli.app import main
 from qwen_precision.errors import QprecError
 from qwen_precision.judge.checks import judge
+from qwen_precision.judge.engines import with_engines
 from qwen_precision.record.file import load, parse, save, to_json
 from qwen_precision.render import FORMATS, one
 from qwen_precision.render.schema import report_schema
 from qwen_precision.settings.config import configs_folder
+from qwen_precision.settings.engines import ALL, load_engines
 from support.builders import RUNS, a_model, exclamation_run, healthy_run, overflowing_run, stopped_run
 from support.runs import sentence
 
@@ -334,8 +336,9 @@ def test_no_record_gives_a_traceback_whatever_stands_where(record: dict, path: l
     except QprecError as error:
         assert "run.json" in str(error)
         return
-    for name in ("table", "markdown", "json", "junit", "github", "html"):
-        FORMATS[name].render(one(judge(run)))
+    report = with_engines(judge(run), load_engines([ALL]))
+    for name in ("screen", "table", "markdown", "json", "junit", "github", "html"):
+        FORMATS[name].render(one(report))
 
 
 @settings(max_examples=100, deadline=None)

@@ -33,7 +33,7 @@ def shown(name: str, format: str = "screen") -> tuple[str, str]:
 
 def picture() -> str:
     """The first screen as a terminal shows it, drawn by rich; no font is fetched."""
-    report = with_engines(judge(load(stored("demo-probe"))), load_engines([ALL]))  # as `qprec probe` does
+    report = with_engines(judge(load(stored("demo-probe"))))  # as `qprec probe` does
     view = View((report,), record="qprec-run.json", colour=True)
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="standard")
     console.print(Text("$ qprec probe demo"))

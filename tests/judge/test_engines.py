@@ -11,7 +11,7 @@ from qwen_precision.judge import EngineVerdict, judge, with_engines
 from qwen_precision.judge.engines import SITES
 from qwen_precision.record import Run, Site, Weight, load
 from qwen_precision.settings import ALL, VALUES, Engine, Rule, load_engines
-from support.arithmetics import leaves
+from support.arithmetics import leaves, saturated
 from support.builders import (
     HEALTHY,
     a_pass,
@@ -23,7 +23,7 @@ from support.builders import (
     stopped_run,
 )
 from support.checkpoints import ROOT, make_checkpoint
-from support.plants import half_a_sum, lm_head_output, one_channel, one_unit, swiglu_product
+from support.plants import half_a_sum, lm_head_output, one_channel, one_unit, residual_add, swiglu_product
 from support.runs import run_probe
 
 TEXT = "The capital of France is Paris"
@@ -80,6 +80,7 @@ FAULTS: dict[str, tuple[Callable[[Any], None], set[str]]] = {
     "SwiGLU product": (swiglu_product, {"operands", "outputs"}),
     "logits": (lm_head_output, {"products", "sums", "outputs"}),
     "values": (values_of(80_000.0), {"keys and values", "operands", "products", "sums", "outputs"}),
+    "residual add": (residual_add, {"residual", "outputs", "squares", "mean squares"}),
     "half a sum": (half_a_sum, {"sums"}),
 }
 """Faults, and in which arithmetic each of them leaves the range."""
@@ -90,7 +91,7 @@ LOOK_ALIKES: dict[str, Callable[[Any], None]] = {
     "values of 60,000": values_of(60_000.0),
     "a quarter of half a sum": half_of_half_a_sum,
 }
-KINDS = ("outputs", "products", "operands", "keys and values", "squares", "mean squares", "sums")
+KINDS = ("outputs", "products", "residual", "operands", "keys and values", "squares", "mean squares", "sums")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,20 @@ def test_a_product_finite_in_fp32_and_too_large_as_an_operand_is_told_apart_by_e
 
 
 @pytest.mark.arithmetic
+@pytest.mark.parametrize(
+    ("fault", "verdict"), [("SwiGLU product", "risk"), ("residual add", "risk"), ("half a sum", "ok")]
+)
+def test_what_saturates_stays_finite_and_is_a_risk(
+    fault: str, verdict: str, planted: Callable[[str], tuple[Path, Run, Run]]
+) -> None:
+    folder, native, _ = planted(fault)
+    clipped, logits = saturated(folder, TEXT)
+    (found,) = told(native, *load_engines(["ascend"]))
+    assert found.verdict == verdict and clipped == (verdict == "risk")
+    assert logits.isfinite().all()
+
+
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_row_of_transformers_is_what_the_fp16_pass_measured(
     fault: str, planted: Callable[[str], tuple[Path, Run, Run]]
@@ -163,6 +178,7 @@ def test_the_row_of_transformers_is_what_the_fp16_pass_measured(
         assert (found.place.name, found.place.layer) == (first.place.name, first.place.layer)
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", [{}, {"moe": True}, {"family": "llama"}, {"family": "gemma3_text"}], ids=str)
 def test_what_every_product_reads_is_known_by_name(shape: dict[str, Any], attention: str, tmp_path: Path) -> None:
@@ -293,6 +309,14 @@ def test_a_record_of_any_schema_is_judged(schema: int) -> None:
     found = verdicts(run)
     expected = "fail" if judge(run).verdict.get("fp16") == "fail" else "incomplete"
     assert found["transformers"] in (expected, "ok")
+
+
+def test_all_engines_are_told_unasked_where_fp16_fails_or_is_at_risk_and_else_none() -> None:
+    near = [*HEALTHY[:4], 61_000.0, 31.0]
+    risky = a_run([a_pass("fp32", near), a_pass("fp16", near)])
+    count = len(load_engines([ALL]))
+    runs = overflowing_run(), risky, healthy_run(), healthy_text_run()
+    assert [len(with_engines(judge(run)).engines) for run in runs] == [count, count, 0, 0]
 
 
 def test_every_kind_of_value_of_the_settings_is_one_that_the_judgement_knows() -> None:

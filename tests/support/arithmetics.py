@@ -65,10 +65,47 @@ def _half_norm(mode: _Half, norm: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def _cast_stream(mode: _Half, model: Any) -> None:
+    """The residual stream in fp16: what the embedding gives, a layer's second norm reads, and a layer gives."""
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: mode.half(out))
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: tuple(map(mode.half, args)))
+        layer.register_forward_hook(lambda module, args, out: mode.half(out))
+
+
+class _Saturating(TorchFunctionMode):
+    """What leaves fp16's range becomes its largest number, and a NaN 0."""
+
+    clipped = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not isinstance(out, Tensor) or out.dtype != torch.float16 or func not in (*_PRODUCTS, *_ELEMENTWISE):
+            return out
+        with torch._C.DisableTorchFunction():
+            self.clipped |= not bool(out.isfinite().all())
+            return out.nan_to_num(nan=0.0)
+
+
+_ELEMENTWISE = (Tensor.add, Tensor.mul, Tensor.__add__, Tensor.__mul__, functional.silu)
+
+
+def saturated(folder: Path, text: str) -> tuple[bool, Tensor]:
+    """Whether anything was clipped in an fp16 forward that saturates, and its logits."""
+    ids = _ids(folder, text)
+    model, mode = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval(), _Saturating()
+    with torch.no_grad(), mode:
+        logits = model(ids).logits
+    return mode.clipped, logits
+
+
+def _ids(folder: Path, text: str) -> Tensor:
+    return torch.tensor([AutoTokenizer.from_pretrained(folder)(text)["input_ids"]])
+
+
 def leaves(folder: Path, text: str, value: str) -> tuple[bool, Tensor]:
     """Whether a value of this kind leaves fp16's range in a forward that stores it so, and the logits that come out."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    ids = _ids(folder, text)
     if value == "outputs":
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()(ids).logits
         return not bool(logits.isfinite().all()), logits
@@ -77,6 +114,8 @@ def leaves(folder: Path, text: str, value: str) -> tuple[bool, Tensor]:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = _half_norm(mode, module)
+    if value == "residual":
+        _cast_stream(mode, model)
     with torch.no_grad(), mode:
         logits = model(ids).logits
     return mode.left, logits

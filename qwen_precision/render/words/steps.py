@@ -32,7 +32,7 @@ def steps(report: Report, first: Group | None, record: str) -> Iterator[Step]:
     if sweep is not None:
         yield Step("Go on", sweep, "tries every token as the first one: a few may go beyond what texts reach")
     if record:
-        yield Step("More", f"qprec report {record}{' --engine all' if report.engines else ''}", "")
+        yield Step("More", f"qprec report {record}", "")
         if first is not None:
             yield Step("Share", f"qprec report {record} -o report.md", "")
 
