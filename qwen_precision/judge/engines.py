@@ -74,7 +74,7 @@ def _verdict(values: "_Values", engine: Engine) -> EngineVerdict:
 
 
 def _passing(values: "_Values", rules: Sequence[Rule]) -> Iterator[_Passing]:
-    """What passes through fp16 and comes near its limit, and of each rule what has the least headroom.
+    """Of what passes through fp16 as each kind of value: the first that fails, and what has the least headroom.
 
     An operation that several rules are about is told once, with the first of them; one of them that saturates holds.
     """
@@ -87,10 +87,10 @@ def _passing(values: "_Values", rules: Sequence[Rule]) -> Iterator[_Passing]:
             yield from values.measured(value, rule)
             mine = values.sites(value, rule) - seen
             seen |= mine
-            for site in values.tight(mine):
-                size = float(values.peaks[0][site])
-                fails = size >= FORMAT.overflows_from and site not in saturating and not values.spared(site)
-                yield _Passing(site, value, rule, size, values.run.casts.get(site, site), fails)
+            first = values.first_beyond(mine - saturating)
+            for site in {each for each in (first, values.tightest(mine)) if each is not None}:
+                size, order = float(values.peaks[0][site]), values.run.casts.get(site, site)
+                yield _Passing(site, value, rule, size, order, site == first)
 
 
 class _Values:
@@ -125,6 +125,12 @@ class _Values:
         return size, prompt
 
     @cached_property
+    def rows(self) -> list[tuple[str | None, str, str | None]]:
+        """By site: its name in the table of operations, the same with its module's, its role."""
+        rows = [(site, row_of(site.module, site.op, site.call)) for site in self.run.sites]
+        return [(row.name, name_of(site.module, site.op, site.call), row.role) for site, row in rows]
+
+    @cached_property
     def wide(self) -> set[int]:
         """Operations that a 16-bit pass of transformers computes in fp32; the insides of norms, if there was none."""
         sixteen = next((each for each in (RESCUED, "bf16") if self.columns.passes(each)), None)
@@ -145,14 +151,17 @@ class _Values:
         pattern = re.compile(rule.modules)
         return {site for site in self._sites[value] if pattern.search(self.run.sites[site].module)}
 
-    def tight(self, sites: set[int]) -> list[int]:
-        """Of these operations those near the limit, else the one that is nearest to it."""
+    def tightest(self, sites: set[int]) -> int | None:
+        """Of these operations the one with the least headroom."""
         numbers = np.array(sorted(sites), dtype=int)
-        if not len(numbers):
-            return []
-        sizes = self.peaks[0][numbers]
-        near = numbers[sizes * self.near > FORMAT.max]
-        return [int(each) for each in (near if len(near) else numbers[[sizes.argmax()]])]
+        return int(numbers[self.peaks[0][numbers].argmax()]) if len(numbers) else None
+
+    def first_beyond(self, sites: set[int]) -> int | None:
+        """Of these operations the first that leaves the range and does harm; a cast stands where what it casts does."""
+        numbers = np.array(sorted(sites), dtype=int)
+        beyond = numbers[self.peaks[0][numbers] >= FORMAT.overflows_from].tolist()
+        in_order = sorted(beyond, key=lambda site: self.run.casts.get(site, site))
+        return next((site for site in in_order if not self.spared(site)), None)
 
     def place(self, site: int) -> Place:
         """An operation, and where in it the reference is largest, if the record tells."""
@@ -223,18 +232,14 @@ _Select = Callable[[_Values], set[int]]
 
 
 def _named(*names: str) -> _Select:
-    """Operations that have one of these names, which a norm may stand before."""
+    """Operations that have one of these names, alone or with their module's."""
     return lambda values: {
-        number
-        for number, site in enumerate(values.run.sites)
-        if row_of(site.module, site.op, site.call).name in names or name_of(site.module, site.op, site.call) in names
+        number for number, (name, whole, _) in enumerate(values.rows) if name in names or whole in names
     }
 
 
 def _in_role(*roles: str) -> _Select:
-    return lambda values: {
-        number for number, site in enumerate(values.run.sites) if row_of(site.module, site.op, site.call).role in roles
-    }
+    return lambda values: {number for number, (_, _, role) in enumerate(values.rows) if role in roles}
 
 
 def _products(values: _Values) -> set[int]:

@@ -225,8 +225,15 @@ def test_each_rule_has_its_limit_where_fp16_rounds_to_infinity(
 
 
 def test_the_first_place_is_told_and_not_the_largest() -> None:
-    (found,) = told(record([1.0, 1.0, 70_000.0, 900_000.0, 900_000.0]), engine("outputs"))
-    assert found.place is not None and found.place.name == "SwiGLU product"
+    run = record([1.0, 1.0, 70_000.0, 900_000.0, 900_000.0])
+    for found in told(run, engine("outputs"), engine("residual", "operands"), engine("operands", "residual")):
+        assert found.place is not None and found.place.name == "SwiGLU product"
+
+
+def test_where_nothing_fails_the_place_with_the_least_headroom_is_told() -> None:
+    (found,) = told(record([1e9, 1e9, 10.0, 300.0, 20.0]), engine("outputs"))
+    assert found.place is not None and found.place.name == "down_proj output"
+    assert (found.verdict, found.headroom) == ("ok", 65504.0 / 300.0)
 
 
 def test_the_insides_of_norms_are_no_outputs_even_where_no_16_bit_pass_told_so() -> None:
