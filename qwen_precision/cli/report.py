@@ -51,6 +51,10 @@ def report(
         Path | None, typer.Option(help="An older run: only what is new gives exit code 1.", metavar="FILE")
     ] = None,
     redact: Annotated[bool, typer.Option("--redact", help="Without prompts, texts and token strings.")] = False,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="What comes of it there; repeatable; or all. Default: all, if fp16 fails.", metavar="NAME"),
+    ] = None,
     fail_on: options.FailOnOption = "fail",
     quiet: options.QuietOption = False,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
@@ -70,7 +74,7 @@ def report(
     name = reporting.format_for(format, output)
     if output is not None:
         check_writable(output, [*runs, *([baseline] if baseline else [])], force=force)
-    shown = reporting.view(runs, fail_on, baseline, redact)
+    shown = reporting.view(runs, fail_on, baseline, redact, engine or [])
     shown = replace(shown, record=shlex.quote(str(runs[0])))
     if output is not None:
         write_atomically(output, outcome.for_file(shown, name))

@@ -7,7 +7,7 @@ from qwen_precision.diagnose.explain import explained
 from qwen_precision.diagnose.firsttokens import held_state
 from qwen_precision.diagnose.triggers import swept, texts_of
 from qwen_precision.errors import UsageError
-from qwen_precision.judge import Report, judge
+from qwen_precision.judge import Report, judge, with_engines
 from qwen_precision.probe import measure, prepare
 from qwen_precision.progress import Announce, Progress, silent
 from qwen_precision.record import Run
@@ -38,6 +38,8 @@ def diagnose(
         on_measured: called with the run whenever there is more of it, so that it can be saved.
         sweep_file: where an unfinished sweep is kept, to be taken up again.
 
+    Where fp16 fails or is at risk, the report has a verdict for every engine that is known.
+
     Raises:
         QprecError: as ``probe`` does; or the folder cannot be written.
     """
@@ -62,4 +64,4 @@ def diagnose(
     if target is not None and run.unfinished is None:
         on_measured(run)
         run = delivered(job, run, before, specs, target, progress)
-    return measured if run is measured.run else judge(run)
+    return with_engines(measured if run is measured.run else judge(run))

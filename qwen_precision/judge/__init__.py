@@ -9,7 +9,9 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
 from qwen_precision.judge.degenerate import at_the_end
+from qwen_precision.judge.engines import with_engines
 from qwen_precision.judge.findings import (
+    EngineVerdict,
     Finding,
     Headroom,
     Limits,
@@ -45,6 +47,7 @@ __all__ = [
     "Candidate",
     "Changes",
     "Columns",
+    "EngineVerdict",
     "Finding",
     "Group",
     "Headroom",
@@ -79,4 +82,5 @@ __all__ = [
     "run_up",
     "same_again",
     "starts_at",
+    "with_engines",
 ]

@@ -17,13 +17,13 @@ import numpy as np
 from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest
 from qwen_precision.judge import text
 from qwen_precision.judge.causes import advice_for, cause_of, reference_magnitude, weight_evidence
-from qwen_precision.judge.columns import Columns, Where, token_of
+from qwen_precision.judge.columns import Columns, Where, place_of, token_of
 from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
 from qwen_precision.judge.precision import precision
 from qwen_precision.judge.replays import unseen_failure
 from qwen_precision.judge.scales import scales
 from qwen_precision.judge.unwatched import unwatched
-from qwen_precision.qwen3 import layer_of, name_of, row_of
+from qwen_precision.qwen3 import layer_of, row_of
 from qwen_precision.record import Event, Pass, Run, Weight
 from qwen_precision.settings import SEVERITIES
 
@@ -141,31 +141,11 @@ def _origin_finding(columns: Columns, each: Pass, event: Event, carried: int) ->
         kind="overflow" if event.inf else "nan",
         severity="warning" if event.harmless or columns.spared(each, event) else "error",
         dtype=each.dtype,
-        place=_place(columns, each, event.site, event),
+        place=place_of(columns, each, event.site, event),
         magnitude=Magnitude(magnitude, limit / magnitude if magnitude else None, event.nan, event.inf),
         cause=cause_of(columns, each, event),
         spread=Spread(propagated=carried),
     )
-
-
-def _place(columns: Columns, each: Pass, number: int, event: Event | None) -> Place:
-    """A site, and where in it, if an event tells."""
-    site = columns.run.sites[number]
-    place = Place(
-        layer=site.layer,
-        module=site.module,
-        op=site.op,
-        name=name_of(site.module, site.op, site.call),
-        site=number,
-        prompt=columns.run.prompts[each.prompt].name,
-    )
-    if event is None:
-        return place
-    token = token_of(columns.run, each, event)
-    place = replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
-    if row_of(site.module, site.op, site.call).role != "scores" or event.channel is None:
-        return place
-    return replace(place, channel=None, key=token_of(columns.run, each, event, event.channel))
 
 
 def _near_overflow(columns: Columns) -> Iterator[Finding]:
@@ -219,7 +199,7 @@ def _came_reseeded(columns: Columns, row: Headroom) -> bool:
 
 def _beyond(columns: Columns, each: Pass, event: Event) -> Finding:
     """Out of range by itself, had the stream got here."""
-    place, dtype, value = _place(columns, each, event.site, event), each.dtype, float(event.value)
+    place, dtype, value = place_of(columns, each, event.site, event), each.dtype, float(event.value)
     cause = Cause(
         kind="out-of-range",
         sentence=f"The {place.name} reaches {value:.6g} in fp32, beyond {dtype}; "
@@ -236,7 +216,7 @@ def _near_finding(columns: Columns, row: Headroom) -> Finding:
     each = columns.by_key[row.dtype, row.prompt]
     # The place of a NaN that was only passed on says nothing about where this operation is largest.
     event = next((e for e in each.events if e.site == row.site and not (e.nan or e.inf)), None)
-    place = _place(columns, each, row.site, event)
+    place = place_of(columns, each, row.site, event)
     limit = columns.limit(row.dtype, row.site)
     reaches = f"The {place.name} reaches {row.abs_max:.6g}; {row.dtype} ends at {limit:.6g}"
     advice = f"Other prompts may exceed the limit: probe with your own, or do not run it in {row.dtype}."
@@ -277,7 +257,7 @@ def _underflow(columns: Columns) -> Iterator[Finding]:
 
 
 def _underflow_finding(columns: Columns, each: Pass, site: int, value: float, tiny: float) -> Finding:
-    place = replace(_place(columns, each, site, None), site=None)
+    place = replace(place_of(columns, each, site, None), site=None)
     said = f"All of the {place.name} lies below {each.dtype}'s normal range: at most {value:.3g}, of {tiny:.3g}."
     return Finding(
         kind="underflow",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest, overflows_from
-from qwen_precision.judge.findings import Headroom, Limits, Token
+from qwen_precision.judge.findings import Headroom, Limits, Place, Token
 from qwen_precision.qwen3 import has_qk_norm, name_of, row_of
 from qwen_precision.record import Event, Pass, Run, Site
 
@@ -225,6 +226,26 @@ def _spot(site: Site) -> tuple[str, str, int]:
 def narrow_sums(run: Run) -> bool:
     """Whether sums of fp16 products were kept in fp16, as was asked for."""
     return run.settings.get("arithmetic") == "fp16-accumulate"
+
+
+def place_of(columns: Columns, each: Pass, number: int, event: Event | None) -> Place:
+    """A site, and where in it, if an event tells."""
+    site = columns.run.sites[number]
+    place = Place(
+        layer=site.layer,
+        module=site.module,
+        op=site.op,
+        name=name_of(site.module, site.op, site.call),
+        site=number,
+        prompt=columns.run.prompts[each.prompt].name,
+    )
+    if event is None:
+        return place
+    token = token_of(columns.run, each, event)
+    place = replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
+    if row_of(site.module, site.op, site.call).role != "scores" or event.channel is None:
+        return place
+    return replace(place, channel=None, key=token_of(columns.run, each, event, event.channel))
 
 
 def token_of(run: Run, each: Pass, event: Event, position: int | None = None) -> Token | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from qwen_precision.record import Run
+from qwen_precision.settings import Engine, Rule
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,27 @@ class Finding:
     """Known from the reference alone: the dtype's own stream did not get here."""
 
 
+@dataclass(frozen=True)
+class EngineVerdict:
+    """What comes of a checkpoint in an engine, as far as its range goes."""
+
+    engine: Engine
+    verdict: str
+    """ok; risk (near the limit, or beyond it and saturated: finite, and another number than fp32's); fail; incomplete
+    (nothing found, and the record lacks what a rule needs)."""
+    place: Place | None
+    """Of a failure the first, else the one with the least headroom; None where nothing passes through fp16."""
+    value: str | None
+    """Of ``settings.VALUES``: as what it passes through fp16; None of what is not finite in fp32 either."""
+    rule: Rule | None
+    """That says so, and how to avoid it."""
+    magnitude: float | None
+    """Largest magnitude there in fp32."""
+    headroom: float | None
+    missing: tuple[str, ...]
+    """What the record does not hold and a rule needs."""
+
+
 class Headroom(NamedTuple):
     """One site's headroom in one dtype, over all prompts; there can be a hundred thousand of them."""
 
@@ -160,6 +182,8 @@ class Report:
     run: Run = field(repr=False)
     name: str = ""
     """Name of the file it came from, where it is shown beside others."""
+    engines: tuple[EngineVerdict, ...] = ()
+    """Of each engine that was asked about."""
 
     def tightest(self, dtype: str) -> list[Headroom]:
         """The operation with the least headroom of each layer (and of what is outside them), smallest first."""

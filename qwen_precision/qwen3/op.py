@@ -39,6 +39,9 @@ class Row(NamedTuple):
     """A Python loop, over experts say, repeats the calls after so many: ``call`` is the number within one round."""
     unnormed: Power | None = None
     """The power instead, where q and k have no norms of their own and meet each other as they are."""
+    reads: tuple[str, ...] = ()
+    """Of a product: the names of the operations of its layer whose outputs it multiplies, with ``|`` between them where
+    only the first that the layer has is meant. Attention weights are left out: they are at most 1."""
 
     def mover(self, qk_norm: bool) -> Power | None:
         """The power that moves it, in a model whose q and k have norms of their own, or in one where they have none."""
@@ -55,44 +58,54 @@ _SILU = "SiLU is not linear: a smaller gate would be another function"
 _ROUTER = "the router's softmax depends on how large its input is"
 _LOGIT = "a logit is the model's answer; a factor would change it"
 
+_FROM_ATTENTION_NORM = ("input_layernorm output",)
+_FROM_MLP_NORM = ("pre_feedforward_layernorm output|post_attention_layernorm output",)
+_FROM_GATE = ("SwiGLU product",)
+_FROM_EXPERT_GATE = ("SwiGLU product of the experts|SwiGLU product of an expert",)
+_QUERIES, _KEYS, _VALUES = "rotary embedding of q", "rotary embedding of k", "v_proj output"
+CACHED = (_KEYS, _VALUES)
+"""Names of what a KV cache holds."""
+
 ROWS: tuple[Row, ...] = (
     # the first row that fits wins
     Row(r"embed_tokens$", "embedding", name="token embedding", role="embedding", power="stream"),
     Row(_LAYER, "add", 0, "residual add after attention", "residual", "stream"),
     Row(_LAYER, "add", 1, "residual add after mlp", "residual", "stream"),
     Row(_LAYER, "add", None, None, "residual", "stream"),
-    Row(r"q_proj$", "linear", role="product", power="stream", unnormed="query"),
-    Row(r"k_proj$", "linear", role="product", power="stream", unnormed="key"),
-    Row(r"(o|down)_proj$", "linear", role="product", power="stream"),
-    Row(r"v_proj$", "linear", role="product", power="value"),
-    Row(r"up_proj$", "linear", role="product", power="product"),
-    Row(r"gate_proj$", "linear", role="product", stuck=_SILU),
+    Row(r"q_proj$", "linear", role="product", power="stream", unnormed="query", reads=_FROM_ATTENTION_NORM),
+    Row(r"k_proj$", "linear", role="product", power="stream", unnormed="key", reads=_FROM_ATTENTION_NORM),
+    Row(r"o_proj$", "linear", role="product", power="stream", reads=("attention output",)),
+    Row(r"experts\.\d+\.down_proj$", "linear", role="product", power="stream", reads=_FROM_EXPERT_GATE),
+    Row(r"down_proj$", "linear", role="product", power="stream", reads=_FROM_GATE),
+    Row(r"v_proj$", "linear", role="product", power="value", reads=_FROM_ATTENTION_NORM),
+    Row(r"up_proj$", "linear", role="product", power="product", reads=_FROM_MLP_NORM),
+    Row(r"gate_proj$", "linear", role="product", stuck=_SILU, reads=_FROM_MLP_NORM),
     Row(_ATTENTION, "mul", 0, "rotary embedding: q times cos", stuck=_SCORES, unnormed="query"),
     Row(_ATTENTION, "mul", 1, "rotary embedding: rotated q times sin", stuck=_SCORES, unnormed="query"),
     Row(_ATTENTION, "add", 0, "rotary embedding of q", stuck=_SCORES, unnormed="query"),
     Row(_ATTENTION, "mul", 2, "rotary embedding: k times cos", stuck=_SCORES, unnormed="key"),
     Row(_ATTENTION, "mul", 3, "rotary embedding: rotated k times sin", stuck=_SCORES, unnormed="key"),
     Row(_ATTENTION, "add", 1, "rotary embedding of k", stuck=_SCORES, unnormed="key"),
-    Row(_ATTENTION, "matmul", 0, "attention scores", "scores", stuck=_SCORES),
+    Row(_ATTENTION, "matmul", 0, "attention scores", "scores", stuck=_SCORES, reads=(_QUERIES, _KEYS)),
     Row(_ATTENTION, "mul", 4, "scaled attention scores", "scores", stuck=_SCORES),
     Row(_ATTENTION, "add", 2, "masked attention scores", "scores", stuck=_SCORES),
     Row(_ATTENTION, "softmax", None, "attention softmax", stuck=_SCORES),
     Row(_ATTENTION, "cast", 0, "attention weights", stuck=_SCORES),
-    Row(_ATTENTION, "matmul", 1, "attention output", "product", "value"),
-    Row(_ATTENTION, "scaled_dot_product_attention", None, "attention output", power="value"),
+    Row(_ATTENTION, "matmul", 1, "attention output", "product", "value", reads=(_VALUES,)),
+    Row(_ATTENTION, "scaled_dot_product_attention", None, "attention output", power="value", reads=(_QUERIES, *CACHED)),
     Row(r"mlp$", "mul", 0, "SwiGLU product", power="product", sparse=False),
     # where experts are modules of their own, the block around them weighs and adds what they give
     Row(r"mlp$", "mul", None, "expert output times routing weight", power="stream", sparse=True),
     Row(r"mlp$", "index_add_", power="stream", sparse=True),
     Row(r"act_fn$", "silu", None, "SiLU of the gate", stuck=_SILU),
-    Row(r"mlp\.gate$", "linear", None, "router logits", "router", stuck=_ROUTER),
+    Row(r"mlp\.gate$", "linear", None, "router logits", "router", stuck=_ROUTER, reads=_FROM_MLP_NORM),
     Row(r"mlp\.gate$", "softmax", None, "router softmax", stuck=_ROUTER),
     Row(r"mlp\.experts\.\d+$", "mul", 0, "SwiGLU product of an expert", power="product"),
-    Row(_EXPERTS, "grouped_mm", 0, GATE_AND_UP, "product", "product", _SILU),
-    Row(_EXPERTS, "grouped_mm", 1, "down projection of the experts", "product", "stream"),
+    Row(_EXPERTS, "grouped_mm", 0, GATE_AND_UP, "product", "product", _SILU, reads=_FROM_MLP_NORM),
+    Row(_EXPERTS, "grouped_mm", 1, "down projection of the experts", "product", "stream", reads=_FROM_EXPERT_GATE),
     # where one module runs them in a loop, each in its slice of the weights, an expert has two calls of each
-    Row(_EXPERTS, "linear", 0, GATE_AND_UP, "product", "product", _SILU, every=2),
-    Row(_EXPERTS, "linear", 1, "down projection of the experts", "product", "stream", every=2),
+    Row(_EXPERTS, "linear", 0, GATE_AND_UP, "product", "product", _SILU, every=2, reads=_FROM_MLP_NORM),
+    Row(_EXPERTS, "linear", 1, "down projection of the experts", "product", "stream", every=2, reads=_FROM_EXPERT_GATE),
     Row(_EXPERTS, "mul", 0, "SwiGLU product of the experts", power="product", every=2),
     Row(_EXPERTS, "mul", 1, "expert output times routing weight", power="stream", every=2),
     Row(_EXPERTS, "sum", None, "sum over the experts", "product", "stream"),
@@ -107,7 +120,7 @@ ROWS: tuple[Row, ...] = (
     Row(r"norm$", "rsqrt", None, "reciprocal root"),
     Row(r"norm$", "mul", 0, "normalised values"),
     Row(r"norm$", "mul", 1, "output"),
-    Row(r"lm_head$", "linear", None, "logits", "logits", stuck=_LOGIT),
+    Row(r"lm_head$", "linear", None, "logits", "logits", stuck=_LOGIT, reads=("norm output",)),
     # whatever else such a module does
     Row(r"embed_tokens$", "*", role="embedding"),
     Row(r"lm_head$", "*", role="logits", stuck=_LOGIT),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.render.text import count, safe
 from qwen_precision.render.view import View, model_named
+from qwen_precision.render.words import engines as words
 
 _LEVEL = {"error": "error", "warning": "warning", "info": "notice"}
 _MOST = 9
@@ -32,9 +33,21 @@ def _lines(view: View) -> Iterator[str]:
         if len(mine) > _MOST:
             yield f"::{level} title=qprec::{_more([group for _, group in mine[_MOST:]])}"
     for report in view.reports:
+        yield from _engines(report)
         if report.stopped:
             title = _property(f"qprec {safe(model_named(report))}")
             yield f"::warning title={title}::stopped early: {_escaped(safe(report.stopped))}"
+
+
+def _engines(report: Report) -> Iterator[str]:
+    """A notice for each engine that was asked about, and in which it is not well."""
+    told = [each for each in report.engines if each.verdict != "ok"]
+    for each in told[:_MOST]:
+        title = _property(f"qprec {safe(model_named(report))}, {safe(each.engine.name, 40)}: {each.verdict.upper()}")
+        said = [words.where(each), words.avoids(report, each), words.lacks(each)]
+        yield f"::notice title={title}::{_escaped('; '.join(safe(part, 500) for part in said if part))}"
+    if len(told) > _MOST:
+        yield f"::notice title=qprec::{len(told) - _MOST} more engines: {_escaped(safe(words.briefly(told[_MOST:])))}"
 
 
 def _findings(view: View, report: Report) -> list[Finding]:

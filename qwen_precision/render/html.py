@@ -7,8 +7,8 @@ from qwen_precision.judge import Group, HeadroomGain, Precision, Report, grouped
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
+from qwen_precision.render.words import engines, why
 from qwen_precision.render.words import rescue as words
-from qwen_precision.render.words import why
 from qwen_precision.render.words.answer import Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
@@ -75,7 +75,8 @@ def render_html(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.globals.update(not_seen=not_seen, facts=facts, why=why, went=went, time_words=time_words, counted=COUNTED)
+    words = {"not_seen": not_seen, "facts": facts, "why": why, "went": went, "time_words": time_words}
+    engine.globals.update(**words, engines=engines, counted=COUNTED)
     engine.filters.update(
         inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room, count=count
     )

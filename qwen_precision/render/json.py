@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_precision.judge import (
     Changes,
+    EngineVerdict,
     Finding,
     Report,
     closeup_of,
@@ -53,6 +54,7 @@ def _report(report: Report) -> dict[str, Any]:
         **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),
         **_why(report),
         **_computed(report.run),
+        **({"engines": [_engine(each) for each in report.engines]} if report.engines else {}),
         **({"rescue": _rescue(report)} if report.run.rescue is not None else {}),
         **({"generation": _generation(report.run.generation)} if report.run.generation is not None else {}),
     }
@@ -71,6 +73,23 @@ def _finding(report: Report, finding: Finding) -> dict[str, Any]:
 def _computed(run: Run) -> dict[str, str]:
     """How products were computed, where it was not by the machine's own kernels."""
     return {choice.what: choice.value for choice in run.choices if choice.what == "arithmetic"}
+
+
+def _engine(each: EngineVerdict) -> dict[str, Any]:
+    """One level, but for the rule that decided, with its source, and the options that avoid it."""
+    place = each.place
+    return {
+        "engine": each.engine.name,
+        "runs": each.engine.runs,
+        "verdict": each.verdict,
+        "value": each.value,
+        **{key: getattr(place, key, None) for key in ("layer", "module", "op", "name", "prompt", "channel")},
+        "token": None if place is None or place.token is None else asdict(place.token),
+        "reference_abs_max": each.magnitude,
+        "headroom": each.headroom,
+        "missing": each.missing,
+        "rule": each.rule.model_dump() if each.rule is not None else None,
+    }
 
 
 def _why(report: Report) -> dict[str, Any]:

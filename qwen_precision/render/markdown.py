@@ -16,8 +16,8 @@ from qwen_precision.qwen3 import name_of
 from qwen_precision.render.repro.script import render_repro
 from qwen_precision.render.text import count, number, ranges, room, safe
 from qwen_precision.render.view import View, one
+from qwen_precision.render.words import engines, why
 from qwen_precision.render.words import rescue as words
-from qwen_precision.render.words import why
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
@@ -81,6 +81,7 @@ def _sections(report: Report) -> Iterator[_Section]:
     yield _Section(100, "verdict", _head(report, told))
     sections: list[tuple[int, str, str]] = [
         (95, "what to do", _steps(told)),
+        (92, "engines", _engines(report)),
         (88, "what it is not", _ruled_out(told)),
         (85, "reproduction", _reproduction(report)),
         (70, "environment", _environment(report)),
@@ -132,6 +133,20 @@ def _steps(told: Answer) -> str:
     return "## What to do\n\n" + "\n\n".join(parts) if parts else ""
 
 
+def _engines(report: Report) -> str:
+    """A row an engine that was asked about."""
+    if not report.engines:
+        return ""
+    lines = ["| engine | verdict | headroom | where | avoided by |", "|---|---|---|---|---|"]
+    for each in report.engines:
+        told = "; ".join(part for part in (engines.where(each), engines.lacks(each)) if part)
+        lines.append(
+            f"| {escaped(each.engine.name, 40)} | **{each.verdict.upper()}** | {room(each.headroom)} | "
+            f"{escaped(told, 500)} | {escaped(engines.avoids(report, each), 400)} |"
+        )
+    return "## Engines\n\n" + "\n".join(lines)
+
+
 def _ruled_out(told: Answer) -> str:
     """What the first failure is not: what a maintainer would ask next."""
     lines = [f"- {escaped(what)}: {escaped(how)}" for what, how in told.ruled_out]
@@ -153,8 +168,12 @@ def _reproduction(report: Report) -> str:
 
 
 def _folded_script(report: Report) -> str:
-    """The same with nothing but torch and transformers; a redacted run has no token ids for it."""
-    if report.run.redacted or not any(row.ids for prompt in report.run.prompts for row in prompt.rows):
+    """The same with nothing but torch and transformers; a redacted run, or one that never began, has nothing for it."""
+    if (
+        report.run.redacted
+        or not report.run.dtypes
+        or not any(row.ids for prompt in report.run.prompts for row in prompt.rows)
+    ):
         return ""
     script = fenced(render_repro(one(report)).rstrip(), language="python")
     return "\n\n" + _folded("The same as a script of torch and transformers", script)

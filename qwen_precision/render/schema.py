@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from qwen_precision.judge import Finding
-from qwen_precision.settings import ARITHMETIC, FAIL_ON
+from qwen_precision.settings import ARITHMETIC, FAIL_ON, VALUES
 
 _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}
@@ -101,6 +101,7 @@ def report_schema() -> dict[str, Any]:
         "massive": {"type": "array"},
         "explanation": {"type": "object", "required": ["budget", "controls", "left_out", "hashes", "continuations"]},
         "arithmetic": {"enum": list(ARITHMETIC[1:])},
+        "engines": {"type": "array", "items": {"$ref": "#/$defs/engine"}},
         "sweep": {"type": "object", "required": ["kind", "dtype", "tried", "worst"]},
         "rescue": {"type": "object", "required": ["margin", "rescaling", "possible", "stuck", "exported", "headroom"]},
         "generation": {"type": "object"},
@@ -123,8 +124,28 @@ def report_schema() -> dict[str, Any]:
         # One run's keys stand at the top too.
         "if": {"properties": {"reports": {"maxItems": 1}}},
         "then": {"required": needed},
-        "$defs": {"finding": finding, "report": one},
+        "$defs": {"finding": finding, "report": one, "engine": _engine()},
     }
+
+
+def _engine() -> dict[str, Any]:
+    """What comes of the checkpoint in an engine that was asked about."""
+    text, size = {"type": ["string", "null"]}, {"anyOf": [{"type": ["number", "null"]}, _WORDS]}
+    properties = {
+        "engine": {"type": "string"},
+        "runs": {"type": "string"},
+        "verdict": {"enum": list(_VERDICTS)},
+        "value": {"enum": [*VALUES, None]},
+        "layer": {"type": ["integer", "null"]},
+        **dict.fromkeys(("module", "op", "name", "prompt"), text),
+        "channel": {"type": ["integer", "null"]},
+        "token": {"type": ["object", "null"]},
+        "reference_abs_max": size,
+        "headroom": size,
+        "missing": {"type": "array", "items": {"type": "string"}},
+        "rule": {"type": ["object", "null"], "required": ["because", "source", "version", "avoid"]},
+    }
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _numbers_or_words(value: Any) -> Any:

@@ -4,11 +4,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from qwen_precision.errors import UsageError
-from qwen_precision.judge import Report, changes, judge
+from qwen_precision.judge import Report, changes, judge, with_engines
 from qwen_precision.record import Run, load
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
 from qwen_precision.report.redact import redacted, without_paths
+from qwen_precision.settings import load_engines
 
 BUNDLE = "bundle"
 """The format that is not one text but a zip of several."""
@@ -54,19 +55,20 @@ def _is_zip(path: Path) -> bool:
         return False  # loading it says what is wrong
 
 
-def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -> View:
-    """Open and judge everything.
+def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, engines: list[str]) -> View:
+    """Open and judge everything; with a verdict for each engine that is named, as ``judge.with_engines`` does.
 
     Raises:
         QprecError: an unreadable record.
-        UsageError: a baseline for several runs, or one of another verb.
+        UsageError: a baseline for several runs, or one of another verb; no such engine.
     """
+    asked = load_engines(engines)
     opened = [(path, name, run) for path in paths for name, run in open_runs(path, redact)]
     named = [(name, run) for _, name, run in opened]
     if len({name for name, _ in named}) < len(named):  # a/run.json b/run.json
         named = [(str(path) + name.removeprefix(path.name), run) for path, name, run in opened]
     alone = len(named) == 1 and baseline is None
-    reports = [judge(run, name="" if alone else name) for name, run in named]
+    reports = [with_engines(judge(run, name="" if alone else name), asked) for name, run in named]
     if baseline is None:
         return View(tuple(reports), fail_on)
     older = [judge(run, name=name) for name, run in open_runs(baseline, redact)]
@@ -86,7 +88,10 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool) -
 def bundled(shown: View) -> bytes:
     """The zip of what is shown; paths are taken out of the runs, and the reports are of what is left."""
     runs = [without_paths(report.run) for report in shown.reports]
-    clean: list[Report] = [judge(run, name=report.name) for run, report in zip(runs, shown.reports, strict=True)]
+    clean: list[Report] = [
+        with_engines(judge(run, name=report.name), [each.engine for each in report.engines])
+        for run, report in zip(runs, shown.reports, strict=True)
+    ]
     again = View(tuple(clean), shown.fail_on, shown.changes)
     reports = {f"report{FORMATS[name].suffixes[0]}": str(FORMATS[name].render(again)) for name in ("markdown", "html")}
     with suppress(UsageError):  # there is none of a run without its token ids

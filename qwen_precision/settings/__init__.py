@@ -1,4 +1,4 @@
-"""What can be asked for, checked: settings behind flags and profiles, guards, prompts, levels to fail on.
+"""What can be asked for, checked: settings behind flags and profiles, guards, engines, prompts, levels to fail on.
 
 Other folders import the names below, from here. No torch.
 May import: record.
@@ -20,6 +20,7 @@ from qwen_precision.settings.config import (
     load_target,
     read_yaml,
 )
+from qwen_precision.settings.engines import ALL, EVIDENCE, VALUES, Engine, Option, Rule, engine_names, load_engines
 from qwen_precision.settings.guards import ON_FAILURE, Advice, Clamp, Degenerate, GuardSettings, Watch, load_guards
 from qwen_precision.settings.levels import FAIL_ON, FAILING, SEVERITIES
 from qwen_precision.settings.prompts import (
@@ -35,8 +36,10 @@ from qwen_precision.settings.prompts import (
 )
 
 __all__ = [
+    "ALL",
     "ARITHMETIC",
     "ATTENTION",
+    "EVIDENCE",
     "FAILING",
     "FAIL_ON",
     "MEMORY",
@@ -44,21 +47,27 @@ __all__ = [
     "RESCUE_DTYPES",
     "SEVERITIES",
     "SWEEPS",
+    "VALUES",
     "Advice",
     "Clamp",
     "Degenerate",
+    "Engine",
     "GenerateSettings",
     "GuardSettings",
+    "Option",
     "ProbeSettings",
     "PromptSpec",
+    "Rule",
     "Target",
     "Watch",
     "as_batch",
     "as_text",
     "at_step",
     "configs_folder",
+    "engine_names",
     "flag_of",
     "has_template",
+    "load_engines",
     "load_generate_settings",
     "load_guards",
     "load_settings",

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from qwen_precision.cli.app import main
 from qwen_precision.errors import QprecError
 from qwen_precision.judge.checks import judge
+from qwen_precision.judge.engines import with_engines
 from qwen_precision.record.file import load, parse, save, to_json
 from qwen_precision.render import FORMATS, one
 from qwen_precision.render.schema import report_schema
 from qwen_precision.settings.config import configs_folder
+from qwen_precision.settings.engines import ALL, load_engines
 from support.builders import RUNS, a_model, exclamation_run, healthy_run, overflowing_run, stopped_run
 from support.runs import sentence
 
@@ -73,6 +75,8 @@ def test_a_picture_and_a_bundle_are_files_and_the_format_wins_over_the_suffix(ca
         (["bad.json", "-o", "good.json"], 2, ["good.json", "--force"]),
         (["bad.json", "-o", "bad.json", "--force"], 3, ["would write over"]),
         (["bad.json", "-o", "no/such/folder.md"], 3, ["no/such"]),
+        (["bad.json", "--engine", "vlm"], 2, ["--engine", "'vlm'", "did you mean 'vllm'?"]),
+        (["bad.json", "--engine", "none.yaml"], 2, ["--engine none.yaml", "cannot read"]),
     ],
 )
 def test_a_wrong_request_gets_one_sentence(arguments: list[str], code: int, words: list[str], capsys: Capture) -> None:
@@ -98,6 +102,26 @@ def test_the_exit_code_is_that_of_the_worst_run_or_of_what_is_new(capsys: Captur
     assert main(["report", "bad.json", "--baseline", "bad.json"]) == 0
     assert main(["report", "bad.json", "--baseline", "good.json"]) == 1
     assert "new: fp16 overflow, layer 31" in " ".join(capsys.readouterr().out.split())
+
+
+def test_engines_are_told_of_every_run_and_change_no_exit_code(capsys: Capture) -> None:
+    assert main(["report", "good.json", "bad.json", "--engine", "vllm", "--engine", "llama.cpp-f16"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("\nvllm ") == 3 and out.count("\nllama.cpp-f16 ") == 2  # one of them is named with what avoids it
+    assert main(["report", "good.json", "--engine", "all"]) == 0
+
+
+def test_an_engine_of_ones_own_is_a_file(capsys: Capture) -> None:
+    rule = {"values": ["outputs"], "because": "x", "source": "https://example.org", "version": "1"}
+    Path("mine.yaml").write_text(yaml.safe_dump({"runs": "mine", "rules": [rule]}))
+    assert main(["report", "bad.json", "--engine", "mine.yaml"]) == 1
+    assert "\nmine    FAIL" in capsys.readouterr().out
+
+
+def test_the_report_in_a_bundle_tells_the_engines_that_were_asked_about(capsys: Capture) -> None:
+    assert main(["report", "bad.json", "-o", "b.zip", "--engine", "vllm"]) == 1
+    with zipfile.ZipFile("b.zip") as archive:
+        assert "| vllm | **FAIL**" in archive.read("report.md").decode()
 
 
 def test_github_writes_annotations_and_the_job_summary(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -312,8 +336,9 @@ def test_no_record_gives_a_traceback_whatever_stands_where(record: dict, path: l
     except QprecError as error:
         assert "run.json" in str(error)
         return
-    for name in ("table", "markdown", "json", "junit", "github", "html"):
-        FORMATS[name].render(one(judge(run)))
+    report = with_engines(judge(run), load_engines([ALL]))
+    for name in ("screen", "table", "markdown", "json", "junit", "github", "html"):
+        FORMATS[name].render(one(report))
 
 
 @settings(max_examples=100, deadline=None)

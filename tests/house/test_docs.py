@@ -11,11 +11,13 @@ from rich.text import Text
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.checks import CHECKS, judge
+from qwen_precision.judge.engines import with_engines
 from qwen_precision.judge.meanings import CAUSES
 from qwen_precision.model.quantised import FORMATS as FORMATS_READ
 from qwen_precision.model.quantised import METHODS
 from qwen_precision.record import load
 from qwen_precision.render import FORMATS, View
+from qwen_precision.settings.engines import ALL, load_engines
 from qwen_precision.settings.guards import GUARDS
 from support.checkpoints import ROOT
 from support.demo import DEMO_RUNS, printed, stored
@@ -31,7 +33,8 @@ def shown(name: str, format: str = "screen") -> tuple[str, str]:
 
 def picture() -> str:
     """The first screen as a terminal shows it, drawn by rich; no font is fetched."""
-    view = View((judge(load(stored("demo-probe"))),), record="qprec-run.json", colour=True)
+    report = with_engines(judge(load(stored("demo-probe"))))  # as `qprec probe` does
+    view = View((report,), record="qprec-run.json", colour=True)
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="standard")
     console.print(Text("$ qprec probe demo"))
     console.print(Text.from_ansi(str(FORMATS["screen"].render(view))))
@@ -68,6 +71,20 @@ def causes_block() -> str:
     return "| cause | what shows it |\n|---|---|\n" + "\n".join(rows)
 
 
+def engines_block() -> str:
+    """Name, how it is started, what passes through fp16, what avoids it; each with the place where it was read."""
+    lines = ["| engine | as it is started | through fp16 pass | avoided by |", "|---|---|---|---|"]
+    for engine in load_engines([ALL]):
+        values, options = [], {}
+        for rule in engine.rules:
+            only = f", {' and '.join(rule.models)} alone" if rule.models else ""
+            clipped = ", which become the largest number" if rule.saturates else ""
+            values.append(f"{', '.join(rule.values)} ([{rule.version}]({rule.source})){clipped}{only}")
+            options |= {each.option: f"`{each.option}` ([{each.evidence}]({each.source}))" for each in rule.avoid}
+        lines.append(f"| `{engine.name}` | {engine.runs} | {'; '.join(values)} | {', '.join(options.values())} |")
+    return "\n".join(lines)
+
+
 def checks_block() -> str:
     rows = [f"| {name} | {check.about} |" for name, check in CHECKS.items()]
     return "| check | finds |\n|---|---|\n" + "\n".join(rows)
@@ -89,6 +106,7 @@ BLOCKS = {
     "guards": (MORE, guards_block),
     "causes": (MORE, causes_block),
     "checks": (MORE, checks_block),
+    "engines": (MORE, engines_block),
     "dtypes": (MORE, dtypes_block),
 }
 

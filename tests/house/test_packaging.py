@@ -26,6 +26,7 @@ def test_the_wheel_holds_the_demo_the_profiles_and_the_licence(installed: Path) 
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert "qwen_precision/demo/model.safetensors" in names and "qwen_precision/demo/tokenizer.json" in names
     assert {"qwen_precision/configs/default.yaml", "qwen_precision/configs/prompts/default.yaml"} <= names
+    assert "qwen_precision/configs/engines/vllm.yaml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "qwen_precision/py.typed" in names  # else no type checker looks at our annotations
     assert not [name for name in names if name.startswith("tests")]

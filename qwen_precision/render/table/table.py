@@ -18,6 +18,7 @@ from qwen_precision.judge import Group, Report, grouped
 from qwen_precision.qwen3 import name_of
 from qwen_precision.record import Run
 from qwen_precision.render.console import VERDICT, printed, room_style
+from qwen_precision.render.table.engines import engine_parts
 from qwen_precision.render.table.generation import summary, texts, trips
 from qwen_precision.render.table.precision import precision_parts
 from qwen_precision.render.table.rescue import rescue_parts
@@ -89,6 +90,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     for dtype in report.verdict:
         if DTYPES[dtype].max < 1e30 and report.headroom[dtype]:
             yield _headroom(report, dtype)
+    yield from engine_parts(report)
     yield from rescue_parts(report)
     yield from precision_parts(report)
     yield from why_parts(report)

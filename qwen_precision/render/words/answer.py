@@ -12,6 +12,7 @@ from qwen_precision.dtypes import DTYPES, narrowest
 from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.qwen3 import name_of, placed
 from qwen_precision.render.text import count, number, quoted, room
+from qwen_precision.render.words import engines
 from qwen_precision.render.words.finding import how_far, inside, tried, why
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.steps import Step, steps
@@ -80,6 +81,7 @@ def answer(report: Report, record: str = "") -> Answer:
         facts=[
             *_unfinished(report),
             *(_facts(report, first) if first is not None else _tightest(report, dtype)),
+            *_by_engine(report),
             *_rescued(report),
             *_notes(report),
         ],
@@ -290,6 +292,25 @@ def _rescued(report: Report) -> Iterator[Fact]:
     least = room(float(made.headroom)) if made.headroom is not None else "-"
     same = "the original's answer in fp32, bit for bit" if made.identical else "not the original's answer in fp32"
     yield Fact("Rescued", f"{made.folder}: {made.verdict.upper()} in fp16, least headroom {least}; {same}")
+
+
+_FEW = 3
+"""Engines that are told one by one; of more, who fails and who does not."""
+
+
+def _by_engine(report: Report) -> Iterator[Fact]:
+    """What comes of it elsewhere."""
+    if len(report.engines) > _FEW:
+        yield Fact("Engines", engines.briefly(report.engines))
+        return
+    for each in report.engines:
+        left = f"{room(each.headroom)} room" if each.headroom is not None else ""
+        said = [engines.where(each), left, engines.lacks(each)]
+        text = "; ".join(part for part in said if part)
+        yield Fact("Engine", f"{each.engine.name} {each.verdict.upper()}: {text}")
+        avoid = engines.avoids(report, each)
+        if avoid:
+            yield Fact("", f"avoided by {avoid}")
 
 
 # -- room ---------------------------------------------------------------------------------------------------------

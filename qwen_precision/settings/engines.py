@@ -1,0 +1,145 @@
+"""What is known of an engine: which values pass through fp16 there, where that was read, and how to avoid it. No torch.
+
+An engine is a YAML file of ``configs/engines/`` by its name, or any such file by its path; nothing of it is code.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qwen_precision.errors import UsageError
+from qwen_precision.settings.config import configs_folder, first_error, known, near_or_known, read_yaml
+
+Evidence = Literal["tested here", "read in the source", "reported by users"]
+
+EVIDENCE = get_args(Evidence)
+"""How it is known that an option avoids a failure."""
+
+ALL = "all"
+"""Stands for every engine that comes with qprec."""
+
+VALUES: dict[str, str] = {
+    "weights": "as a weight",
+    "outputs": "",
+    "products": "as a product's output",
+    "operands": "as a product's operand",
+    "residual": "in the residual stream",
+    "keys and values": "in the KV cache",
+    "squares": "inside a norm",
+    "mean squares": "inside a norm",
+    "sums": "as a sum on its way",
+}
+"""What can pass through fp16, and how that is said of a place. ``outputs`` are those of every operation but the insides
+of norms; ``squares`` and ``mean squares`` are these insides; ``sums`` are the partial sums of products."""
+
+
+class _Read(BaseModel):
+    """Something that was read in a public place."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Annotated[str, Field(pattern=r"^https://\S+$")]
+    version: Annotated[str, Field(min_length=1)]
+    """A release or a commit: what the source said then."""
+
+
+class Option(_Read):
+    """What a user can do so that a value does not pass through fp16."""
+
+    option: Annotated[str, Field(min_length=1)]
+    """As it is typed."""
+    evidence: Evidence
+
+
+class Rule(_Read):
+    """Values that pass through fp16."""
+
+    values: Annotated[list[str], Field(min_length=1)]
+    """Of ``VALUES``."""
+    because: Annotated[str, Field(min_length=1)]
+    """What the source does, in a sentence."""
+    modules: str = ""
+    """Pattern of the paths of modules that it holds for; empty for all."""
+    models: list[str] = []
+    """Architectures that it holds for; empty for all."""
+    saturates: bool = False
+    """Whether what leaves the range becomes the largest number: finite, and wrong."""
+    avoid: list[Option] = []
+    """The best first; empty where the engine has no such option."""
+
+    @field_validator("values")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        return [known(each, VALUES, "value") for each in value]
+
+    @field_validator("modules")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is no pattern: {error}") from error
+        return value
+
+
+class Engine(BaseModel):
+    """One engine, as it is started in one way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Of its file."""
+    runs: Annotated[str, Field(min_length=1)]
+    """What it is, and how it is started so that the rules hold."""
+    order: int = 100
+    """Where it is named among others: the lowest first."""
+    rules: list[Rule]
+    """Empty where nothing passes through fp16."""
+
+
+def engine_names() -> list[str]:
+    """The engines that come with qprec, in the order in which they are named."""
+    return [each.name for each in _bundled()]
+
+
+@lru_cache(maxsize=1)
+def _bundled() -> tuple[Engine, ...]:
+    folder = configs_folder() / "engines"
+    found = [_read(path, path.stem) for path in folder.glob("*.yaml")]
+    return tuple(sorted(found, key=lambda each: (each.order, each.name)))
+
+
+def load_engines(asked: list[str]) -> tuple[Engine, ...]:
+    """The engines of these names or files, each once; ``all`` stands for every one that comes with qprec.
+
+    Raises:
+        UsageError: no such engine, or a file that is not one; what is wrong in it is named.
+    """
+    found: dict[str, Engine] = {}
+    for each in asked:
+        bundled = {engine.name: engine for engine in _bundled()}
+        if each == ALL:
+            found |= bundled
+        elif each in bundled:
+            found[each] = bundled[each]
+        elif Path(each).suffix in (".yaml", ".yml"):
+            engine = _read(Path(each), Path(each).stem)
+            found[engine.name] = engine
+        else:
+            raise UsageError(f"--engine: unknown engine {each!r}; {near_or_known(each, [*bundled, ALL])}")
+    return tuple(found.values())
+
+
+def _read(path: Path, name: str) -> Engine:
+    label = f"--engine {path}"
+    data = read_yaml(path, label, "a YAML file that describes an engine")
+    if not isinstance(data, dict):
+        raise UsageError(f"{label}: should hold `runs` and `rules`.")
+    try:
+        return Engine.model_validate({**data, "name": name})
+    except ValidationError as error:
+        key, message = first_error(error)
+        raise UsageError(f"{label}: {key}: {message}.") from error
