@@ -1,7 +1,8 @@
-"""Files: results written whole or not at all, found out beforehand where that cannot be done; and their hashes."""
+"""Files: read within bounds; results written whole or not at all, found out beforehand where that cannot be done."""
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,6 +61,68 @@ def write_atomically(path: Path, text: str | bytes) -> None:
             _replace(real, data)
     except OSError as error:
         raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+class Unreadable(Exception):
+    """Why a file cannot be read, as a part of a sentence."""
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """All of a regular file. A device has no end and a pipe may have no writer, so both are refused unread.
+
+    Args:
+        path: of the file; a link is followed.
+        most: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it is something else, larger, or cannot be read; the text says which.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(number, "rb") as file:
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                raise Unreadable("is no regular file")
+            data = file.read(most + 1)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        raise Unreadable(_why(error)) from error
+    if len(data) > most:
+        raise Unreadable(f"is larger than {most >> 20} MiB")
+    return data
+
+
+def read_text(path: Path, most: int, label: str, expected: str) -> str:
+    """A text file that an option names.
+
+    Args:
+        path, most: as for ``read_small``.
+        label: the option's name, for the sentence.
+        expected: what the file should be, for the sentence.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_small(path, most).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        why: object = error.strerror
+    except Unreadable as error:
+        why = error
+    except UnicodeDecodeError:
+        why = "not UTF-8 text"
+    raise UsageError(f"{label}: cannot read {path} ({why}); expected {expected}.")
+
+
+def _why(error: OSError | ValueError) -> str:
+    """ "Permission denied", or what the error says of itself."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text holds no half characters (lone surrogates), which no file could be written with."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def sha256_of(path: Path) -> str:

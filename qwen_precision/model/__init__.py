@@ -20,6 +20,7 @@ from qwen_precision.model.machine import (
     out_of_memory,
 )
 from qwen_precision.model.scratch import Scratch
+from qwen_precision.model.shards import fill, opened
 from qwen_precision.model.skeleton import (
     LayerCall,
     build,
@@ -58,6 +59,7 @@ __all__ = [
     "encode",
     "environment",
     "exact_float32",
+    "fill",
     "filled",
     "finish",
     "is_here",
@@ -69,6 +71,7 @@ __all__ = [
     "move_buffers",
     "only_the_last",
     "open_checkpoint",
+    "opened",
     "out_of_memory",
     "outline",
     "path_of",

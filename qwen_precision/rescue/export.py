@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import sha256_of
-from qwen_precision.model import FLOAT_TYPES, Checkpoint, TensorInfo
+from qwen_precision.model import FLOAT_TYPES, Checkpoint, TensorInfo, fill, opened
 from qwen_precision.progress import Progress
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
 from qwen_precision.record import Rescaling
@@ -196,11 +196,10 @@ class Exporter:
         factor = 2.0 ** self._scale.factor(name)
         # fp32 holds a bf16 or fp16 number times any factor exactly, so there is one rounding: the last cast.
         wide = torch.empty(_PIECE, dtype=torch.float64 if source == torch.float64 else torch.float32)
-        with (self._checkpoint.folder / info.file).open("rb", buffering=0) as file:
-            file.seek(info.start)
+        with opened(self._checkpoint.folder, info) as file:
             for start in range(0, info.elements, _PIECE):
                 count = min(_PIECE, info.elements - start)
-                held = _read(file, count, source)
+                held = _read(file, info.start + start * source.itemsize, count, source)
                 numbers = wide[:count].copy_(held)
                 if factor != 1.0:
                     numbers.mul_(factor)
@@ -292,14 +291,9 @@ def _torch_dtype(name: str) -> torch.dtype:
     return torch.float64 if name == "F64" else torch_dtype(FLOAT_TYPES[name])
 
 
-def _read(file: BinaryIO, count: int, dtype: torch.dtype) -> Tensor:
+def _read(file: BinaryIO, start: int, count: int, dtype: torch.dtype) -> Tensor:
     data = bytearray(count * dtype.itemsize)
-    view, got = memoryview(data), 0
-    while got < len(data):
-        more = file.readinto(view[got:])  # type: ignore[attr-defined]
-        if not more:
-            raise OSError(5, "ends before its header says", str(file.name))
-        got += more
+    fill(file, start, memoryview(data))
     return torch.frombuffer(data, dtype=dtype)
 
 

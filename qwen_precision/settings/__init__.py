@@ -7,6 +7,7 @@ May import: record.
 from qwen_precision.settings.config import (
     ARITHMETIC,
     ATTENTION,
+    MAX_TEXT_BYTES,
     MEMORY,
     RESCUE_DTYPES,
     SWEEPS,
@@ -39,6 +40,7 @@ __all__ = [
     "ATTENTION",
     "FAILING",
     "FAIL_ON",
+    "MAX_TEXT_BYTES",
     "MEMORY",
     "ON_FAILURE",
     "RESCUE_DTYPES",

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.files import is_whole, read_text
 from qwen_precision.record import (
     NOT_FINITE,
     FailedStep,
@@ -23,7 +24,7 @@ from qwen_precision.record import (
     is_record,
     load,
 )
-from qwen_precision.settings.config import configs_folder, read_yaml
+from qwen_precision.settings.config import MAX_TEXT_BYTES, configs_folder, read_yaml
 
 _EXPECTED = (
     "a YAML list of texts (or name/text, name/chat, name/batch), "
@@ -88,7 +89,7 @@ def read_prompts(
         for text in texts:
             if not text:
                 raise UsageError("--prompt: is empty; a prompt needs at least one character.")
-            if any("\ud800" <= char <= "\udfff" for char in text):
+            if not is_whole(text):
                 raise UsageError("--prompt: is not valid text in this terminal's encoding; put it into a UTF-8 file.")
         names = [f"prompt {number}" for number in range(1, len(texts) + 1)] if len(texts) > 1 else ["prompt"]
         return [PromptSpec(name=name, text=text) for name, text in zip(names, texts, strict=True)]
@@ -176,12 +177,7 @@ def _at(made: Generation, given: Row, row: int, step: int) -> Row:
 
 
 def _from_lines(path: Path) -> list[PromptSpec]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"--prompts: cannot read {path} ({why}); expected {_EXPECTED}.") from error
-    return _numbered_lines(text, str(path))
+    return _numbered_lines(read_text(path, MAX_TEXT_BYTES, "--prompts", _EXPECTED), str(path))
 
 
 def _numbered_lines(text: str, where: str) -> list[PromptSpec]:

@@ -341,13 +341,13 @@ def test_out_of_memory_saves_what_was_read_and_says_what_to_do(
 def test_a_shard_that_breaks_half_way_leaves_what_was_read(
     broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from qwen_precision.model import weights
+    from qwen_precision.model import opened, weights
 
     original = weights.WeightStore._read
 
     def failing(self: weights.WeightStore, part: str, name: str) -> torch.Tensor:
         if "layers.2" in part:
-            with weights._reading(broken / "model.safetensors"):
+            with opened(broken, self._checkpoint.tensors[part]):
                 raise OSError("Input/output error")
         return original(self, part, name)
 
