@@ -26,9 +26,11 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
     real = Path(os.path.realpath(path))
     folder = real.parent
     try:
-        real.exists()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            os.close(_pipe(path))
+            return
     except OSError as error:
-        raise QprecError(f"{label} {path.name[:40]}…: cannot be written ({error.strerror}).") from error
+        raise QprecError(f"{label} {str(path)[:60]}: cannot be written ({error.strerror}).") from error
     if real.is_dir():
         raise QprecError(f"{label} {path}: is a folder; give the name of a file to write.")
     if not folder.is_dir():
@@ -37,7 +39,7 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
         raise QprecError(f"{label} {path}: cannot be written; choose a place you may write to.")
     for each in inputs:
         source = Path(os.path.realpath(each))
-        if real == source or (source.is_dir() and (source / "config.json").exists() and source in real.parents):
+        if real == source or (os.path.exists(source / "config.json") and source in real.parents):
             raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
     if real.is_file() and not force:
         raise UsageError(f"{label} {path}: is there already; add --force to replace it.")
@@ -53,10 +55,11 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     """
     check_writable(path)
     real = Path(os.path.realpath(path))
-    data = text.encode("utf-8") if isinstance(text, str) else text
+    data = text.encode("utf-8", "replace") if isinstance(text, str) else text  # half a character is no reason to fail
     try:
-        if real.exists() and not real.is_file():
-            real.write_bytes(data)
+        if path.exists() and not path.is_file():
+            with open(_pipe(path), "wb") as file:
+                file.write(data)
         else:
             _replace(real, data)
     except OSError as error:
@@ -133,6 +136,13 @@ def sha256_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pipe(path: Path) -> int:
+    """What is no regular file, opened for writing; a pipe that nobody reads would be waited for, and is an error."""
+    number = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(number, True)
+    return number
 
 
 def append(path: Path, text: str, label: str) -> None:

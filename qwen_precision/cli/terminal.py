@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -60,17 +60,27 @@ def result(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise
+        nobody_reads()
     except OSError as error:
         raise QprecError(f"stdout: cannot be written ({error.strerror}).") from error
+
+
+def nobody_reads() -> None:
+    """The reader of a pipe (head, a pager) went away: that is its right, and the exit code stays that of the run."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def note(text: str) -> None:
     """A line on stderr that says what happened or what is done now."""
     if _State.quiet:
         return
-    console = _State.bar.console if _State.bar is not None else _stderr()
-    console.print(safe(text, 10_000), markup=False, highlight=False, emoji=False, soft_wrap=True, style="dim")
+    _say(_State.bar.console if _State.bar is not None else _stderr(), safe(text, 10_000), "dim")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """A line on stderr. Where that is closed, or on a full disk, nobody can be told, and the exit code still counts."""
+    with suppress(OSError, ValueError):
+        console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True, style=style)
 
 
 OnToken = Callable[[Any, int, int], None]
@@ -180,7 +190,7 @@ def streaming() -> Iterator[tuple[Progress, OnToken]]:
 
 def error(text: str) -> None:
     """The one sentence of a failure, on stderr."""
-    _stderr().print(f"qprec: {safe(text, 10_000)}", markup=False)
+    _say(_stderr(), f"qprec: {safe(text, 10_000)}")
 
 
 def _stderr() -> Console:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.model import Checkpoint
+from qwen_precision.model import Checkpoint, check_values, read_json
 from qwen_precision.record import Choice
 from qwen_precision.settings import GenerateSettings, flag_of, has_template
 
@@ -112,6 +112,7 @@ def looks_like_a_base_model(checkpoint: Checkpoint, config: GenerationConfig) ->
 
 
 def _read(path: Path) -> GenerationConfig:
+    check_values(path, read_json(path, ""))
     try:
         config: GenerationConfig = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):

@@ -35,9 +35,10 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     if not source:
         raise UsageError("MODEL: is empty; give a hub id (owner/name), a checkpoint folder or `demo`.")
     path = Path(source).expanduser()
-    if revision and (path.exists() or _looks_local(source)):
+    there = os.path.exists(path)  # pathlib's raises where a name is too long
+    if revision and (there or _looks_local(source)):
         raise UsageError(f"--revision {revision}: only a model on the hub has revisions; {source} is a folder.")
-    if path.exists():
+    if there:
         if not path.is_dir() and not is_gguf(path):
             raise QprecError(f"{source}: {file_in_words(path)}.")
         return path, None
@@ -71,7 +72,7 @@ def _meant(source: str) -> str:
 
 def is_here(source: str, revision: str | None = None) -> bool:
     """Whether nothing has to be downloaded: a folder, the demo, or a whole checkpoint in the hub's cache."""
-    if source == "demo" or Path(source).expanduser().exists() or _looks_local(source):
+    if source == "demo" or os.path.exists(Path(source).expanduser()) or _looks_local(source):
         return True
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -90,14 +90,14 @@ class TensorInfo:
         return count
 
 
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file of the folder.
+def read_json(path: Path, why: str, most: int = MAX_JSON) -> dict[str, Any]:
+    """A JSON object from a file of the folder, of so many bytes at most.
 
     Raises:
         QprecError: it is missing (``why`` says what that means) or is no JSON object.
     """
     try:
-        data = json.loads(read_small(path, MAX_JSON))
+        data = json.loads(read_small(path, most))
     except FileNotFoundError as error:
         raise QprecError(f"{path}: missing; {why}") from error
     except Unreadable as error:

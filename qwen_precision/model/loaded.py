@@ -122,12 +122,13 @@ class Models:
         if read and is_layerwise(self._checkpoint.config):
             return self._dequantised(dtype)
         # As if the files held these numbers: transformers finds each its place, as for a plain checkpoint.
-        given = {"state_dict": self._state(), "config": self._checkpoint.config} if read else {}
+        given = {"state_dict": self._state()} if read else {}
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             with unmapped(transformers.modeling_utils):
                 loaded: Any = self._class().from_pretrained(
                     None if read else folder,
+                    config=self._checkpoint.config,
                     dtype=getattr(torch, DTYPES[dtype].torch_name),
                     use_safetensors=True,
                     local_files_only=True,

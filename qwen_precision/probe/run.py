@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.errors import QprecError, UsageError, is_ours
 from qwen_precision.model import (
     Checkpoint,
     Encoded,
@@ -26,6 +26,8 @@ from qwen_precision.model import (
     encode,
     environment,
     exact_float32,
+    fault,
+    foreign_faults,
     is_layerwise,
     layers_of,
     locate,
@@ -98,6 +100,11 @@ def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], r
     """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
+    with foreign_faults(folder):
+        return _prepared(checkpoint, source, settings, specs)
+
+
+def _prepared(checkpoint: Checkpoint, source: str, settings: ProbeSettings, specs: Sequence[PromptSpec]) -> Job:
     context = getattr(checkpoint.text_config, "max_position_embeddings", None)
     theirs = sorted({str(spec.checkpoint) for spec in specs if spec.failed and spec.checkpoint not in (None, source)})
     prompts, left_out = tokenise(
@@ -195,12 +202,14 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
         passes.run()
     except KeyboardInterrupt:
         return "interrupted"
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
     except QprecError as error:
         return str(error)
+    except Exception as error:
+        if out_of_memory(error):
+            return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
+        if is_ours(error):
+            raise
+        return fault(job.checkpoint.folder, error)
     finally:
         job.seconds.update(passes.seconds)
     return None

@@ -15,7 +15,7 @@ from qwen_precision.record.explanation import (
     Sweep,
     Swept,
 )
-from qwen_precision.record.file import MAX_BYTES, is_record, load, parse, save, to_json
+from qwen_precision.record.file import MAX_BYTES, is_record, load, parse, read, save, to_json
 from qwen_precision.record.generation import (
     FILTERED,
     MENDED,
@@ -109,6 +109,7 @@ __all__ = [
     "load",
     "mended_steps",
     "parse",
+    "read",
     "rounded",
     "save",
     "to_json",

@@ -45,11 +45,12 @@ def plan_rescue(run: Run, checkpoint: Checkpoint, margin: float, progress: Progr
     config, reason = checkpoint.config, unsupported(checkpoint)
     if reason is not None:
         return _no_rescue(run, margin, reason)
+    channels = getattr(config, "moe_intermediate_size", 0)
     shape = Shape(
         tied=bool(getattr(config, "tie_word_embeddings", False)) and not checkpoint.bare,
         qk_norm=has_qk_norm(checkpoint.tensors),
         eps=float(getattr(config, "rms_norm_eps", None) or 0.0),
-        gate_channels=int(getattr(config, "moe_intermediate_size", 0) or 0),
+        gate_channels=channels if isinstance(channels, int) else 0,
     )
     tensors = [name for name in checkpoint.tensors if not (checkpoint.bare and name == HEAD)]
     return Planner(run, margin, shape, tensors, lambda name: WeightBits(read_tensor(checkpoint, name)), progress).plan()

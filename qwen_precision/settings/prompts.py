@@ -85,7 +85,7 @@ def read_prompts(
         raise UsageError("--prompt and --prompts: give one of the two.")
     texts = texts or ([] if file is not None else instead)
     if texts:
-        texts = [sys.stdin.read().strip("\n") if text == "-" else text for text in texts]
+        texts = [_standard_input("--prompt").strip("\n") if text == "-" else text for text in texts]
         for text in texts:
             if not text:
                 raise UsageError("--prompt: is empty; a prompt needs at least one character.")
@@ -96,7 +96,7 @@ def read_prompts(
     if file is not None and not file:
         raise UsageError(f"--prompts: is empty; expected {_EXPECTED}.")
     if file == "-":
-        return _numbered_lines(sys.stdin.read(), "standard input")
+        return _numbered_lines(_standard_input("--prompts"), "standard input")
     path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
     if file and (path.suffix.lower() == ".json" or is_record(path)):
         return _from_record(path, again)
@@ -174,6 +174,17 @@ def _at(made: Generation, given: Row, row: int, step: int) -> Row:
     own = next(each.ids for each in made.rows if each.row == row)[:step]
     ids = [*given.ids, *own, *[pad] * (step - len(own))]
     return given.model_copy(update={"text": "", "ids": ids})
+
+
+def _standard_input(label: str) -> str:
+    """All of it, as far as a file of prompts may go."""
+    try:
+        text = sys.stdin.read(MAX_TEXT_BYTES + 1) if sys.stdin is not None else ""
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{label} -: standard input cannot be read ({error}); expected UTF-8 text.") from error
+    if len(text) > MAX_TEXT_BYTES:
+        raise UsageError(f"{label} -: standard input is larger than {MAX_TEXT_BYTES >> 20} MiB; give a shorter text.")
+    return text
 
 
 def _from_lines(path: Path) -> list[PromptSpec]:
