@@ -36,7 +36,7 @@ from qwen_precision.record.generation import (
     mended_steps,
 )
 from qwen_precision.record.parts import Site, in_words, rounded
-from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
+from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import (
     Choice,
     Event,
@@ -57,6 +57,7 @@ __all__ = [
     "FILTERED",
     "MAX_BYTES",
     "MENDED",
+    "MOST_POWER",
     "NOT_FINITE",
     "REPLAYS",
     "BadKind",

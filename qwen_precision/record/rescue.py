@@ -6,8 +6,11 @@ from pydantic import Field
 
 from qwen_precision.record.parts import Count, Many, Number, Part
 
-Power = Annotated[int, Field(ge=-120, le=120)]
-"""An exponent of two; fp32 has no more than that."""
+MOST_POWER = 120
+"""Of an exponent of two; float32 has not many more."""
+
+Power = Annotated[int, Field(ge=-MOST_POWER, le=MOST_POWER)]
+"""An exponent of two."""
 
 
 class LayerPowers(Part):
