@@ -1,10 +1,13 @@
 """Files: read within bounds; results written whole or not at all, found out beforehand where that cannot be done."""
 
 import hashlib
+import itertools
 import os
+import shutil
+import socket
 import stat
-import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from qwen_precision.errors import QprecError, UsageError
@@ -64,6 +67,9 @@ def write_atomically(path: Path, text: str | bytes) -> None:
             _replace(real, data)
     except OSError as error:
         raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+_numbers = itertools.count()
 
 
 class Unreadable(Exception):
@@ -159,18 +165,79 @@ def append(path: Path, text: str, label: str) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    name = None
+    remove_dead(path)
+    name = unfinished(path)
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".qprec-", delete=False) as file:
-            name = file.name
+        # As any new file: the umask decides who may read it.
+        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # A temporary file is private (0600); a result has the permissions any new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     finally:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
+        done_with(name)
+
+
+_UNFINISHED: set[Path] = set()
+"""What this process is writing now."""
+_NAME = ".qprec-partial-"
+
+
+def unfinished(path: Path) -> Path:
+    """A hidden place beside a file or folder to write it in: its name holds the host and the process that writes there.
+
+    Call ``done_with`` when it was renamed, or is given up.
+    """
+    place = path.parent / f"{_prefix(path)}{os.getpid()}-{next(_numbers)}"
+    _UNFINISHED.add(place)
+    return place
+
+
+def done_with(place: Path) -> None:
+    """Remove what is left of an unfinished file or folder."""
+    _remove(place)
+    _UNFINISHED.discard(place)
+
+
+def remove_unfinished() -> None:
+    """Remove all that this process is writing, because it ends at once."""
+    for place in list(_UNFINISHED):
+        _remove(place)
+
+
+def remove_dead(path: Path) -> None:
+    """Remove what processes of this machine that are gone left unfinished of the same file or folder."""
+    prefix = _prefix(path)
+    try:
+        names = [each for each in os.listdir(path.parent) if each.startswith(prefix)]
+    except OSError:
+        return
+    for name in names:
+        number = name.removeprefix(prefix).partition("-")[0]
+        if number.isdigit() and not _lives(int(number)):
+            _remove(path.parent / name)
+
+
+def _prefix(path: Path) -> str:
+    """Short, whatever the file is called: a name has 255 bytes at most."""
+    what = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    host = hashlib.sha256(socket.gethostname().encode("utf-8", "replace")).hexdigest()[:8]
+    return f"{_NAME}{what}-{host}-"
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def _remove(place: Path) -> None:
+    with suppress(OSError):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)

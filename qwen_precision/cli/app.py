@@ -19,6 +19,7 @@ from qwen_precision.cli.generate import generate
 from qwen_precision.cli.help import Grouped
 from qwen_precision.cli.probe import probe
 from qwen_precision.cli.report import report
+from qwen_precision.cli.signals import interruptible
 from qwen_precision.errors import QprecError, UsageError, in_one_line
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         _check_place(args)
-        result = app(args=args, prog_name="qprec", standalone_mode=False)
+        with interruptible():
+            result = app(args=args, prog_name="qprec", standalone_mode=False)
         if result == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
     except QprecError as error:

@@ -2,13 +2,10 @@
 
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from rich import progress as bars
@@ -98,7 +95,7 @@ def progress() -> Iterator[tuple[Progress, OnToken]]:
         bars.TimeRemainingColumn(),
     )
     off = not console.is_terminal or _State.quiet
-    with bars.Progress(*columns, console=console, transient=True, disable=off) as bar, _interruptible():
+    with bars.Progress(*columns, console=console, transient=True, disable=off) as bar:
         task = bar.add_task("loading torch and transformers", total=None, counted="")
         _State.bar = None if off else bar
 
@@ -110,27 +107,6 @@ def progress() -> Iterator[tuple[Progress, OnToken]]:
             yield show, lambda tokenizer, row, token: None
         finally:
             _State.bar = None
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """The first Ctrl-C says that what there is will be kept; the second is torch's and Python's own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        if not _State.quiet:
-            said = b"\ninterrupted: finishing with what there is; Ctrl-C again leaves at once\n"
-            os.write(2, said)  # a handler may not wait for the lock of a console
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, first)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Stream:
@@ -182,8 +158,7 @@ def streaming() -> Iterator[tuple[Progress, OnToken]]:
     """Tokens on stdout as they come, as text; no bar beside them."""
     stream = _Stream()
     try:
-        with _interruptible():
-            yield stream.show, stream.on_token
+        yield stream.show, stream.on_token
     finally:
         stream.end()
 

@@ -170,7 +170,9 @@ def _tokenised(
         remedy = "use --raw" if settings.chat else "give it as text"
         raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
     context = getattr(checkpoint.text_config, "max_position_embeddings", None)
-    prompts, _ = tokenise(specs, tokenizer, checkpoint.text_config.vocab_size, context, None, cut_with=None)
+    prompts, left_out = tokenise(specs, tokenizer, checkpoint.text_config.vocab_size, context, None, cut_with=None)
+    for name, why in left_out.items():
+        raise QprecError(f"prompt {name!r}: {why}; use --raw, or give a text.")
     inputs = [each for spec, made in zip(specs, prompts, strict=True) for each in _inputs(spec, made, tokenizer)]
     return as_batch(prompts), inputs
 

@@ -39,7 +39,7 @@ class _Config(BaseModel):
     vocab_size: _Size | None = None
     hidden_size: _Size | list[_Size] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, lt=2**40)] | None = None
-    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] | None = None
+    rms_norm_eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     tie_word_embeddings: bool | None = None
     moe_intermediate_size: int | list[int] | None = None
     num_hidden_layers: _Layers | None = None

@@ -1,10 +1,11 @@
 """A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from types import MappingProxyType
 
 import torch
 import transformers
@@ -120,10 +121,17 @@ def _prepared(checkpoint: Checkpoint, source: str, settings: ProbeSettings, spec
     return job
 
 
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
 def job_for(
-    checkpoint: Checkpoint, source: str, settings: ProbeSettings, prompts: list[Prompt], left_out: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    source: str,
+    settings: ProbeSettings,
+    prompts: list[Prompt],
+    left_out: Mapping[str, str] = _NONE,
 ) -> Job:
-    """A job of prompts that are token ids already; ``left_out`` names those that could not be made into ids."""
+    """A job of prompts that are token ids already; ``left_out`` has those that could not be, and why."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device, device_choice = choose_device(settings.device)
     whole = not is_layerwise(checkpoint.config)
@@ -183,11 +191,11 @@ def working_bytes(model: nn.Module) -> int:
     return 8 * max(layer, sum(parameter.numel() for parameter in head.parameters()))
 
 
-def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
+def _notes(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[Choice]:
     notes = [*checkpoint.notes]
-    if left_out:
-        reason = "the tokenizer has no chat template"
-        notes.append(Choice(what="prompts left out", value=", ".join(left_out), reason=reason))
+    for reason in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name, why in left_out.items() if why == reason)
+        notes.append(Choice(what="prompts left out", value=names, reason=reason))
     if checkpoint.bare and is_layerwise(checkpoint.config):
         notes.append(Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model"))
     return notes

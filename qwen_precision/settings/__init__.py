@@ -28,12 +28,12 @@ from qwen_precision.settings.prompts import (
     as_batch,
     as_text,
     at_step,
-    has_template,
     read_prompts,
     rendered,
     text_of,
     tokenise,
 )
+from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
 __all__ = [
     "ARITHMETIC",
@@ -54,6 +54,7 @@ __all__ = [
     "ProbeSettings",
     "PromptSpec",
     "Target",
+    "TemplateFault",
     "Watch",
     "as_batch",
     "as_text",
@@ -61,6 +62,7 @@ __all__ = [
     "configs_folder",
     "flag_of",
     "has_template",
+    "in_template",
     "load_generate_settings",
     "load_guards",
     "load_settings",

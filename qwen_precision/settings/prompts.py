@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import is_whole, read_text
 from qwen_precision.record import (
     NOT_FINITE,
@@ -25,6 +25,7 @@ from qwen_precision.record import (
     load,
 )
 from qwen_precision.settings.config import MAX_TEXT_BYTES, configs_folder, read_yaml
+from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
 _EXPECTED = (
     "a YAML list of texts (or name/text, name/chat, name/batch), "
@@ -106,11 +107,16 @@ def read_prompts(
     if not isinstance(items, list) or not items:
         raise UsageError(f"--prompts: {path} holds no list of prompts; expected {_EXPECTED}.")
     specs = [_spec(item, number, path) for number, item in enumerate(items, 1)]
-    names_seen = [spec.name for spec in specs]
-    twice = next((name for name in names_seen if names_seen.count(name) > 1), None)
+    twice = _twice([spec.name for spec in specs])
     if twice is not None:
         raise UsageError(f"--prompts: {path} has two prompts of the name {twice!r}; give each its own.")
     return specs
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """The first name that is there twice."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def _from_record(path: Path, again: bool) -> list[PromptSpec]:
@@ -225,8 +231,8 @@ def tokenise(
     context: int | None,
     max_tokens: int | None,
     cut_with: str | None = "--max-tokens",
-) -> tuple[list[Prompt], list[str]]:
-    """Prompts as token ids, and the names of those left out because there is no chat template.
+) -> tuple[list[Prompt], dict[str, str]]:
+    """Prompts as token ids, and the names of those left out because no chat template makes a text of them, with why.
 
     Args:
         vocabulary: rows of the embedding; an id beyond it cannot be looked up.
@@ -237,17 +243,21 @@ def tokenise(
     Raises:
         UsageError: a prompt without tokens, longer than the context, or outside the vocabulary.
     """
-    prompts, left_out = [], []
-    names = [spec.name for spec in specs]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    prompts: list[Prompt] = []
+    left_out: dict[str, str] = {}
+    twice = _twice([spec.name for spec in specs])
     if twice is not None:
         raise UsageError(f"prompt {twice!r}: is there twice; give each prompt a name of its own.")
     for spec in specs:
         if spec.chat is not None and not has_template(tokenizer):
-            left_out.append(spec.name)
+            left_out[spec.name] = "the tokenizer has no chat template"
             continue
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
-        rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer)]
+        try:
+            rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer)]
+        except TemplateFault as error:
+            left_out[spec.name] = f"the checkpoint's chat template {error}"
+            continue
         for _, ids in rows:
             _check(spec.name, ids, vocabulary, context, cut_with)
         longest = max(len(ids) for _, ids in rows)
@@ -267,7 +277,9 @@ def tokenise(
             )
         )
     if not prompts:
-        raise UsageError("--prompts: only chat prompts, but this tokenizer has no chat template; give texts.")
+        why = next(iter(left_out.values()))
+        kind = QprecError if has_template(tokenizer) else UsageError
+        raise kind(f"--prompts: only chat prompts, but {why}; give texts.")
     return prompts, left_out
 
 
@@ -278,30 +290,13 @@ def _still(spec: PromptSpec, rows: list[list[int]]) -> FailedStep | None:
     return spec.failed if fits else None
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Whether a chat turn can be given."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
     """The text that is tokenised: as it is, or in the chat template.
 
     Raises:
-        QprecError: the template, a program from a stranger, fails.
+        TemplateFault: the template, a program from a stranger, gives no text.
     """
-    if spec.chat is None:
-        return text
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-        )
-    except Exception as error:  # jinja raises what it likes
-        raise QprecError(
-            f"prompt {spec.name!r}: the checkpoint's chat template fails ({in_one_line(error)}); "
-            "give prompts without a chat turn (--prompt or --prompts)."
-        ) from error
+    return text if spec.chat is None else in_template([{"role": "user", "content": text}], tokenizer, answer=True)
 
 
 def _ids(spec: PromptSpec, tokenizer: Any) -> list[tuple[str, list[int]]]:

@@ -504,11 +504,16 @@ def test_an_output_that_is_a_link_is_followed_and_a_pipe_is_never_replaced(demo_
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('only system turns') }}", "{% if %}"])
-def test_a_chat_template_that_fails_is_one_sentence(template: str, broken: Path, capsys: Capture) -> None:
+def test_a_chat_template_that_fails_leaves_the_chat_prompt_out_or_is_one_sentence(
+    template: str, broken: Path, capsys: Capture
+) -> None:
     (broken / "chat_template.jinja").write_text(template)
-    assert main(["probe", "./model"]) == 3
+    assert main(["probe", "./model", "--dtype", "fp16", "--no-explain", "--full"]) == 1
+    assert "the checkpoint's chat template fails" in " ".join(capsys.readouterr().out.split())
+    Path("chat.yaml").write_text("- {name: a turn, chat: Hello}\n")
+    assert main(["probe", "./model", "--prompts", "chat.yaml"]) == 3
     line = sentence(capsys)
-    assert "'chat'" in line and "chat template" in line and "--prompt" in line
+    assert "only chat prompts" in line and "chat template fails" in line and "--prompts" in line
 
 
 def test_a_crash_is_not_taken_for_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
