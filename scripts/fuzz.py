@@ -112,11 +112,12 @@ def _header(path: Path, dice: random.Random) -> None:
 
 
 WORDS = [
-    "probe", "generate", "report", "demo", "--dtype", "fp16", "bf16,fp32", "--prompt", "hello", "", "-", "--prompts", "/dev/zero",
-    "--memory", "streamed", "--config", "ci", "nothing.yaml", "-o", "x.html", "x.json", "x.nothing", "/dev/full", "/nowhere/x.json",
-    "--format", "junit", "--full", "-q", "--fail-on", "risk", "--max-tokens", "-1", "0", "999999999999", "--guards", "off",
-    "--on-failure", "rescale", "--sweep", "length", "--budget", "nan", "--help", "--version", "\x1b[2J", "é" * 200, "y" * 5000,
-    "--no-such", "--device", "cuda:99", "--revision", "--rescue-to", ".", "--explain-cause", "--", "--text", "--dry-run",
+    "probe", "generate", "report", "demo", "--dtype", "fp16", "bf16,fp32", "--prompt", "hello", "", "-", "--prompts",
+    "/dev/zero", "--memory", "streamed", "--config", "ci", "nothing.yaml", "-o", "x.html", "x.json", "x.nothing",
+    "/dev/full", "/nowhere/x.json", "--format", "junit", "--full", "-q", "--fail-on", "risk", "--max-tokens", "-1",
+    "0", "999999999999", "--guards", "off", "--on-failure", "rescale", "--sweep", "length", "--budget", "nan",
+    "--help", "--version", "\x1b[2J", "é" * 200, "y" * 5000, "--no-such", "--device", "cuda:99", "--revision",
+    "--rescue-to", ".", "--explain-cause", "--", "--text", "--dry-run",
 ]  # fmt: skip
 
 
@@ -130,9 +131,10 @@ def commands(folder: Path, dice: random.Random) -> list[str]:
 
 
 SCRAPS = [
-    "a: &a [*a]", "<<: {a: 1}", "!!timestamp x", "!!binary x", "? [a]\n: b", "- text: hi\n- chat: hi", "dtypes: [fp16]",
-    "budget: 1e999", "clamp: false", "watch: {flat: .nan}", "recover: {ladder: [fp32, fp32]}", "- hello", "- {name: a, batch: [a, b]}",
-    '"\\ud800": 1', "\t", "[" * 3000, "%TAG ! x", "--- a\n--- b", "memory: streamed", "near_overflow: .inf", "- {rows: []}", "!!set {a}",
+    "a: &a [*a]", "<<: {a: 1}", "!!timestamp x", "!!binary x", "? [a]\n: b", "- text: hi\n- chat: hi",
+    "dtypes: [fp16]", "budget: 1e999", "clamp: false", "watch: {flat: .nan}", "recover: {ladder: [fp32, fp32]}",
+    "- hello", "- {name: a, batch: [a, b]}", '"\\ud800": 1', "\t", "[" * 3000, "%TAG ! x", "--- a\n--- b",
+    "memory: streamed", "near_overflow: .inf", "- {rows: []}", "!!set {a}",
 ]  # fmt: skip
 
 
@@ -157,21 +159,22 @@ KINDS: dict[str, Callable[[Path, random.Random], list[str]]] = {
 
 def run(args: list[str], folder: Path) -> str | None:
     """Run the program in a child of this process; gives what it did wrong, or None."""
-    child = os.fork()
-    if child == 0:
-        _child(args, folder)
+    number = os.fork()
+    if number == 0:
+        child(args, folder)
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status = os.waitpid(number, os.WNOHANG)
         if done:
             return _wrong(args, os.waitstatus_to_exitcode(status), folder)
         time.sleep(0.005)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
+    os.kill(number, 9)
+    os.waitpid(number, 0)
     return f"takes longer than {SECONDS:g} seconds"
 
 
-def _child(args: list[str], folder: Path) -> None:
+def child(args: list[str], folder: Path) -> None:
+    """In a fork: run the program with limits, in a folder, and end with its exit code."""
     code = 99
     try:
         os.chdir(folder)
@@ -185,6 +188,8 @@ def _child(args: list[str], folder: Path) -> None:
 
         code = main(args)
         sys.stdout.flush()
+    except KeyboardInterrupt:  # before the program's own handlers were there: as `qprec` does
+        code = 3
     finally:
         os._exit(code)
 
@@ -218,13 +223,16 @@ def cases(share: float, seed: int) -> Iterator[tuple[str, int]]:
 def warm() -> None:
     """Import once, in the parent, all that each case would import for seconds."""
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure
     import torch
     import transformers.models.qwen3.modeling_qwen3
 
     import qwen_precision.diagnose
     import qwen_precision.generate
 
-    assert qwen_precision.diagnose and qwen_precision.generate and transformers.models
+    assert qwen_precision.diagnose and qwen_precision.generate and transformers.models and matplotlib.figure
     torch.set_num_threads(1)
 
 

@@ -18,11 +18,11 @@ from qwen_precision.model.index import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SMALL = (
-    "config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "vocab.json",
-    "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "tokenizer.model", "tekken.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json",
-    "hf_quant_config.json", "quantize_config.json", "quant_config.json",
-)  # fmt: skip
+    "config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer_config.json vocab.json "
+    "vocab.txt merges.txt special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
+    "tokenizer.model tekken.json preprocessor_config.json processor_config.json adapter_config.json "
+    "hf_quant_config.json quantize_config.json quant_config.json"
+).split()
 """Files beside the weights that something reads."""
 
 _ANSWER = 10.0  # seconds that the hub may be silent

@@ -24,10 +24,15 @@ FLOAT_TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 MAX_JSON = 64 * 1024 * 1024
 """Bytes of a JSON file of a checkpoint; an index of 18,000 tensors has two millions."""
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32} | {
-    "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+_WIDTHS = {
+    64: "F64 I64 U64 C64",
+    32: "F32 I32 U32",
+    16: "F16 BF16 I16 U16",
+    8: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    6: "F6_E2M3 F6_E3M2",
+    4: "F4",
+}
+BITS = {name: bits for bits, names in _WIDTHS.items() for name in names.split()}
 """Of one number, by safetensors' name of its format."""
 
 _MAX_HEADER = 100_000_000  # safetensors' own bound on its header

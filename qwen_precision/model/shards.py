@@ -25,10 +25,11 @@ _ALIGNED = 64  # bytes: where torch's own allocations begin
 _WORTH = 1 << 20  # bytes from which on memory is kept
 _MOST_KEPT = 1 << 30  # bytes kept that nothing is in
 _NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
-}  # fmt: skip
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("F", "float"), ("I", "int")) for bits in (16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{"I8": "int8", "BOOL": "bool", "BF16": "bfloat16", "C64": "complex64"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+}
 """torch's names of safetensors' formats."""
 
 
