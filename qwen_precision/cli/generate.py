@@ -94,7 +94,7 @@ def generate(
         from qwen_precision.generate import generate as decode  # torch
 
         run = decode(model, settings, chosen, specs, revision, probe_run, progress, on_token)
-    outcome.save(run, wanted)
+    outcome.keep(run, wanted)
     if text and run.generation is not None:
         terminal.result("".join(f"{row.text}\n" for row in run.generation.rows))
         wanted = replace(wanted, shown=None)

@@ -12,7 +12,7 @@ import typer
 
 from qwen_precision import report as reporting
 from qwen_precision.cli import terminal
-from qwen_precision.errors import UsageError
+from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import check_writable, write_atomically
 from qwen_precision.judge import Report, rescue_exit_code
 from qwen_precision.record import Run, is_record, to_json
@@ -91,6 +91,14 @@ def for_file(view: View, name: str) -> str | bytes:
     return reporting.bundled(view) if name == reporting.BUNDLE else terminal.render(view, name, plain=True)
 
 
+def keep(run: Run, output: Output) -> None:
+    """Write the record of what there is so far, where one is kept; a full disk ends no measurement."""
+    try:
+        save(run, output)
+    except QprecError as error:
+        terminal.note(str(error))
+
+
 def save(run: Run, output: Output) -> None:
     """Write the record, where one is kept."""
     if output.record is not None:
@@ -99,17 +107,39 @@ def save(run: Run, output: Output) -> None:
 
 
 def show(report: Report, output: Output, fail_on: str, rescue_asked: bool = False) -> NoReturn:
-    """What was found, on stdout and in a file, and the exit code of the run, or of the rescue asked for."""
+    """What was found: saved, in a report, on stdout; and the exit code of the run, or of the rescue asked for.
+
+    Raises:
+        QprecError: a file could not be written; all the rest was, and was shown.
+    """
     view = View((report,), fail_on, record=shlex.quote(str(output.record)) if output.record is not None else "")
+    failed: list[QprecError] = []
+    for path, write_it in ((output.record, _save_run), (output.report, _save_report)):
+        try:
+            if path is not None:
+                write_it(view, output)
+                terminal.note(f"saved {path}")
+        except QprecError as error:
+            failed.append(error)
+    _print(view, report, output, rescue_asked)
+    if failed:
+        raise failed[0]
+    raise typer.Exit(rescue_exit_code(report, fail_on) if rescue_asked else report.exit_code(fail_on))
+
+
+def _save_run(view: View, output: Output) -> None:
+    save(view.reports[0].run, output)
+
+
+def _save_report(view: View, output: Output) -> None:
     if output.report is not None:
         write_atomically(output.report, for_file(view, output.format))
-    for path in (output.record, output.report):
-        if path is not None:
-            terminal.note(f"saved {path}")
+
+
+def _print(view: View, report: Report, output: Output, rescue_asked: bool) -> None:
     if output.shown == RECORD:
         terminal.result(to_json(report.run))
     elif output.shown is not None:
         terminal.result(str(terminal.render(view, output.shown)))
     if rescue_asked and (report.run.rescue is None or report.run.rescue.exported is None):
         terminal.note("no rescaled checkpoint was written")
-    raise typer.Exit(rescue_exit_code(report, fail_on) if rescue_asked else report.exit_code(fail_on))

@@ -116,10 +116,9 @@ def probe(
             target,
             progress,
             terminal.note,
-            lambda run: outcome.save(run, wanted),
+            lambda run: outcome.keep(run, wanted),
             record.with_name(f"{record.name}.sweep"),
         )
-    outcome.save(report.run, wanted)
     outcome.show(report, wanted, settings.fail_on, rescue_asked=target is not None)
 
 

@@ -2,13 +2,10 @@
 
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from rich import progress as bars
@@ -60,17 +57,27 @@ def result(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise
+        nobody_reads()
     except OSError as error:
         raise QprecError(f"stdout: cannot be written ({error.strerror}).") from error
+
+
+def nobody_reads() -> None:
+    """The reader of a pipe (head, a pager) went away: that is its right, and the exit code stays that of the run."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def note(text: str) -> None:
     """A line on stderr that says what happened or what is done now."""
     if _State.quiet:
         return
-    console = _State.bar.console if _State.bar is not None else _stderr()
-    console.print(safe(text, 10_000), markup=False, highlight=False, emoji=False, soft_wrap=True, style="dim")
+    _say(_State.bar.console if _State.bar is not None else _stderr(), safe(text, 10_000), "dim")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """A line on stderr. Where that is closed, or on a full disk, nobody can be told, and the exit code still counts."""
+    with suppress(OSError, ValueError):
+        console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True, style=style)
 
 
 OnToken = Callable[[Any, int, int], None]
@@ -88,7 +95,7 @@ def progress() -> Iterator[tuple[Progress, OnToken]]:
         bars.TimeRemainingColumn(),
     )
     off = not console.is_terminal or _State.quiet
-    with bars.Progress(*columns, console=console, transient=True, disable=off) as bar, _interruptible():
+    with bars.Progress(*columns, console=console, transient=True, disable=off) as bar:
         task = bar.add_task("loading torch and transformers", total=None, counted="")
         _State.bar = None if off else bar
 
@@ -100,27 +107,6 @@ def progress() -> Iterator[tuple[Progress, OnToken]]:
             yield show, lambda tokenizer, row, token: None
         finally:
             _State.bar = None
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """The first Ctrl-C says that what there is will be kept; the second is torch's and Python's own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        if not _State.quiet:
-            said = b"\ninterrupted: finishing with what there is; Ctrl-C again leaves at once\n"
-            os.write(2, said)  # a handler may not wait for the lock of a console
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, first)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Stream:
@@ -172,15 +158,14 @@ def streaming() -> Iterator[tuple[Progress, OnToken]]:
     """Tokens on stdout as they come, as text; no bar beside them."""
     stream = _Stream()
     try:
-        with _interruptible():
-            yield stream.show, stream.on_token
+        yield stream.show, stream.on_token
     finally:
         stream.end()
 
 
 def error(text: str) -> None:
     """The one sentence of a failure, on stderr."""
-    _stderr().print(f"qprec: {safe(text, 10_000)}", markup=False)
+    _say(_stderr(), f"qprec: {safe(text, 10_000)}")
 
 
 def _stderr() -> Console:

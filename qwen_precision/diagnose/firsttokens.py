@@ -19,7 +19,7 @@ from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.diagnose.walk import Walker, walker
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
-from qwen_precision.files import write_atomically
+from qwen_precision.files import Unreadable, read_small, write_atomically
 from qwen_precision.probe import Job
 from qwen_precision.progress import Progress
 from qwen_precision.record import Sweep, Swept, in_words, rounded
@@ -33,6 +33,7 @@ _CONFIRMED = 8
 """Of those, run in the dtype itself, each by itself, where they were not yet."""
 _NEAR = 2.0
 """What is within this of the dtype's largest number in fp32 is run in the dtype: it rounds, so it may go further."""
+_MOST_STATE = 1 << 20  # bytes of an unfinished sweep's file: it holds the worst few
 
 
 @dataclass
@@ -132,15 +133,17 @@ def held_state(path: Path | None) -> _State | None:
     Raises:
         QprecError: the file is there and is not a sweep's state: it is not written over.
     """
-    if path is None or not path.exists():
+    if path is None:
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_small(path, _MOST_STATE))
         worst = [Swept.model_validate(each) for each in data["worst"]]
         return _State(
             data["key"], int(data["done"]), int(data["layers"]), int(data["over"]), worst, float(data["seconds"])
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FileNotFoundError:
+        return None
+    except (Unreadable, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QprecError(f"{path}: is not the state of a sweep, which would be kept there; remove it.") from error
 
 

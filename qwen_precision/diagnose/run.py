@@ -54,9 +54,10 @@ def diagnose(
     before = Finals()
     measured = judge(measure(job, progress, before if target is not None else None))
     run = measured.run
+    on_measured(run)
     if wanted(measured):
         run = with_plan(run, job.checkpoint, settings.rescue_margin, progress)
-    on_measured(run)
+        on_measured(run)
     run = explained(job, measured, run, progress, announce)
     if settings.sweep is not None and run.unfinished is None:
         on_measured(run)

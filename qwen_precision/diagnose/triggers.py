@@ -8,10 +8,12 @@ from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.diagnose.firsttokens import first_tokens
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.files import read_text
 from qwen_precision.judge import Report, asked
 from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress
 from qwen_precision.record import Choice, Run, Sweep
+from qwen_precision.settings import MAX_TEXT_BYTES
 
 
 def swept(
@@ -56,11 +58,8 @@ def texts_of(file: str | None) -> list[str]:
     """
     if file is None:
         return []
-    try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"--sweep-texts: cannot read {file} ({why}); expected a text a line.") from error
+    text = read_text(Path(file), MAX_TEXT_BYTES, "--sweep-texts", "a text a line")
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"--sweep-texts: {file} is empty; expected a text a line.")
     return lines

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from qwen_precision.dtypes import DTYPES, RESCUED
-from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.errors import QprecError, UsageError, in_one_line, is_ours
 from qwen_precision.generate.decode import Decoder, Session
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import continuation
@@ -27,6 +27,8 @@ from qwen_precision.model import (
     choose_device,
     encode,
     environment,
+    fault,
+    foreign_faults,
     locate,
     model_part,
     open_checkpoint,
@@ -137,19 +139,10 @@ def _prepare(
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
     _check_rescale(guards, settings.dtype, checkpoint)
-    if settings.chat:
-        specs = [each for spec in specs for each in _turns(spec)]
-    tokenizer = checkpoint.tokenizer
-    without = [spec.name for spec in specs if spec.chat is not None] if not has_template(tokenizer) else []
-    if without:
-        remedy = "use --raw" if settings.chat else "give it as text"
-        raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
-    context = getattr(checkpoint.text_config, "max_position_embeddings", None)
-    prompts, _ = tokenise(specs, tokenizer, checkpoint.text_config.vocab_size, context, None, cut_with=None)
-    prompt = as_batch(prompts)
-    inputs = [each for spec, made in zip(specs, prompts, strict=True) for each in _inputs(spec, made, tokenizer)]
-    width = len(prompt.rows[0].ids) + prompt.rows[0].padding
-    config, choices = generation_config(checkpoint, settings, width)
+    with foreign_faults(folder):
+        prompt, inputs = _tokenised(checkpoint, settings, specs)
+        width = len(prompt.rows[0].ids) + prompt.rows[0].padding
+        config, choices = generation_config(checkpoint, settings, width)
     summary = _summary(probed, probe_run, checkpoint, settings.dtype) if probed and probe_run else None
     return _Job(
         checkpoint,
@@ -163,6 +156,25 @@ def _prepare(
         [device_choice, *checkpoint.notes, *choices],
         summary,
     )
+
+
+def _tokenised(
+    checkpoint: Checkpoint, settings: GenerateSettings, specs: Sequence[PromptSpec]
+) -> tuple[Prompt, list[str]]:
+    """All rows of all prompts as one batch, and the text of each."""
+    if settings.chat:
+        specs = [each for spec in specs for each in _turns(spec)]
+    tokenizer = checkpoint.tokenizer
+    without = [spec.name for spec in specs if spec.chat is not None] if not has_template(tokenizer) else []
+    if without:
+        remedy = "use --raw" if settings.chat else "give it as text"
+        raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
+    context = getattr(checkpoint.text_config, "max_position_embeddings", None)
+    prompts, left_out = tokenise(specs, tokenizer, checkpoint.text_config.vocab_size, context, None, cut_with=None)
+    for name, why in left_out.items():
+        raise QprecError(f"prompt {name!r}: {why}; use --raw, or give a text.")
+    inputs = [each for spec, made in zip(specs, prompts, strict=True) for each in _inputs(spec, made, tokenizer)]
+    return as_batch(prompts), inputs
 
 
 def _turns(spec: PromptSpec) -> list[PromptSpec]:
@@ -231,14 +243,16 @@ def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
             f"{job.checkpoint.folder / 'generation_config.json'}: transformers refuses these settings "
             f"({in_one_line(error)}); correct the file, or give the right ones as options."
         ) from error
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return f"out of memory on {job.device}; try a shorter prompt, fewer rows or fewer --max-new-tokens"
     except QprecError as error:
         if decoder.session is None:
             raise
         return str(error)
+    except Exception as error:
+        if not out_of_memory(error):
+            if is_ours(error):
+                raise
+            return fault(job.checkpoint.folder, error)
+        return f"out of memory on {job.device}; try a shorter prompt, fewer rows or fewer --max-new-tokens"
     return None
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from qwen_precision.errors import QprecError, UsageError, in_one_line
-from qwen_precision.model import Checkpoint
+from qwen_precision.model import Checkpoint, check_values, read_json
 from qwen_precision.record import Choice
-from qwen_precision.settings import GenerateSettings, flag_of, has_template
+from qwen_precision.settings import GenerateSettings, flag_of, has_template, in_template
 
 DEFAULT_NEW_TOKENS = 64
 """For a checkpoint that names no limit; transformers' own 20 is too short to see a model go wrong."""
@@ -102,9 +102,9 @@ def looks_like_a_base_model(checkpoint: Checkpoint, config: GenerationConfig) ->
     try:
         if not has_template(tokenizer):
             return "its tokenizer has no chat template"
-        shown = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        shown = in_template(turns, tokenizer, answer=False)
         words = [str(tokenizer.convert_ids_to_tokens(each)) for each in ids]
-    except Exception:  # a template is a program from a stranger; if it fails, nothing can be said
+    except Exception:  # if the template or an id is broken, nothing can be said
         return None
     if words and not any(word in shown for word in words):
         return f"its end token {words[0]} does not occur in its chat template"
@@ -112,6 +112,7 @@ def looks_like_a_base_model(checkpoint: Checkpoint, config: GenerationConfig) ->
 
 
 def _read(path: Path) -> GenerationConfig:
+    check_values(path, read_json(path, ""))
     try:
         config: GenerationConfig = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):

@@ -7,8 +7,9 @@ May import: record, qwen3, settings.
 from qwen_precision.model.encode import Encoded, encode
 from qwen_precision.model.files import model_part, weight_files
 from qwen_precision.model.folder import Checkpoint, open_checkpoint
+from qwen_precision.model.gate import check_values, fault, foreign_faults
 from qwen_precision.model.hub import download_bytes, is_here, locate, without_weights
-from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
+from qwen_precision.model.index import FLOAT_TYPES, TensorInfo, read_json
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import (
@@ -20,6 +21,7 @@ from qwen_precision.model.machine import (
     out_of_memory,
 )
 from qwen_precision.model.scratch import Scratch
+from qwen_precision.model.shards import fill, opened
 from qwen_precision.model.skeleton import (
     LayerCall,
     build,
@@ -50,6 +52,7 @@ __all__ = [
     "WeightStore",
     "attention_used",
     "build",
+    "check_values",
     "choose_device",
     "choose_memory",
     "decoder_layers",
@@ -58,8 +61,11 @@ __all__ = [
     "encode",
     "environment",
     "exact_float32",
+    "fault",
+    "fill",
     "filled",
     "finish",
+    "foreign_faults",
     "is_here",
     "is_layerwise",
     "layer_calls",
@@ -69,10 +75,12 @@ __all__ = [
     "move_buffers",
     "only_the_last",
     "open_checkpoint",
+    "opened",
     "out_of_memory",
     "outline",
     "path_of",
     "positions_of",
+    "read_json",
     "read_tensor",
     "run_layer",
     "weight_files",

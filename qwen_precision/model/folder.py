@@ -13,8 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.foreign import adapter_beside, check_readable
+from qwen_precision.model.gate import check_tokenizer, foreign_faults, read_config, tamed
 from qwen_precision.model.gguffile import gguf_of, read_gguf
-from qwen_precision.model.index import TensorInfo, read_index, read_json
+from qwen_precision.model.index import TensorInfo, read_index
 from qwen_precision.model.quantised import unquantised
 from qwen_precision.model.skeleton import model_class
 from qwen_precision.qwen3 import EMBEDDING, HEAD
@@ -108,7 +109,7 @@ def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> C
         raise QprecError(f"{source}: is not a folder; give a checkpoint folder, a hub id (owner/name) or `demo`.")
     if not (folder / "config.json").exists():
         check_readable(folder, {})
-    raw = read_json(folder / "config.json", "every checkpoint has one; is this the right folder?")
+    raw = read_config(folder)
     check_readable(folder, raw)
     _check_config(raw, folder)
     config = _load_config(folder)
@@ -179,7 +180,8 @@ def _load_config(folder: Path) -> PretrainedConfig:
     if not isinstance(config, PretrainedConfig):
         raise QprecError(f"{folder / 'config.json'}: transformers cannot read it.")
     config.__dict__.pop("quantization_config", None)  # weights are given out as if they had never been quantised
-    return config
+    with foreign_faults(folder):
+        return tamed(config)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -190,4 +192,5 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) < 2:
         # Without any of its files transformers makes an empty one.
         raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json is missing); download the checkpoint again.")
+    check_tokenizer(tokenizer, folder)
     return tokenizer

@@ -4,13 +4,13 @@ A row a thing: how it is recognised (by names of files and by config.json), and 
 such a folder would be called incomplete, which sends its owner off to download it again.
 """
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_precision.errors import QprecError
+from qwen_precision.model.index import read_json
 from qwen_precision.record import Choice
 
 ADAPTER = "adapter_config.json"
@@ -65,8 +65,8 @@ def _files(folder: Path, pattern: str) -> bool:
 
 def _merge(folder: Path, raw: dict[str, Any]) -> str:
     try:
-        base = str(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = str(read_json(folder / ADAPTER, "")["base_model_name_or_path"])
+    except (QprecError, KeyError):
         base = "its base model"
     merged = f"{folder.name or 'model'}-merged"
     code = (

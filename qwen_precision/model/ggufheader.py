@@ -7,13 +7,13 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
-import mmap
+import os
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwen_precision.errors import QprecError
 
@@ -118,8 +118,8 @@ def _read(path: Path, missing: str) -> Header:
     """The header of one file."""
     broken = f"{path}: truncated or not a GGUF file; download it again."
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _Cursor(mapped, path.name).header()
+        with path.open("rb") as file:
+            return _Cursor(file, path.name).header()
     except FileNotFoundError as error:
         raise QprecError(f"{path}: this {missing} is missing; download it too.") from error
     except OSError as error:
@@ -137,8 +137,9 @@ class _Version(Exception):
 class _Cursor:
     """Walks through a header; raises ValueError where it would go beyond the file."""
 
-    def __init__(self, data: mmap.mmap, name: str) -> None:
-        self._data, self._name, self._at = data, name, 0
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name, self._at = file, name, 0
+        self._size = os.fstat(file.fileno()).st_size
 
     def header(self) -> Header:
         """All of it; offsets are checked against the file only where the sizes of formats are known."""
@@ -154,14 +155,14 @@ class _Cursor:
             key, begin = self._string(), self._at
             keys[key] = self._value(self._number("I"))
             if not (key.startswith("tokenizer.") and isinstance(keys[key], list)):
-                raw[key] = self._data[begin : self._at]
+                raw[key] = os.pread(self._file.fileno(), self._at - begin, begin)
         found = list(self._tensors(count))
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError
         base = math.ceil(self._at / alignment) * alignment
         tensors = tuple(Stored(name, shape, kind, self._name, base + offset) for name, shape, kind, offset in found)
-        return Header(keys, raw, tensors, {self._name: len(self._data)})
+        return Header(keys, raw, tensors, {self._name: self._size})
 
     def _tensors(self, count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         for _ in range(count):
@@ -172,13 +173,16 @@ class _Cursor:
             yield name, shape, self._number("I"), self._number("Q")
 
     def _take(self, count: int) -> bytes:
-        if count > len(self._data) - self._at:
+        if count > self._size - self._at:
             raise ValueError
         self._at += count
-        return self._data[self._at - count : self._at]
+        data = self._file.read(count)
+        if len(data) < count:  # it shrank
+            raise ValueError
+        return data
 
     def _numbers(self, code: str, count: int) -> tuple[Any, ...]:
-        if count > len(self._data):
+        if count > self._size:
             raise ValueError
         return struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(f"<{code}")))
 

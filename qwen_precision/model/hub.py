@@ -4,6 +4,7 @@ Only safetensors, JSON and tokenizer files are fetched; pickles and code are not
 """
 
 import difflib
+import http
 import os
 import re
 from collections.abc import Iterator
@@ -12,14 +13,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.model.fetching import SINGLE, SMALL, cached, fetched, host, listing
 from qwen_precision.model.foreign import file_in_words
 from qwen_precision.model.gguffile import is_gguf
 
 DEMO = Path(__file__).parent.parent / "demo"
 """The checkpoint that ships in the package."""
-
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
-_UNWANTED = ["original/*", "*/*"]
 
 
 def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -35,9 +34,10 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     if not source:
         raise UsageError("MODEL: is empty; give a hub id (owner/name), a checkpoint folder or `demo`.")
     path = Path(source).expanduser()
-    if revision and (path.exists() or _looks_local(source)):
+    there = os.path.exists(path)  # pathlib's raises where a name is too long
+    if revision and (there or _looks_local(source)):
         raise UsageError(f"--revision {revision}: only a model on the hub has revisions; {source} is a folder.")
-    if path.exists():
+    if there:
         if not path.is_dir() and not is_gguf(path):
             raise QprecError(f"{source}: {file_in_words(path)}.")
         return path, None
@@ -71,16 +71,10 @@ def _meant(source: str) -> str:
 
 def is_here(source: str, revision: str | None = None) -> bool:
     """Whether nothing has to be downloaded: a folder, the demo, or a whole checkpoint in the hub's cache."""
-    if source == "demo" or Path(source).expanduser().exists() or _looks_local(source):
+    if source == "demo" or os.path.exists(Path(source).expanduser()) or _looks_local(source):
         return True
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(source, revision=revision, allow_patterns=_WANTED, local_files_only=True)
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-        return False
-    return any(Path(folder).glob("*.safetensors"))
+    folder = cached(source, revision)
+    return folder is not None and any(folder.glob("*.safetensors"))
 
 
 def without_weights(source: str, revision: str | None = None) -> Path:
@@ -89,19 +83,8 @@ def without_weights(source: str, revision: str | None = None) -> Path:
     Raises:
         QprecError: as ``locate`` does.
     """
-    from huggingface_hub import snapshot_download
-
-    small = [each for each in _WANTED if each != "*.safetensors"]
     with _sentences(source, revision):
-        return Path(
-            snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=small,
-                ignore_patterns=_UNWANTED,
-                endpoint=os.environ.get("HF_ENDPOINT") or None,
-            )
-        )
+        return fetched(source, revision, weights=False)
 
 
 def download_bytes(source: str, revision: str | None = None) -> tuple[int, int]:
@@ -110,16 +93,13 @@ def download_bytes(source: str, revision: str | None = None) -> tuple[int, int]:
     Raises:
         QprecError: as ``locate`` does.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
-
     with _sentences(source, revision):
-        found = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).model_info(
-            source, revision=revision, files_metadata=True
-        )
-    files = {each.rfilename: each.size or 0 for each in found.siblings or []}
-    wanted = list(filter_repo_objects(files, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    return sum(files[name] for name in wanted), sum(files[n] for n in wanted if n.endswith(".safetensors"))
+        found = listing(source, revision)
+    weights = {name: size for name, size in found.sizes.items() if name.endswith(".safetensors")}
+    if SINGLE in weights:
+        weights = {SINGLE: weights[SINGLE]}
+    small = sum(size for name, size in found.sizes.items() if name in SMALL)
+    return small + sum(weights.values()), sum(weights.values())
 
 
 def _looks_local(source: str) -> bool:
@@ -127,18 +107,9 @@ def _looks_local(source: str) -> bool:
 
 
 def _download(source: str, revision: str | None) -> tuple[Path, str | None]:
-    # Imported here: a local probe needs no HTTP client.
-    from huggingface_hub import snapshot_download
-
     with _sentences(source, revision):
-        folder = snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-            endpoint=os.environ.get("HF_ENDPOINT") or None,
-        )
-    return Path(folder), Path(folder).name
+        folder = fetched(source, revision)
+    return folder, folder.name
 
 
 @contextmanager
@@ -160,11 +131,13 @@ def _sentences(source: str, revision: str | None) -> Iterator[None]:
     except hub_errors.HFValidationError as error:
         raise QprecError(f"{source}: is neither a folder here nor a hub id (owner/name).") from error
     except (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError) as error:
+        _check_answer(source, error)
         raise QprecError(
             f"{source}{at}: is not in the local cache and the hub cannot be reached; "
             "check the network, or give a folder that holds the checkpoint."
         ) from error
     except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
+        _check_answer(source, error)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QprecError(f"{source}{at}: the download failed ({first}); run the same command to go on.") from error
     except Exception as error:
@@ -172,5 +145,30 @@ def _sentences(source: str, revision: str | None) -> Iterator[None]:
         if type(error).__module__.split(".")[0] not in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}:
             raise
         raise QprecError(
-            f"{source}{at}: the download was interrupted ({type(error).__name__}); run the same command to go on."
+            f"{source}{at}: the download from {host()} was interrupted ({type(error).__name__}); run the same command "
+            "to go on."
         ) from error
+
+
+def _check_answer(source: str, error: BaseException) -> None:
+    """A hub that answers can be reached: what it says is called what it is.
+
+    Raises:
+        QprecError: there was an answer, which is its status.
+    """
+    met: BaseException | None = error
+    while met is not None:
+        status = getattr(getattr(met, "response", None), "status_code", None)
+        if isinstance(status, int) and status != 404:
+            known = http.HTTPStatus(status).phrase if status in set(http.HTTPStatus) else "no known status"
+            todo = _ANSWERS.get(status, "try again later")
+            raise QprecError(f"{source}: {host()} answers {status} ({known}); {todo}.") from error
+        met = met.__cause__ or met.__context__
+
+
+_ANSWERS = {
+    401: "set HF_TOKEN or run `hf auth login`",
+    403: "set HF_TOKEN to a token that may read it",
+    429: "wait a while, or set HF_TOKEN",
+}
+"""What to do about an answer."""

@@ -6,6 +6,7 @@ shard.
 """
 
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,24 @@ from typing import Any
 from torch import Tensor
 
 from qwen_precision.errors import QprecError
+from qwen_precision.files import Unreadable, is_whole, read_small
 
 FLOAT_TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 """Weight formats that can be probed, by safetensors' name."""
+
+MAX_JSON = 64 * 1024 * 1024
+"""Bytes of a JSON file of a checkpoint; an index of 18,000 tensors has two millions."""
+
+_WIDTHS = {
+    64: "F64 I64 U64 C64",
+    32: "F32 I32 U32",
+    16: "F16 BF16 I16 U16",
+    8: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    6: "F6_E2M3 F6_E3M2",
+    4: "F4",
+}
+BITS = {name: bits for bits, names in _WIDTHS.items() for name in names.split()}
+"""Of one number, by safetensors' name of its format."""
 
 _MAX_HEADER = 100_000_000  # safetensors' own bound on its header
 
@@ -57,6 +73,8 @@ class TensorInfo:
     """How a quantised weight is kept; its shape is then that of the weight."""
     read: Callable[[Path, slice], Tensor] | None = None
     """Reads some of its rows from the file, where that is no safetensors."""
+    stamp: tuple[int, int] | None = None
+    """Bytes and time (ns) of the file when its header was read: with others it is another file."""
 
     @property
     def places(self) -> "list[TensorInfo]":
@@ -77,17 +95,19 @@ class TensorInfo:
         return count
 
 
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file of the folder.
+def read_json(path: Path, why: str, most: int = MAX_JSON) -> dict[str, Any]:
+    """A JSON object from a file of the folder, of so many bytes at most.
 
     Raises:
         QprecError: it is missing (``why`` says what that means) or is no JSON object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_small(path, most))
     except FileNotFoundError as error:
         raise QprecError(f"{path}: missing; {why}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except Unreadable as error:
+        raise QprecError(f"{path}: {error}; download the checkpoint again.") from error
+    except (ValueError, RecursionError) as error:
         raise QprecError(f"{path}: is not readable JSON; download the checkpoint again.") from error
     if not isinstance(data, dict):
         raise QprecError(f"{path}: should hold a JSON object; download the checkpoint again.")
@@ -102,7 +122,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
     """
     index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():  # transformers takes the single file where both are there
-        return _read_header(single)
+        return read_header(single)
     if index_path.is_file():
         weight_map = read_json(index_path, "").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -120,11 +140,11 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
 def _from_index(folder: Path, index_path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or "\0" in file or not is_whole(file):
             raise QprecError(f"{index_path}: names the shard {file!r} outside its folder; this is refused.")
-        if not (folder / file).is_file():
+        if len(os.fsencode(file)) > 255 or not (folder / file).is_file():
             raise QprecError(f"{folder / file}: this shard is missing; download the checkpoint again.")
-        headers[file] = _read_header(folder / file)
+        headers[file] = read_header(folder / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise QprecError(
@@ -133,37 +153,58 @@ def _from_index(folder: Path, index_path: Path, weight_map: dict[str, str]) -> d
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """The header of a safetensors file (8 bytes of length, JSON, data), checked against the file's size.
 
     Format: https://github.com/huggingface/safetensors#format
+
+    Raises:
+        QprecError: it is no such file, or says what cannot be true of it.
     """
     broken = f"{path}: truncated or not a safetensors file; download it again."
     try:
-        total = path.stat().st_size
         with path.open("rb") as file:
+            told = os.fstat(file.fileno())
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_MAX_HEADER, total):
+            if length > min(_MAX_HEADER, told.st_size):
                 raise QprecError(broken)
             header = json.loads(file.read(length))
-        infos = {
-            name: TensorInfo(
-                path.name,
-                str(entry["dtype"]),
-                tuple(int(extent) for extent in entry["shape"]),
-                8 + length + int(entry["data_offsets"][0]),
-                int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        header.pop("__metadata__", None)
+        begin, stamp = 8 + length, (told.st_size, told.st_mtime_ns)
+        infos = {name: _info(path.name, entry, begin, stamp) for name, entry in header.items()}
     except OSError as error:
         raise QprecError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QprecError(broken) from error
-    end = max((info.start + info.size for info in infos.values()), default=8 + length)
+    _check_places(path, infos, begin, told.st_size)
+    return infos
+
+
+def _info(file: str, entry: dict[str, Any], begin: int, stamp: tuple[int, int]) -> TensorInfo:
+    """One tensor of a header; raises ValueError, KeyError or TypeError where it is none."""
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(each) is int and 0 <= each < 2**63 for each in (start, end, *shape)):
+        raise ValueError
+    return TensorInfo(file, str(entry["dtype"]), shape, begin + start, end - start, stamp=stamp)
+
+
+def _check_places(path: Path, infos: dict[str, TensorInfo], begin: int, total: int) -> None:
+    """Each tensor has the bytes that its shape asks for, and they lie one behind the other, up to the file's end."""
+    end = begin
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].size)):
+        bits = BITS.get(info.dtype)
+        if bits is not None and info.elements * bits != 8 * info.size:
+            raise QprecError(
+                f"{path}: {name} is {info.dtype} of shape {list(info.shape)} in {info.size} bytes, which it does not "
+                "fit; download it again."
+            )
+        if info.start != end:
+            raise QprecError(f"{path}: {name} does not begin where the tensor before it ends; download it again.")
+        end += info.size
     if end > total:
         raise QprecError(
             f"{path}: truncated: its header promises {end} bytes, the file has {total}; download it again."
         )
-    return infos
+    if end < total:
+        raise QprecError(f"{path}: has {total - end} bytes more than its header tells of; download it again.")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
+import transformers.modeling_utils
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +12,7 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.machine import free_bytes
+from qwen_precision.model.shards import unmapped
 from qwen_precision.model.skeleton import build, is_layerwise, model_class, outline
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore, check_formats, checked_tensor, read_tensor
@@ -121,20 +122,22 @@ class Models:
         if read and is_layerwise(self._checkpoint.config):
             return self._dequantised(dtype)
         # As if the files held these numbers: transformers finds each its place, as for a plain checkpoint.
-        given = {"state_dict": self._state(), "config": self._checkpoint.config} if read else {}
+        given = {"state_dict": self._state()} if read else {}
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            loaded: Any = self._class().from_pretrained(
-                None if read else folder,
-                dtype=getattr(torch, DTYPES[dtype].torch_name),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **({"attn_implementation": self._attention} if self._attention else {}),
-                **given,
-            )
-        except (MemoryError, torch.OutOfMemoryError):
+            with unmapped(transformers.modeling_utils):
+                loaded: Any = self._class().from_pretrained(
+                    None if read else folder,
+                    config=self._checkpoint.config,
+                    dtype=getattr(torch, DTYPES[dtype].torch_name),
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **({"attn_implementation": self._attention} if self._attention else {}),
+                    **given,
+                )
+        except (MemoryError, torch.OutOfMemoryError, QprecError):
             raise
         except Exception as error:  # transformers and safetensors raise whatever a broken file leads to
             check_formats(self._checkpoint, self._checkpoint.tensors)  # 4.56 stops at an integer, in its own words

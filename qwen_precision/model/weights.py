@@ -15,12 +15,12 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qwen_precision.errors import QprecError
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.index import FLOAT_TYPES, Packed, TensorInfo
+from qwen_precision.model.shards import Memory, opened, read_rows
 from qwen_precision.model.upload import Upload
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
@@ -59,6 +59,7 @@ class WeightStore:
         self._resident = resident
         self._check = check
         self._kept: dict[str, Tensor] = {}
+        self._memory = None if resident else Memory()
         self._prefix = getattr(model, "base_model_prefix", "model") + "."
         self._tied: dict[str, str] = _tied_names(model, checkpoint)
         self._fused = _Fusions(model, list(checkpoint.tensors))
@@ -162,18 +163,18 @@ class WeightStore:
         for name, _ in module.named_parameters():
             for part in self.parts(f"{path}.{name}"):
                 for place in self._checkpoint.tensors[part].places:
-                    with (self._checkpoint.folder / place.file).open("rb") as file:
+                    with opened(self._checkpoint.folder, place) as file:
                         os.posix_fadvise(file.fileno(), place.start, place.size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, part: str, name: str) -> Tensor:
         started = time.perf_counter()
-        tensor = checked_tensor(self._checkpoint, part, self._check, name)
+        tensor = checked_tensor(self._checkpoint, part, self._check, name, self._memory)
         self._reading += time.perf_counter() - started
         return self._scaled(tensor, part if self._fused.has(name) else name)
 
     def _read_rows(self, part: str, name: str, start: int, stop: int) -> Tensor:
         started = time.perf_counter()
-        tensor = read_tensor(self._checkpoint, part, slice(start, stop))
+        tensor = read_tensor(self._checkpoint, part, slice(start, stop), self._memory)
         self._check.feed(part, self._checkpoint.tensors[part].file, tensor, start, self._tied.get(name, name))
         self._reading += time.perf_counter() - started
         return self._scaled(tensor, self._tied.get(name, name))
@@ -183,36 +184,38 @@ class WeightStore:
         return scaled(tensor, factor) if factor else tensor
 
 
-def read_tensor(checkpoint: Checkpoint, name: str, rows: slice = _ALL) -> Tensor:
-    """One tensor as the files have it, a quantised weight in float32. Pages of safetensors are mapped, not copied, and
-    unmapped when it goes.
+def read_tensor(checkpoint: Checkpoint, name: str, rows: slice = _ALL, memory: Memory | None = None) -> Tensor:
+    """One tensor as the files have it, a quantised weight in float32.
 
     Args:
         checkpoint, name: of the tensor.
         rows: those that are wanted; of a quantised weight only where ``by_rows`` says that they can be had apart.
+        memory: to read into; None for fresh memory.
 
     Raises:
         QprecError: its shard cannot be read, or the parts of a quantised weight contradict each other.
     """
     info = checkpoint.tensors[name]
     if info.packed is None:
-        return _tensor(checkpoint.folder, info, name, rows)
-    return _unpacked(checkpoint.folder, info.packed, _pieces(checkpoint.folder, info.packed, rows))
+        return _tensor(checkpoint.folder, info, rows, memory)
+    return _unpacked(checkpoint.folder, info.packed, _pieces(checkpoint.folder, info.packed, rows, memory))
 
 
-def checked_tensor(checkpoint: Checkpoint, name: str, check: WeightCheck, parameter: str) -> Tensor:
+def checked_tensor(
+    checkpoint: Checkpoint, name: str, check: WeightCheck, parameter: str, memory: Memory | None = None
+) -> Tensor:
     """One tensor as ``read_tensor`` gives it, seen by the static check, and its scales too.
 
     Args:
-        checkpoint, name: as for ``read_tensor``, which also says what is raised.
+        checkpoint, name, memory: as for ``read_tensor``, which also says what is raised.
         check: sees it.
         parameter: the model's parameter it is (a part of).
     """
     info = checkpoint.tensors[name]
     if info.packed is None:
-        tensor = _tensor(checkpoint.folder, info, name)
+        tensor = _tensor(checkpoint.folder, info, _ALL, memory)
     else:
-        pieces = _pieces(checkpoint.folder, info.packed)
+        pieces = _pieces(checkpoint.folder, info.packed, _ALL, memory)
         tensor = _unpacked(checkpoint.folder, info.packed, pieces)
         check.feed_scales(name, info.packed, pieces, tensor, parameter)
     check.feed(name, info.file, tensor, parameter=parameter)
@@ -234,8 +237,8 @@ def check_formats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             )
 
 
-def _pieces(folder: Path, packed: Packed, rows: slice = _ALL) -> dict[str, Tensor]:
-    return {role: _tensor(folder, packed.infos[role], name, rows) for role, name in packed.names.items()}
+def _pieces(folder: Path, packed: Packed, rows: slice, memory: Memory | None) -> dict[str, Tensor]:
+    return {role: _tensor(folder, info, rows, memory) for role, info in packed.infos.items()}
 
 
 def _unpacked(folder: Path, packed: Packed, pieces: dict[str, Tensor]) -> Tensor:
@@ -249,34 +252,20 @@ def _unpacked(folder: Path, packed: Packed, pieces: dict[str, Tensor]) -> Tensor
         ) from error
 
 
-def _tensor(folder: Path, info: TensorInfo, name: str, rows: slice = _ALL) -> Tensor:
+def _tensor(folder: Path, info: TensorInfo, rows: slice, memory: Memory | None) -> Tensor:
+    if info.read is None:
+        return read_rows(folder, info, rows, memory)
     path = folder / info.file
-    with _reading(path):
-        if info.read is not None:
-            return info.read(path, rows)
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-    return tensor if rows == _ALL else tensor[rows]
+    try:
+        return info.read(path, rows)
+    except OSError as error:
+        raise QprecError(f"{path}: cannot be read ({error.strerror or error}); download it again.") from error
 
 
 def scaled(tensor: Tensor, factor: int) -> Tensor:
     """``tensor`` times 2^factor, exactly: fp16, whose range is short, comes out as fp32."""
     wide = tensor.float() if tensor.dtype == torch.float16 else tensor
     return wide * 2.0**factor
-
-
-class _reading:
-    """Turns what a broken shard raises into a sentence that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (SafetensorError, OSError)):
-            raise QprecError(f"{self._path}: cannot be read ({error}); download it again.") from error
 
 
 def _tied_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

@@ -1,17 +1,18 @@
 """A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from types import MappingProxyType
 
 import torch
 import transformers
 from torch import nn
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.errors import QprecError, UsageError, is_ours
 from qwen_precision.model import (
     Checkpoint,
     Encoded,
@@ -26,6 +27,8 @@ from qwen_precision.model import (
     encode,
     environment,
     exact_float32,
+    fault,
+    foreign_faults,
     is_layerwise,
     layers_of,
     locate,
@@ -98,6 +101,11 @@ def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], r
     """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
+    with foreign_faults(folder):
+        return _prepared(checkpoint, source, settings, specs)
+
+
+def _prepared(checkpoint: Checkpoint, source: str, settings: ProbeSettings, specs: Sequence[PromptSpec]) -> Job:
     context = getattr(checkpoint.text_config, "max_position_embeddings", None)
     theirs = sorted({str(spec.checkpoint) for spec in specs if spec.failed and spec.checkpoint not in (None, source)})
     prompts, left_out = tokenise(
@@ -113,10 +121,17 @@ def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], r
     return job
 
 
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
 def job_for(
-    checkpoint: Checkpoint, source: str, settings: ProbeSettings, prompts: list[Prompt], left_out: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    source: str,
+    settings: ProbeSettings,
+    prompts: list[Prompt],
+    left_out: Mapping[str, str] = _NONE,
 ) -> Job:
-    """A job of prompts that are token ids already; ``left_out`` names those that could not be made into ids."""
+    """A job of prompts that are token ids already; ``left_out`` has those that could not be, and why."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device, device_choice = choose_device(settings.device)
     whole = not is_layerwise(checkpoint.config)
@@ -176,11 +191,11 @@ def working_bytes(model: nn.Module) -> int:
     return 8 * max(layer, sum(parameter.numel() for parameter in head.parameters()))
 
 
-def _notes(checkpoint: Checkpoint, left_out: Sequence[str]) -> list[Choice]:
+def _notes(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[Choice]:
     notes = [*checkpoint.notes]
-    if left_out:
-        reason = "the tokenizer has no chat template"
-        notes.append(Choice(what="prompts left out", value=", ".join(left_out), reason=reason))
+    for reason in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name, why in left_out.items() if why == reason)
+        notes.append(Choice(what="prompts left out", value=names, reason=reason))
     if checkpoint.bare and is_layerwise(checkpoint.config):
         notes.append(Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model"))
     return notes
@@ -195,12 +210,14 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
         passes.run()
     except KeyboardInterrupt:
         return "interrupted"
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
     except QprecError as error:
         return str(error)
+    except Exception as error:
+        if out_of_memory(error):
+            return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
+        if is_ours(error):
+            raise
+        return fault(job.checkpoint.folder, error)
     finally:
         job.seconds.update(passes.seconds)
     return None

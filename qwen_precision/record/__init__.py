@@ -15,7 +15,7 @@ from qwen_precision.record.explanation import (
     Sweep,
     Swept,
 )
-from qwen_precision.record.file import MAX_BYTES, is_record, load, parse, save, to_json
+from qwen_precision.record.file import MAX_BYTES, is_record, load, parse, read, save, to_json
 from qwen_precision.record.generation import (
     FILTERED,
     MENDED,
@@ -36,7 +36,7 @@ from qwen_precision.record.generation import (
     mended_steps,
 )
 from qwen_precision.record.parts import Site, in_words, rounded
-from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
+from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import (
     Choice,
     Event,
@@ -57,6 +57,7 @@ __all__ = [
     "FILTERED",
     "MAX_BYTES",
     "MENDED",
+    "MOST_POWER",
     "NOT_FINITE",
     "REPLAYS",
     "BadKind",
@@ -109,6 +110,7 @@ __all__ = [
     "load",
     "mended_steps",
     "parse",
+    "read",
     "rounded",
     "save",
     "to_json",

@@ -2,14 +2,14 @@
 
 from typing import Literal
 
-from qwen_precision.record.parts import Count, Number, Part
+from qwen_precision.record.parts import Count, Many, Number, Part
 
 
 class Operand(Part):
     """A tensor that went into an operation, or came out."""
 
     role: Literal["input", "weight", "output"]
-    shape: list[Count]
+    shape: Many[Count]
     dtype: str
     low: Number
     high: Number
@@ -40,11 +40,11 @@ class Contribution(Part):
 class Closeup(Part):
     """An operation that gave something not finite from finite inputs, under the microscope."""
 
-    operands: list[Operand]
+    operands: Many[Operand]
     source: Source | None
     exact: Number | None
     """The extreme element in fp64, from the operands as they were; null where the operation is no product or sum."""
-    contributions: list[Contribution]
+    contributions: Many[Contribution]
     """Largest first; empty where it is no matrix product."""
 
 

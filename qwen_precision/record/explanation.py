@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-from qwen_precision.record.parts import Count, Number, Part, Site
+from qwen_precision.record.parts import Count, Many, Number, Part, Site
 
 Replay = Literal["as generated", "generated alone", "prefilled whole", "without cache"]
 """A failing step of a generation, made again as it was, or changed in one way."""
@@ -63,18 +63,18 @@ class Explanation(Part):
 
     budget: Count
     """Forwards that the controls might take."""
-    controls: list[Control]
-    left_out: list[str]
+    controls: Many[Control]
+    left_out: Many[str]
     """Controls that did not fit the budget, and measurements that could not be made, each with the reason."""
     hashes: dict[str, str]
     """SHA-256 of the files that hold damaged weights."""
-    continuations: list[GreedyMatch]
+    continuations: Many[GreedyMatch]
 
 
 class Swept(Part):
     """One token or text of a sweep."""
 
-    ids: list[int]
+    ids: Many[int]
     """One, or those of the text."""
     text: str
     magnitude: Number
@@ -99,7 +99,7 @@ class Sweep(Part):
     """How many were run: all of them; once only those up to the step-up, after which magnitudes grow no more."""
     over: Count
     """How many overflow in the dtype; of a sweep up to the step-up, whose magnitude is beyond its largest number."""
-    worst: list[Swept]
+    worst: Many[Swept]
     prompt: str | None
     """Of a length sweep: its name."""
     shortest_failing: int | None

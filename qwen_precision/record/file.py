@@ -1,6 +1,7 @@
 """Records on disk: written whole, read back from strangers, old ones made new. Nowhere else is one saved or loaded."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,28 +9,29 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwen_precision.errors import QprecError
-from qwen_precision.files import write_atomically
-from qwen_precision.record.packing import pack_column, pack_list, unpack_all
+from qwen_precision.files import Unreadable, read_small, write_atomically
+from qwen_precision.record.packing import pack_column, pack_list, plain_json, unpack_all
 from qwen_precision.record.parts import in_words
 from qwen_precision.record.references import misfit
 from qwen_precision.record.run import SCHEMA, Run
 from qwen_precision.record.upgrades import upgraded
 
-MAX_BYTES = 256 * 1024 * 1024
-"""A record larger than this is not a qprec record: it is refused before it is parsed."""
+MAX_BYTES = 64 * 1024 * 1024
+"""A record larger than this is not a qprec record: refused before it is parsed. Packed, the largest have 13 MiB."""
 
 
 _EXPECTED = "give the file that `qprec probe -o` or `qprec generate -o` wrote"
 
 
 def to_json(run: Run) -> str:
-    """The record as JSON text; the same run always gives the same text."""
+    """The record as JSON text, without half characters; the same run always gives the same text."""
     plain = run.model_dump(by_alias=True)
     plain["sites"] = pack_list(plain["sites"])
     for each in plain["passes"]:
         each["abs_max"] = pack_column(each["abs_max"])
     plain = in_words(plain)
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def save(run: Run, path: Path) -> None:
@@ -39,9 +41,9 @@ def save(run: Run, path: Path) -> None:
 
 def is_record(path: Path) -> bool:
     """Whether a file is a saved run, by how it begins; it is not read whole."""
+    if not os.path.isfile(path):
+        return False  # what is read from a pipe is gone
     try:
-        if not path.is_file():
-            return False  # what is read from a pipe is gone
         with path.open("rb") as file:
             return file.read(len(_BEGINS)) == _BEGINS
     except OSError:
@@ -59,22 +61,30 @@ def load(path: Path) -> Run:
             names the offending key.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)  # no more: a device has no end
-        if len(raw) > MAX_BYTES:
-            raise QprecError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is not a qprec record.")
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise QprecError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}.") from error
-    except ValueError as error:
+        text = read(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
     return parse(text, str(path))
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a record or a bundle of them.
+
+    Raises:
+        QprecError: it is no regular file, is too large, or cannot be read.
+    """
+    try:
+        return read_small(path, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise QprecError(f"{path}: cannot be read ({error.strerror}); {_EXPECTED}.") from error
+    except Unreadable as error:
+        raise QprecError(f"{path}: cannot be read ({error}); {_EXPECTED}.") from error
 
 
 def parse(text: str, path: str) -> Run:
     """The record that a JSON text holds; ``path`` is its name in messages. Raises as ``load`` does."""
     try:
-        data = json.loads(text, parse_int=_bounded)
+        data = plain_json(text)
     except (ValueError, RecursionError) as error:
         raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
     if _SURROGATE.search(text):
@@ -91,12 +101,6 @@ def parse(text: str, path: str) -> Run:
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def _bounded(digits: str) -> int:
-    if len(digits) > 19:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
 
 
 def _whole_characters(value: Any) -> Any:

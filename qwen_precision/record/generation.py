@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-from qwen_precision.record.parts import Count, Number, Part
+from qwen_precision.record.parts import Count, Many, Number, Part
 
 BadKind = Literal["wholly bad", "partly bad", "flat", "all filtered", "overflowed"]
 """Why a row could not be used as it was; the last two are what the processors made of healthy logits."""
@@ -112,19 +112,19 @@ class Continuation(Part):
     row: Count
     input: str
     """The text that was tokenised: the prompt, or the chat template around it."""
-    ids: list[int]
-    tokens: list[str]
+    ids: Many[int]
+    tokens: Many[str]
     """Each id as text."""
     text: str
     """All of it, without special tokens."""
     clean_text: str | None
     """What had been generated before the first bad logits; null where there were none."""
-    stretches: list[Stretch]
-    top1: list[Number | None]
+    stretches: Many[Stretch]
+    top1: Many[Number | None]
     """Probability of the likeliest token, before any filter."""
-    margin: list[Number | None]
+    margin: Many[Number | None]
     """Logit of the likeliest token minus that of the second: the natural logarithm of their odds."""
-    entropy: list[Number | None]
+    entropy: Many[Number | None]
     """In nats, before any filter."""
     finish: Finish
 
@@ -133,7 +133,7 @@ class SamplingError(Part):
     """The error with which torch refused to draw a token."""
 
     step: Count
-    rows: list[int]
+    rows: Many[int]
     message: str
 
 
@@ -171,8 +171,8 @@ class Generation(Part):
     chat: bool
     base_model: str | None
     """Why the checkpoint looks like a base model, or null."""
-    rows: list[Continuation]
-    trips: list[Trip]
+    rows: Many[Continuation]
+    trips: Many[Trip]
     error: SamplingError | None
     logits: LogitsCost | None
     probe: ProbeSummary | None

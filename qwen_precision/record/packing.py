@@ -19,10 +19,14 @@ from typing import Any
 LARGE = 20_000
 """Entries from which on a list is packed."""
 
-MOST = 30_000_000
-"""Numbers that all packed columns of a record may hold together."""
+MOST = 8_000_000
+"""Numbers that all packed columns of a record may hold together: 94 layers, three dtypes and ten prompts make three."""
 
-_MOST_TEXT = 64 * 1024 * 1024  # bytes that the packed list of sites may have as JSON
+_MOST_TEXT = 32 * 1024 * 1024  # bytes that the packed list of sites may have as JSON
+_MOST_PARTS = 4_000_000
+"""Values that a JSON text may hold: each takes up to a hundred bytes once it is an object."""
+_WIDEST = 250_000
+"""Keys of one object: each that is wrong is an error of its own."""
 
 _NOTHING = -1.0  # magnitudes are not negative
 _COLUMN, _LIST = "f32:", "json:"
@@ -51,7 +55,7 @@ def unpack_all(data: dict[str, Any]) -> dict[str, Any]:
     sites, passes = data.get("sites"), data.get("passes")
     if isinstance(sites, str):
         with _named("sites"):
-            sites = json.loads(_unpacked(sites, _LIST, _MOST_TEXT))
+            sites = plain_json(_unpacked(sites, _LIST, _MOST_TEXT).decode("utf-8"))
     if not isinstance(passes, list):
         return {**data, "sites": sites}
     packed = [each for each in passes if isinstance(each, dict) and isinstance(each.get("abs_max"), str)]
@@ -65,6 +69,30 @@ def unpack_all(data: dict[str, Any]) -> dict[str, Any]:
                 each = {**each, "abs_max": unpack_column(each["abs_max"], count)}
         whole.append(each)
     return {**data, "sites": sites, "passes": whole}
+
+
+def plain_json(text: str) -> Any:
+    """What a JSON text of a stranger holds; how much that is is counted before any of it is made.
+
+    Raises:
+        ValueError: it is no JSON, or more than a record can be; RecursionError: it is nested too deeply.
+    """
+    parts = text.count(",") + text.count("[") + text.count("{")
+    if parts > _MOST_PARTS:
+        raise ValueError(f"{parts:,} values")
+    return json.loads(text, parse_int=_bounded, object_hook=_not_too_wide)
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _not_too_wide(found: dict[str, Any]) -> dict[str, Any]:
+    if len(found) > _WIDEST:
+        raise ValueError(f"an object of {len(found):,} keys")
+    return found
 
 
 @contextmanager

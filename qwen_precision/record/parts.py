@@ -4,9 +4,9 @@ JSON has no NaN or infinity: they are written as the words "nan", "inf" and "-in
 """
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -26,7 +26,11 @@ def _numbers(values: object) -> object:
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """How many; no more than a float holds exactly."""
 
-Column = Annotated[list[float | None], BeforeValidator(_numbers)]
+T = TypeVar("T")
+Many = Annotated[list[T], FailFast()]
+"""A list of parts. The first that is wrong is the last looked at: a list of millions would make millions of errors."""
+
+Column = Annotated[list[float | None], FailFast(), BeforeValidator(_numbers)]
 """Many such numbers, or null: looked through at once, for there can be millions."""
 
 

@@ -4,10 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qwen_precision.record.parts import Count, Number, Part
+from qwen_precision.record.parts import Count, Many, Number, Part
 
-Power = Annotated[int, Field(ge=-120, le=120)]
-"""An exponent of two; fp32 has no more than that."""
+MOST_POWER = 120
+"""Of an exponent of two; float32 has not many more."""
+
+Power = Annotated[int, Field(ge=-MOST_POWER, le=MOST_POWER)]
+"""An exponent of two."""
 
 
 class LayerPowers(Part):
@@ -22,7 +25,7 @@ class LayerPowers(Part):
     """Output of v_proj and so of attention; o_proj makes up for it."""
     post_norm: Power
     """Output of post_attention_layernorm; gate, up_proj and the router make up for it."""
-    product: Annotated[list[Power], Field(min_length=1)]
+    product: Annotated[Many[Power], Field(min_length=1)]
     """Output of up_proj and so the SwiGLU product; down_proj makes up for it. One number, or one an expert."""
 
 
@@ -39,7 +42,7 @@ class Rescaling(Part):
     """Whether lm_head, tied to the embedding before, becomes a tensor of its own."""
     eps: Number
     """``rms_norm_eps`` as config.json has it now; it is multiplied by 2^(-2 stream)."""
-    layers: list[LayerPowers]
+    layers: Many[LayerPowers]
     """Those in which a power is not 0."""
 
     @property
@@ -118,9 +121,9 @@ class Rescue(Part):
     unsupported: str | None
     """Why there is no plan for this model; then nothing follows but ``fp32_modules``."""
     rescaling: Rescaling
-    losses: list[Loss]
-    stuck: list[Stuck]
-    fp32_modules: list[str]
+    losses: Many[Loss]
+    stuck: Many[Stuck]
+    fp32_modules: Many[str]
     """The smallest set of modules that would have to compute in fp32 instead, for what fails and is stuck."""
     gate_channels: Count
     """Channels of the experts' fused gate and up projection that belong to the gate, which no power moves."""

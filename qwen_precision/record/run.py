@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from qwen_precision.record.closeup import Closeup, Massive
 from qwen_precision.record.explanation import Explanation, Sweep
 from qwen_precision.record.generation import Generation
-from qwen_precision.record.parts import Column, Count, Number, Part, Site
+from qwen_precision.record.parts import Column, Count, Many, Number, Part, Site
 from qwen_precision.record.rescue import Rescue
 
 Schema = Literal[4]
@@ -60,7 +60,7 @@ class Model(Part):
     """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32), or what they are quantised to
     (FP8, INT8, INT4, NVFP4)."""
     tied_embeddings: bool
-    files: list[WeightFile]
+    files: Many[WeightFile]
     """By name: which bytes were measured. Empty in records that were made before it was kept."""
 
 
@@ -68,9 +68,9 @@ class Row(Part):
     """One sequence of a prompt."""
 
     text: str
-    ids: list[int]
+    ids: Many[int]
     """Token ids without padding."""
-    tokens: list[str]
+    tokens: Many[str]
     """Each id as text, for naming a token in a finding."""
     padding: int
     """How many pad positions stand before the ids."""
@@ -83,7 +83,7 @@ class FailedStep(Part):
     """In which it was computed."""
     step: Count
     """So many of each row's last ids were generated, one by one; those before them were prefilled."""
-    rows: list[Count]
+    rows: Many[Count]
     """Rows whose logits failed."""
     chunk: Count
     """So many tokens of the prompt went through the model at once; 0 for all."""
@@ -97,7 +97,7 @@ class Prompt(Part):
     """A batch of one or more rows that goes through the model together, padded on the left."""
 
     name: str
-    rows: list[Row]
+    rows: Many[Row]
     failed: FailedStep | None
     """Of a prompt that a failing step of a generation was given; null for all others."""
 
@@ -139,7 +139,7 @@ class Reseed(Part):
 
     layer: int
     """The layer that read the replaced stream."""
-    rows: list[int]
+    rows: Many[int]
     clamped: bool
     """Whether the reference itself had to be clamped to the dtype's range."""
 
@@ -152,21 +152,21 @@ class Pass(Part):
     """Index into ``prompts``."""
     abs_max: Column
     """Largest magnitude by site; null where the site did not run (or was not reached)."""
-    events: list[Event]
-    reseeded: list[Reseed]
-    top1: list[int | None]
+    events: Many[Event]
+    reseeded: Many[Reseed]
+    top1: Many[int | None]
     """The likeliest next token of each row, null where its logits were not finite or not computed."""
-    layer_error: list[Number | None]
+    layer_error: Many[Number | None]
     """After each layer, the norm of the difference from the reference's hidden states over the norm of those, real
     tokens only; null from where the stream was not this dtype's own any more, and in the reference itself."""
-    massive: list[Massive]
+    massive: Many[Massive]
     """Of the reference: massive activations, after each layer that has one."""
-    local_error: list[Number | None]
+    local_error: Many[Number | None]
     """As ``layer_error``, but with the reference's hidden states going into each layer; empty unless asked for."""
-    logprob_error: list[Number | None]
+    logprob_error: Many[Number | None]
     """Of each row, the root mean square over its tokens of the difference of their log-probability (nats) from the
     reference's, each token given those before it."""
-    kl: list[Number | None]
+    kl: Many[Number | None]
     """Of each row, the Kullback-Leibler divergence (nats) of the next token's distribution from the reference's."""
 
     @property
@@ -259,26 +259,26 @@ class Run(Part):
     model: Model
     environment: dict[str, str]
     settings: dict[str, Any]
-    choices: list[Choice]
-    prompts: list[Prompt]
+    choices: Many[Choice]
+    prompts: Many[Prompt]
     redacted: bool
     """Whether texts were taken out: each is its length and digest, token strings are empty, token ids are made up."""
-    dtypes: list[str]
+    dtypes: Many[str]
     """The dtypes asked for, in the order asked."""
     reference: bool
     """Whether the fp32 pass ran."""
-    sites: list[Site]
+    sites: Many[Site]
     wider: dict[str, dict[int, str]]
     """By dtype: sites whose output is in another format than the dtype (norms compute in fp32)."""
     casts: dict[int, int]
     """By site of a cast: the site of what ran just before, whose output it casts."""
-    not_run: list[str]
+    not_run: Many[str]
     """Modules with weights of their own in which no pass ran any operation."""
-    passes: list[Pass]
-    weights: list[Weight]
+    passes: Many[Pass]
+    weights: Many[Weight]
     """Tensors that are damaged or inexact in some dtype; every other is exact in all of them."""
-    weight_totals: list[WeightTotals]
-    scale_faults: list[ScaleFault]
+    weight_totals: Many[WeightTotals]
+    scale_faults: Many[ScaleFault]
     """Of quantised weights; empty where all scales are sound, and where nothing is quantised."""
     seconds: dict[str, float]
     """Wall time by part: reading, arithmetic of each dtype, everything."""

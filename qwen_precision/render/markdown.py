@@ -61,11 +61,17 @@ def render_markdown(view: View) -> str:
     return text + "\n"
 
 
+_LINKS = re.compile(r"@|\\#(?=\d)|\bGH-(?=\d)|\b[0-9a-f]{7}(?=[0-9a-f]{33}\b)", re.IGNORECASE)
+"""What GitHub makes a link of, whatever stands in front of it or for it (cmark-gfm#181): people, issues, commits. A
+space of no width after it is what stops that."""
+
+
 def escaped(text: str, longest: int = 300) -> str:
     """Plain text inside Markdown: nothing of it is markup, a mention or a link."""
     shown = safe(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     shown = re.sub(r"([\\`*_{}\[\]()#!|~^$])", r"\\\1", shown)
-    return shown.replace("@", "&#64;").replace("://", ":&#8203;//").replace("www.", "www&#46;")
+    shown = _LINKS.sub(lambda found: f"{found[0]}&#8203;", shown)
+    return shown.replace("://", ":&#8203;//").replace("www.", "www&#46;")
 
 
 def fenced(text: str, longest: int = 20_000, language: str = "text") -> str:

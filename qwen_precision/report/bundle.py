@@ -42,14 +42,14 @@ def pack(runs: list[Run], reports: Mapping[str, str]) -> bytes:
     return sink.getvalue()
 
 
-def unpack(path: Path) -> list[Run]:
-    """The runs of a bundle.
+def unpack(data: bytes, path: Path) -> list[Run]:
+    """The runs of a bundle; ``path`` is its name in messages.
 
     Raises:
         QprecError: not a bundle, unexpected members, too large, or a damaged run.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
             if len(set(names)) != len(names) or len(names) > _MOST:
@@ -66,13 +66,11 @@ def unpack(path: Path) -> list[Run]:
                 raise QprecError(f"{path}: holds no run.json, so it is not a qprec bundle.")
             left, found = MAX_BYTES, []
             for info in runs:
-                text = _read(archive, info, path, left)
-                left -= len(text)
-                found.append(parse(text, f"{path}:{info.filename}"))
+                raw = _read(archive, info, path, left)
+                left -= len(raw)
+                found.append(parse(raw.decode("utf-8"), f"{path}:{info.filename}"))
             return found
-    except OSError as error:
-        raise QprecError(f"{path}: cannot be read ({error.strerror}); give the bundle that qprec wrote.") from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise QprecError(f"{path}: is not a readable zip; give the bundle that qprec wrote.") from error
 
 
@@ -80,9 +78,9 @@ def _number(name: str) -> int:
     return int("".join(char for char in name if char.isdigit()) or 0)
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, most: int) -> str:
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, most: int) -> bytes:
     with archive.open(info) as member:
         data = member.read(most + 1)  # what the header says of the size is a stranger's word
     if len(data) > most:
         raise QprecError(f"{path}: is larger than {MAX_BYTES >> 20} MiB unpacked; refused.")
-    return data.decode("utf-8", errors="strict")
+    return data

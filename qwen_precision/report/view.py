@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen_precision.errors import UsageError
 from qwen_precision.judge import Report, changes, judge, with_engines
-from qwen_precision.record import Run, load
+from qwen_precision.record import Run, load, read
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
 from qwen_precision.report.redact import redacted, without_paths
@@ -39,20 +39,13 @@ def format_for(asked: str | None, output: Path | None) -> str:
 
 def open_runs(path: Path, redact: bool = False) -> list[tuple[str, Run]]:
     """Name and run of a record, or of every record in a bundle."""
-    if _is_zip(path):
-        runs = unpack(path)
+    data = read(path)
+    if data.startswith(b"PK") or path.suffix.lower() == ".zip":
+        runs = unpack(data, path)
         named = [(f"{path.name} {number}" if len(runs) > 1 else path.name, run) for number, run in enumerate(runs, 1)]
     else:
         named = [(path.name, load(path))]
     return [(name, redacted(run) if redact else run) for name, run in named]
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(2) == b"PK" or path.suffix.lower() == ".zip"
-    except OSError:
-        return False  # loading it says what is wrong
 
 
 def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, engines: list[str]) -> View:

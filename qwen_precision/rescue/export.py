@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import struct
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.files import sha256_of
-from qwen_precision.model import FLOAT_TYPES, Checkpoint, TensorInfo
+from qwen_precision.files import done_with, remove_dead, sha256_of, unfinished
+from qwen_precision.model import FLOAT_TYPES, Checkpoint, TensorInfo, fill, opened
 from qwen_precision.progress import Progress
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
 from qwen_precision.record import Rescaling
@@ -40,7 +39,6 @@ _COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
 _SINKS = ("write", "hash", "flush")
 _UNDER_WAY = 16  # jobs of a megabyte each
 _FLUSH = 128 << 20  # bytes written before the disk is asked to begin
-_PARTIAL = ".qprec-partial-"
 _INDEX = "model.safetensors.index.json"
 _SPARE = 64 << 20  # bytes of the disk that are left for the small files
 _MOST_COPIED = 256 << 20  # bytes of a tokenizer's file; nothing else is that large
@@ -62,7 +60,11 @@ def check_folder(folder: Path, source: Path | None, force: bool) -> None:
     try:
         real.exists()
         if real.parent.is_dir():
-            os.rmdir(tempfile.mkdtemp(dir=real.parent, prefix=_PARTIAL))
+            _put_back(real)
+            remove_dead(real)
+            place = unfinished(real)
+            place.mkdir()
+            done_with(place)
     except OSError as error:
         raise QprecError(f"--rescue-to {str(folder)[:60]}: cannot be written ({error.strerror}).") from error
     if not real.parent.is_dir() or not os.access(real.parent, os.W_OK):
@@ -79,6 +81,19 @@ def check_folder(folder: Path, source: Path | None, force: bool) -> None:
         raise UsageError(f"--rescue-to {folder}: is there already; add --force to replace it, or choose another name.")
 
 
+def _earlier(real: Path) -> Path:
+    """Where an earlier export stands while the new one takes its place."""
+    return real.with_name(f".qprec-earlier-{hashlib.sha256(os.fsencode(real.name)).hexdigest()[:12]}")
+
+
+def _put_back(real: Path) -> None:
+    """An earlier export goes back where the new one did not come, whoever was killed in between; else it goes."""
+    old = _earlier(real)
+    if old.exists() and not real.exists():
+        old.rename(real)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def beside(folder: Path, force: bool) -> Iterator[tuple[Path, Callable[[], None]]]:
     """A hidden folder to write into, and what renames it into place; without that call it is removed again.
@@ -87,32 +102,29 @@ def beside(folder: Path, force: bool) -> Iterator[tuple[Path, Callable[[], None]
         QprecError: something cannot be written.
     """
     real = Path(os.path.realpath(folder))
+    made = unfinished(real)
     try:
-        made = Path(tempfile.mkdtemp(dir=real.parent, prefix=_PARTIAL))
+        made.mkdir()
     except OSError as error:
+        done_with(made)
         raise QprecError(f"--rescue-to {folder}: cannot be written ({error.strerror}).") from error
 
     def finish() -> None:
         check_folder(folder, None, force)  # much may have happened since it was looked at first
-        umask = os.umask(0)
-        os.umask(umask)
-        made.chmod(0o777 & ~umask)  # a temporary folder is private, a result is not
-        old = real.with_name(f"{made.name}.old")
+        old = _earlier(real)
         try:
             if real.exists():
                 real.rename(old)
             made.rename(real)
         finally:
-            if old.exists() and not real.exists():
-                old.rename(real)
-        shutil.rmtree(old, ignore_errors=True)
+            _put_back(real)
 
     try:
         yield made, finish
     except OSError as error:
         raise QprecError(f"--rescue-to {folder}: cannot be written ({error.strerror}).") from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        done_with(made)
 
 
 class Exporter:
@@ -196,11 +208,10 @@ class Exporter:
         factor = 2.0 ** self._scale.factor(name)
         # fp32 holds a bf16 or fp16 number times any factor exactly, so there is one rounding: the last cast.
         wide = torch.empty(_PIECE, dtype=torch.float64 if source == torch.float64 else torch.float32)
-        with (self._checkpoint.folder / info.file).open("rb", buffering=0) as file:
-            file.seek(info.start)
+        with opened(self._checkpoint.folder, info) as file:
             for start in range(0, info.elements, _PIECE):
                 count = min(_PIECE, info.elements - start)
-                held = _read(file, count, source)
+                held = _read(file, info.start + start * source.itemsize, count, source)
                 numbers = wide[:count].copy_(held)
                 if factor != 1.0:
                     numbers.mul_(factor)
@@ -211,12 +222,13 @@ class Exporter:
         source = self._checkpoint.folder
         for pattern in _COPIED:
             for path in sorted(source.glob(pattern)):
-                if path.is_file() and _travels(path):
+                if path.is_file() and path.name != "config.json" and _travels(path):
                     shutil.copyfile(path, folder / path.name)
         if (source / _INDEX).is_file():
             weight_map = {name: file for file, shard in self._shards.items() for name in shard}
             index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        hashes = {path.name: sha256_of(path) for path in folder.iterdir() if path.name not in self._shards}
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         config["rms_norm_eps"] = self._rescaling.new_eps
         if self._rescaling.untied:
@@ -227,8 +239,9 @@ class Exporter:
         if self._dtype in _FORMATS:
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = str(_torch_dtype(_FORMATS[self._dtype])).removeprefix("torch.")
+        # The last of all: without it nothing loads a folder that was left half-way.
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return {path.name: sha256_of(path) for path in folder.iterdir() if path.name not in self._shards}
+        return {**hashes, "config.json": sha256_of(folder / "config.json")}
 
 
 def _travels(path: Path) -> bool:
@@ -292,14 +305,9 @@ def _torch_dtype(name: str) -> torch.dtype:
     return torch.float64 if name == "F64" else torch_dtype(FLOAT_TYPES[name])
 
 
-def _read(file: BinaryIO, count: int, dtype: torch.dtype) -> Tensor:
+def _read(file: BinaryIO, start: int, count: int, dtype: torch.dtype) -> Tensor:
     data = bytearray(count * dtype.itemsize)
-    view, got = memoryview(data), 0
-    while got < len(data):
-        more = file.readinto(view[got:])  # type: ignore[attr-defined]
-        if not more:
-            raise OSError(5, "ends before its header says", str(file.name))
-        got += more
+    fill(file, start, memoryview(data))
     return torch.frombuffer(data, dtype=dtype)
 
 

@@ -5,13 +5,15 @@ logits must equal the first pass's bit for bit. How it is written to disk is ``e
 """
 
 import torch
+from pydantic import ValidationError
 
 from qwen_precision.dtypes import RESCUED
+from qwen_precision.errors import QprecError
 from qwen_precision.judge import Columns, Limits, Report, beyond
 from qwen_precision.model import Checkpoint, is_layerwise, read_tensor
 from qwen_precision.progress import Progress, silent
 from qwen_precision.qwen3 import EMBEDDING, HEAD, has_qk_norm, powers_of, why_not
-from qwen_precision.record import Rescaling, Rescue, Run
+from qwen_precision.record import MOST_POWER, Rescaling, Rescue, Run
 from qwen_precision.rescue.bits import WeightBits
 from qwen_precision.rescue.planner import Planner, Shape
 
@@ -31,11 +33,13 @@ def can_plan(run: Run) -> bool:
 
 
 def with_plan(run: Run, checkpoint: Checkpoint, margin: float, progress: Progress) -> Run:
-    """The run with the plan of a rescue; without one if it was interrupted."""
+    """The run with the plan of a rescue; without one, and with the reason, if it was interrupted or a shard broke."""
     try:
         plan = plan_rescue(run, checkpoint, margin, progress)
     except KeyboardInterrupt:
         return run.model_copy(update={"unfinished": "interrupted while the rescue was planned"})
+    except QprecError as error:
+        return run.model_copy(update={"unfinished": f"the rescue could not be planned: {error}"})
     return run.model_copy(update={"rescue": plan})
 
 
@@ -48,14 +52,19 @@ def plan_rescue(run: Run, checkpoint: Checkpoint, margin: float, progress: Progr
     config, reason = checkpoint.config, unsupported(checkpoint)
     if reason is not None:
         return _no_rescue(run, margin, reason)
+    channels = getattr(config, "moe_intermediate_size", 0)
     shape = Shape(
         tied=bool(getattr(config, "tie_word_embeddings", False)) and not checkpoint.bare,
         qk_norm=has_qk_norm(checkpoint.tensors),
         eps=float(getattr(config, "rms_norm_eps", None) or 0.0),
-        gate_channels=int(getattr(config, "moe_intermediate_size", 0) or 0),
+        gate_channels=channels if isinstance(channels, int) else 0,
     )
     tensors = [name for name in checkpoint.tensors if not (checkpoint.bare and name == HEAD)]
-    return Planner(run, margin, shape, tensors, lambda name: WeightBits(read_tensor(checkpoint, name)), progress).plan()
+    planner = Planner(run, margin, shape, tensors, lambda name: WeightBits(read_tensor(checkpoint, name)), progress)
+    try:
+        return planner.plan()
+    except ValidationError:  # the record's own bound, of which there is one
+        return _no_rescue(run, margin, f"it takes powers of two beyond 2^{MOST_POWER}, which float32 does not hold")
 
 
 def _no_rescue(run: Run, margin: float, why: str) -> Rescue:

@@ -7,6 +7,7 @@ May import: record.
 from qwen_precision.settings.config import (
     ARITHMETIC,
     ATTENTION,
+    MAX_TEXT_BYTES,
     MEMORY,
     RESCUE_DTYPES,
     SWEEPS,
@@ -28,12 +29,12 @@ from qwen_precision.settings.prompts import (
     as_batch,
     as_text,
     at_step,
-    has_template,
     read_prompts,
     rendered,
     text_of,
     tokenise,
 )
+from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
 __all__ = [
     "ALL",
@@ -42,6 +43,7 @@ __all__ = [
     "EVIDENCE",
     "FAILING",
     "FAIL_ON",
+    "MAX_TEXT_BYTES",
     "MEMORY",
     "ON_FAILURE",
     "RESCUE_DTYPES",
@@ -59,6 +61,7 @@ __all__ = [
     "PromptSpec",
     "Rule",
     "Target",
+    "TemplateFault",
     "Watch",
     "as_batch",
     "as_text",
@@ -67,6 +70,7 @@ __all__ = [
     "engine_names",
     "flag_of",
     "has_template",
+    "in_template",
     "load_engines",
     "load_generate_settings",
     "load_guards",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from qwen_precision.dtypes import DTYPES, REFERENCE, RESCUED
 from qwen_precision.errors import UsageError
+from qwen_precision.files import is_whole, read_text
 from qwen_precision.settings.levels import FAIL_ON
 
 ATTENTION = ("sdpa", "eager")
@@ -26,6 +27,8 @@ SWEEPS = ("first-token", "length")
 RESCUE_DTYPES = ("fp16", "bf16", "source")
 """What the weights of a rescued checkpoint may be written in; ``source`` leaves each tensor its own format."""
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+"""Of a file of prompts or texts, a line each."""
 
 
 class ProbeSettings(BaseModel):
@@ -283,14 +286,27 @@ def read_yaml(path: Path, label: str, expected: str) -> Any:
     Raises:
         UsageError: unreadable, too large or not YAML; the message names the place.
     """
+    text = read_text(path, MAX_CONFIG_BYTES, label, expected)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UsageError(f"{label}: {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; expected {expected}.")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"{label}: cannot read {path} ({why}); expected {expected}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # a tag's own constructor raises what it likes: `!!bool x` is a KeyError
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise UsageError(f"{label}: {path}{place} is not valid YAML; expected {expected}.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Without merge keys (thirty lines of them stand for more than any memory holds) and without half characters."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        """Refuse a lone surrogate, which no file could be written with."""
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and not is_whole(value):
+            raise yaml.constructor.ConstructorError(None, None, "half a character", node.start_mark)
+        return value
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Refuse `<<`."""
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "merge keys are not read", key.start_mark)

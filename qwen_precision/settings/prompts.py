@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.files import is_whole, read_text
 from qwen_precision.record import (
     NOT_FINITE,
     FailedStep,
@@ -23,7 +24,8 @@ from qwen_precision.record import (
     is_record,
     load,
 )
-from qwen_precision.settings.config import configs_folder, read_yaml
+from qwen_precision.settings.config import MAX_TEXT_BYTES, configs_folder, read_yaml
+from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
 _EXPECTED = (
     "a YAML list of texts (or name/text, name/chat, name/batch), "
@@ -84,18 +86,18 @@ def read_prompts(
         raise UsageError("--prompt and --prompts: give one of the two.")
     texts = texts or ([] if file is not None else instead)
     if texts:
-        texts = [sys.stdin.read().strip("\n") if text == "-" else text for text in texts]
+        texts = [_standard_input("--prompt").strip("\n") if text == "-" else text for text in texts]
         for text in texts:
             if not text:
                 raise UsageError("--prompt: is empty; a prompt needs at least one character.")
-            if any("\ud800" <= char <= "\udfff" for char in text):
+            if not is_whole(text):
                 raise UsageError("--prompt: is not valid text in this terminal's encoding; put it into a UTF-8 file.")
         names = [f"prompt {number}" for number in range(1, len(texts) + 1)] if len(texts) > 1 else ["prompt"]
         return [PromptSpec(name=name, text=text) for name, text in zip(names, texts, strict=True)]
     if file is not None and not file:
         raise UsageError(f"--prompts: is empty; expected {_EXPECTED}.")
     if file == "-":
-        return _numbered_lines(sys.stdin.read(), "standard input")
+        return _numbered_lines(_standard_input("--prompts"), "standard input")
     path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
     if file and (path.suffix.lower() == ".json" or is_record(path)):
         return _from_record(path, again)
@@ -105,11 +107,16 @@ def read_prompts(
     if not isinstance(items, list) or not items:
         raise UsageError(f"--prompts: {path} holds no list of prompts; expected {_EXPECTED}.")
     specs = [_spec(item, number, path) for number, item in enumerate(items, 1)]
-    names_seen = [spec.name for spec in specs]
-    twice = next((name for name in names_seen if names_seen.count(name) > 1), None)
+    twice = _twice([spec.name for spec in specs])
     if twice is not None:
         raise UsageError(f"--prompts: {path} has two prompts of the name {twice!r}; give each its own.")
     return specs
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """The first name that is there twice."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def _from_record(path: Path, again: bool) -> list[PromptSpec]:
@@ -175,13 +182,19 @@ def _at(made: Generation, given: Row, row: int, step: int) -> Row:
     return given.model_copy(update={"text": "", "ids": ids})
 
 
-def _from_lines(path: Path) -> list[PromptSpec]:
+def _standard_input(label: str) -> str:
+    """All of it, as far as a file of prompts may go."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"--prompts: cannot read {path} ({why}); expected {_EXPECTED}.") from error
-    return _numbered_lines(text, str(path))
+        text = sys.stdin.read(MAX_TEXT_BYTES + 1) if sys.stdin is not None else ""
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{label} -: standard input cannot be read ({error}); expected UTF-8 text.") from error
+    if len(text) > MAX_TEXT_BYTES:
+        raise UsageError(f"{label} -: standard input is larger than {MAX_TEXT_BYTES >> 20} MiB; give a shorter text.")
+    return text
+
+
+def _from_lines(path: Path) -> list[PromptSpec]:
+    return _numbered_lines(read_text(path, MAX_TEXT_BYTES, "--prompts", _EXPECTED), str(path))
 
 
 def _numbered_lines(text: str, where: str) -> list[PromptSpec]:
@@ -218,8 +231,8 @@ def tokenise(
     context: int | None,
     max_tokens: int | None,
     cut_with: str | None = "--max-tokens",
-) -> tuple[list[Prompt], list[str]]:
-    """Prompts as token ids, and the names of those left out because there is no chat template.
+) -> tuple[list[Prompt], dict[str, str]]:
+    """Prompts as token ids, and the names of those left out because no chat template makes a text of them, with why.
 
     Args:
         vocabulary: rows of the embedding; an id beyond it cannot be looked up.
@@ -230,17 +243,21 @@ def tokenise(
     Raises:
         UsageError: a prompt without tokens, longer than the context, or outside the vocabulary.
     """
-    prompts, left_out = [], []
-    names = [spec.name for spec in specs]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    prompts: list[Prompt] = []
+    left_out: dict[str, str] = {}
+    twice = _twice([spec.name for spec in specs])
     if twice is not None:
         raise UsageError(f"prompt {twice!r}: is there twice; give each prompt a name of its own.")
     for spec in specs:
         if spec.chat is not None and not has_template(tokenizer):
-            left_out.append(spec.name)
+            left_out[spec.name] = "the tokenizer has no chat template"
             continue
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
-        rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer)]
+        try:
+            rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer)]
+        except TemplateFault as error:
+            left_out[spec.name] = f"the checkpoint's chat template {error}"
+            continue
         for _, ids in rows:
             _check(spec.name, ids, vocabulary, context, cut_with)
         longest = max(len(ids) for _, ids in rows)
@@ -260,7 +277,9 @@ def tokenise(
             )
         )
     if not prompts:
-        raise UsageError("--prompts: only chat prompts, but this tokenizer has no chat template; give texts.")
+        why = next(iter(left_out.values()))
+        kind = QprecError if has_template(tokenizer) else UsageError
+        raise kind(f"--prompts: only chat prompts, but {why}; give texts.")
     return prompts, left_out
 
 
@@ -271,30 +290,13 @@ def _still(spec: PromptSpec, rows: list[list[int]]) -> FailedStep | None:
     return spec.failed if fits else None
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Whether a chat turn can be given."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
     """The text that is tokenised: as it is, or in the chat template.
 
     Raises:
-        QprecError: the template, a program from a stranger, fails.
+        TemplateFault: the template, a program from a stranger, gives no text.
     """
-    if spec.chat is None:
-        return text
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-        )
-    except Exception as error:  # jinja raises what it likes
-        raise QprecError(
-            f"prompt {spec.name!r}: the checkpoint's chat template fails ({in_one_line(error)}); "
-            "give prompts without a chat turn (--prompt or --prompts)."
-        ) from error
+    return text if spec.chat is None else in_template([{"role": "user", "content": text}], tokenizer, answer=True)
 
 
 def _ids(spec: PromptSpec, tokenizer: Any) -> list[tuple[str, list[int]]]:

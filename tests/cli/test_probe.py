@@ -341,13 +341,13 @@ def test_out_of_memory_saves_what_was_read_and_says_what_to_do(
 def test_a_shard_that_breaks_half_way_leaves_what_was_read(
     broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from qwen_precision.model import weights
+    from qwen_precision.model import opened, weights
 
     original = weights.WeightStore._read
 
     def failing(self: weights.WeightStore, part: str, name: str) -> torch.Tensor:
         if "layers.2" in part:
-            with weights._reading(broken / "model.safetensors"):
+            with opened(broken, self._checkpoint.tensors[part]):
                 raise OSError("Input/output error")
         return original(self, part, name)
 
@@ -504,11 +504,16 @@ def test_an_output_that_is_a_link_is_followed_and_a_pipe_is_never_replaced(demo_
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('only system turns') }}", "{% if %}"])
-def test_a_chat_template_that_fails_is_one_sentence(template: str, broken: Path, capsys: Capture) -> None:
+def test_a_chat_template_that_fails_leaves_the_chat_prompt_out_or_is_one_sentence(
+    template: str, broken: Path, capsys: Capture
+) -> None:
     (broken / "chat_template.jinja").write_text(template)
-    assert main(["probe", "./model"]) == 3
+    assert main(["probe", "./model", "--dtype", "fp16", "--no-explain", "--full"]) == 1
+    assert "the checkpoint's chat template fails" in " ".join(capsys.readouterr().out.split())
+    Path("chat.yaml").write_text("- {name: a turn, chat: Hello}\n")
+    assert main(["probe", "./model", "--prompts", "chat.yaml"]) == 3
     line = sentence(capsys)
-    assert "'chat'" in line and "chat template" in line and "--prompt" in line
+    assert "only chat prompts" in line and "chat template fails" in line and "--prompts" in line
 
 
 def test_a_crash_is_not_taken_for_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

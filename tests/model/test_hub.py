@@ -1,8 +1,11 @@
 """The hub path, against a small loopback server that speaks the hub's API."""
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +16,20 @@ from qwen_precision.cli.app import main
 from support.checkpoints import DEMO
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHERS = [f"another-{number}.safetensors" for number in range(300)] + [f"more-{number}.json" for number in range(300)]
+LISTINGS = {
+    "null": "null",
+    "deep": "[" * 5000 + "]" * 5000,
+    "text": '"text"',
+    "no JSON": "<html>",
+    "siblings": json.dumps({"id": "owner/good", "sha": COMMIT, "siblings": 5}),
+    "no commit": json.dumps({"id": "owner/good", "sha": "../../etc", "siblings": []}),
+    "nothing": json.dumps({"id": "owner/good", "sha": COMMIT, "siblings": []}),
+}
+
+
+def _size(name: str) -> int:
+    return (DEMO / name).stat().st_size if (DEMO / name).is_file() else 1
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -20,6 +37,8 @@ class Hub(BaseHTTPRequestHandler):
 
     requested: ClassVar[list[str]] = []
     cut_weights = False
+    lie: ClassVar[str | None] = None
+    """How it fails, for owner/good."""
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -30,6 +49,8 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
         type(self).requested.append(path)
+        if self.lie is not None and self._lies(path, self.lie, body):
+            return
         if "owner/gated" in path:
             # As on the hub: the listing is public, the files are not.
             self._list(body) if path.startswith("/api/") else self._error(403, "GatedRepo", body)
@@ -42,6 +63,42 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._file(path.rsplit("/", 1)[-1], body)
 
+    def _lies(self, path: str, how: str, body: bool) -> bool:
+        listing, weights = path.startswith("/api/"), path.endswith(".safetensors")
+        if how == "stall" and listing:
+            time.sleep(3)
+        elif how == "drip" and listing:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(30):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+        elif how == "reset" and listing:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif how in LISTINGS and listing:
+            self._send(200, LISTINGS[how].encode(), body)
+        elif how.isdigit():
+            self._send(int(how), b"no", body)
+        elif how == "endless" and weights and body:
+            self._endless()
+        elif how == "sizes" and weights:
+            self._send(200, b"x" * 100, body, {"ETag": '"12345678"', "X-Repo-Commit": COMMIT})
+        else:
+            return False
+        self.close_connection = True
+        return True
+
+    def _endless(self) -> None:
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(1000):
+                self.wfile.write(bytes(1 << 20))
+            type(self).requested.append("all of it")
+
     def _list(self, body: bool) -> None:
         names = [entry.name for entry in sorted(DEMO.iterdir())] + ["pytorch_model.bin", "modeling_evil.py"]
         if "/tree/" in self.path:
@@ -53,7 +110,7 @@ class Hub(BaseHTTPRequestHandler):
             "modelId": "owner/good",
             "sha": COMMIT,
             "private": False,
-            "siblings": [{"rfilename": name} for name in names],
+            "siblings": [{"rfilename": name, "size": _size(name)} for name in names + OTHERS],
         }
         self._send(200, json.dumps(info).encode(), body)
 
@@ -92,7 +149,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    Hub.requested, Hub.cut_weights = [], False
+    Hub.requested, Hub.cut_weights, Hub.lie = [], False, None
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -182,3 +239,39 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: type[Hub], tmp_path: 
     shutil.copytree(DEMO, tmp_path / "owner" / "good")
     assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
     assert hub.requested == []
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("stall", "cannot be reached"),
+        ("drip", "takes longer than"),
+        ("reset", "cannot be reached"),
+        *((name, "") for name in LISTINGS),
+        ("403", "answers 403 (Forbidden)"),
+        ("429", "answers 429 (Too Many Requests)"),
+        ("500", "answers 500 (Internal Server Error)"),
+        ("endless", "sends more than the"),
+        ("sizes", ""),
+    ],
+)
+def test_a_hub_that_lies_or_stalls_gets_one_sentence_with_its_name(
+    how: str, words: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwen_precision.model import fetching
+
+    sleep = time.sleep
+    monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 3)))
+    monkeypatch.setattr(fetching, "_ANSWER", 1.0)
+    monkeypatch.setattr(fetching, "_LISTING", 2.0)
+    hub.lie = how
+    assert main(["probe", "owner/good", "--dtype", "bf16"]) == 3
+    line = sentence(capsys)
+    assert line.startswith("qprec: ") and words in line and "bug" not in line
+    assert "127.0.0.1" in line or "owner/good" in line or "model.safetensors" in line
+    assert "all of it" not in hub.requested
+
+
+def test_files_that_no_checkpoint_needs_are_not_asked_for(hub: type[Hub]) -> None:
+    assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
+    assert not [path for path in hub.requested if "another-" in path or "more-" in path]

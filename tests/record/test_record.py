@@ -5,6 +5,8 @@ import json
 import os
 import random
 import stat
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from qwen_precision.errors import QprecError
 from qwen_precision.files import write_atomically
 from qwen_precision.record.file import load, save, to_json
-from qwen_precision.record.packing import LARGE, pack_column
+from qwen_precision.record.packing import LARGE, pack_column, pack_list
 from qwen_precision.record.run import SCHEMA, Run, Site
 from qwen_precision.record.upgrades import UPGRADES
 from support.builders import a_pass, a_run, exclamation_run, healthy_run, recovered_run
@@ -290,12 +292,57 @@ def test_half_characters_are_made_whole_so_that_every_format_can_be_written(tmp_
         assert isinstance(out, bytes) or out.encode("utf-8")
 
 
-def test_a_file_without_an_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_an_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import qwen_precision.record.file as record
 
     monkeypatch.setattr(record, "MAX_BYTES", 1000)
-    with pytest.raises(QprecError, match="not a qprec record"):
+    (tmp_path / "run.json").write_bytes(b"x" * 1001)
+    with pytest.raises(QprecError, match="is larger than 0 MiB"):
+        load(tmp_path / "run.json")
+    with pytest.raises(QprecError, match="is no regular file"):
         load(Path("/dev/zero"))
+
+
+def _bomb(kind: str) -> str:
+    """A small record that stands for far more than a record holds, or makes an error of everything in it."""
+    data = json.loads(to_json(healthy_run()))
+    if kind == "column of gigabytes":
+        data["sites"] = pack_list([None] * 200_000)
+        data["passes"] = [{**data["passes"][0], "abs_max": pack_column([0.0] * 200_000)}] * 100
+    elif kind == "packed sites":
+        data["sites"] = pack_list([None] * 3_000_000)
+    elif kind == "packed text":
+        data["sites"] = "json:" + base64.b64encode(zlib.compress(b"[" * 10**9)).decode()
+    elif kind == "wrong column":
+        data["passes"][0]["abs_max"] = ["x"] * 1_500_000
+    elif kind == "wrong rows":
+        data["prompts"] = [1] * 1_500_000
+    elif kind == "wrong table":
+        data["environment"] = {str(number): number for number in range(240_000)}
+    elif kind == "too wide":
+        data |= {str(number): 0 for number in range(300_000)}
+    else:
+        data["choices"] = [[]] * 5_000_000
+    return json.dumps(data)
+
+
+BOMBS = ["column of gigabytes", "packed sites", "packed text", "wrong column", "wrong rows", "wrong table", "too wide"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+@pytest.mark.parametrize("kind", [*BOMBS, "many values"])
+def test_no_record_takes_more_memory_than_a_gigabyte(kind: str, tmp_path: Path) -> None:
+    """In a process that may have no more; and one error is made, not one of every value."""
+    (tmp_path / "run.json").write_text(_bomb(kind))
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom qwen_precision.errors import QprecError\n"
+        "from qwen_precision.record import load\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))\n"
+        "try:\n    load(Path(sys.argv[1]))\nexcept QprecError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.json")], capture_output=True, text=True)
+    assert done.returncode == 0 and "run.json: " in done.stdout, done.stderr
+    assert len(done.stdout) < 500
 
 
 def test_a_long_path_to_a_number_is_not_in_the_record(demo_run: Run) -> None:

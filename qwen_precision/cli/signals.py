@@ -1,0 +1,54 @@
+"""Ctrl-C, and SIGTERM, which CI servers, Slurm and Docker send: the first ends the work and keeps what there is.
+
+The second ends the program at once, with what it was writing taken away again.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from qwen_precision.cli import terminal
+from qwen_precision.files import remove_unfinished
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAID = b"\ninterrupted: finishing with what there is; Ctrl-C again leaves at once\n"
+_CURSOR = b"\x1b[?25h"
+"""Shows the cursor, which a progress bar hides."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it the first of the signals raises KeyboardInterrupt in the main thread, the second is exit code 3."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    met: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if met:
+            remove_unfinished()
+            if os.isatty(2):
+                _tell(_CURSOR)
+            os._exit(3)  # a thread that computes would be waited for
+        met.append(number)
+        if not terminal.quiet():
+            _tell(_SAID)
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, handle) for each in _SIGNALS}
+    try:
+        yield
+    finally:
+        for each, old in before.items():
+            signal.signal(each, old if old is not None else signal.SIG_DFL)
+
+
+def _tell(said: bytes) -> None:
+    """Without the lock of a console, for which a handler may not wait."""
+    try:
+        os.write(2, said)
+    except OSError:
+        return

@@ -1,0 +1,189 @@
+"""A checkpoint's files from a hub that may stall, lie or never end: a time limit on every answer, the hub's own listing
+as the limit of every size, and no name asked for that a checkpoint does not need.
+"""
+
+import inspect
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from qwen_precision.errors import QprecError
+from qwen_precision.model.index import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SMALL = (
+    "config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer_config.json vocab.json "
+    "vocab.txt merges.txt special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
+    "tokenizer.model tekken.json preprocessor_config.json processor_config.json adapter_config.json "
+    "hf_quant_config.json quantize_config.json quant_config.json"
+).split()
+"""Files beside the weights that something reads."""
+
+_ANSWER = 10.0  # seconds that the hub may be silent
+_LISTING = 60.0  # seconds for the whole list
+_MOST_FILES = 100_000
+_MOST_SMALL = 256 << 20  # bytes of a file that the listing gives no size of
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the hub says a checkpoint consists of."""
+
+    commit: str
+    sizes: dict[str, int]
+    """Bytes by name, of files at the top; 0 where the hub gives none."""
+
+
+def host() -> str:
+    """Of the hub, for messages."""
+    return urlsplit(_endpoint() or "https://huggingface.co").netloc
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def cached(source: str, revision: str | None) -> Path | None:
+    """The folder in the local cache; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
+def listing(source: str, revision: str | None) -> Listing:
+    """Commit and files of a checkpoint; the library's own errors go through.
+
+    Raises:
+        QprecError: the hub takes too long, or what it lists cannot be.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=_endpoint())
+    found = _within(
+        _LISTING,
+        lambda: api.model_info(source, revision=revision, files_metadata=True, timeout=_ANSWER),
+        f"{source}: {host()} takes longer than {_LISTING:g} seconds to list its files; try again later.",
+    )
+    if not isinstance(found.sha, str) or not _COMMIT.fullmatch(found.sha):
+        raise QprecError(f"{source}: {host()} names no commit (40 hexadecimal digits); check HF_ENDPOINT.")
+    siblings = found.siblings or []
+    if len(siblings) > _MOST_FILES:
+        raise QprecError(f"{source}: {host()} lists {len(siblings):,} files; that is no checkpoint.")
+    names = {str(each.rfilename): each.size for each in siblings}
+    sizes = {name: size if isinstance(size, int) and size > 0 else 0 for name, size in names.items()}
+    return Listing(found.sha, {name: size for name, size in sizes.items() if Path(name).name == name})
+
+
+def fetched(source: str, revision: str | None, weights: bool = True) -> Path:
+    """The folder of a checkpoint in the cache, with what it needs from the hub; without a hub, as it is in the cache.
+
+    Raises:
+        QprecError: as ``listing`` does, or a file is longer than the listing says; the library's own errors go through.
+    """
+    try:
+        found = listing(source, revision)
+    except Exception as error:
+        if not _unreachable(error):
+            raise
+        there = cached(source, revision)
+        if there is None:
+            raise QprecError(
+                f"{source}: is not in the local cache, and {host()} cannot be reached ({type(error).__name__}); check "
+                "the network, or give a folder that holds the checkpoint."
+            ) from error
+        return there
+    folder = Path()
+    # The first by the name that was asked for: the cache then knows which commit that is, also without a network.
+    asked = revision or "main"
+    for name in (each for each in SMALL if each in found.sizes):
+        folder, asked = _file(source, found, name, asked).parent, found.commit
+    for name in _weights(folder, found) if weights else []:
+        folder = _file(source, found, name, found.commit).parent
+    if folder == Path():
+        raise QprecError(f"{source}: {host()} lists no file of a checkpoint; is this the right id?")
+    return folder
+
+
+def _unreachable(error: BaseException) -> bool:
+    """Whether nothing answered: offline, no network, a time limit."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if getattr(error, "response", None) is not None:
+        return False
+    client = type(error).__module__.split(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
+    return client or isinstance(error, (OfflineModeIsEnabled, ConnectionError, TimeoutError))
+
+
+def _weights(folder: Path, found: Listing) -> list[str]:
+    """The single file where there is one, as transformers takes it; else the shards that the index names."""
+    if SINGLE in found.sizes:
+        return [SINGLE]
+    if INDEX not in found.sizes:
+        return []
+    named = read_json(folder / INDEX, "").get("weight_map")
+    shards = {str(each) for each in named.values()} if isinstance(named, dict) else set()
+    return sorted(shards & found.sizes.keys())
+
+
+def _file(source: str, found: Listing, name: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    limit = found.sizes[name] or (_MOST_SMALL if name in SMALL else 0)
+    takes = "tqdm_class" in inspect.signature(hf_hub_download).parameters
+    counted: dict[str, Any] = {"tqdm_class": _counting(f"{source}: {name}", limit)} if takes and limit else {}
+    return Path(hf_hub_download(source, name, revision=revision, endpoint=_endpoint(), etag_timeout=_ANSWER, **counted))
+
+
+def _counting(what: str, limit: int) -> type[Any]:
+    """A progress bar that ends a download which is longer than it may be."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Counting(tqdm):
+        """Counts what came."""
+
+        came = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Some more bytes came."""
+            self.came += int(n or 0)
+            if self.came > limit:
+                raise QprecError(f"{what}: {host()} sends more than the {limit:,} bytes that it lists; refused.")
+            shown: bool | None = super().update(n)
+            return shown
+
+    return Counting
+
+
+def _within(seconds: float, call: Callable[[], Any], late: str) -> Any:
+    """What a call gives, if it does in time; an answer that drips in would be waited for without end."""
+    result: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a list where an object should be
+            failed.append(QprecError(f"{host()} lists the files in a form that no hub has; check HF_ENDPOINT."))
+            failed[0].__cause__ = error
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="qprec-listing")
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not result:
+        raise QprecError(late)
+    return result[0]

@@ -1,0 +1,117 @@
+"""SIGKILL, SIGTERM and SIGINT at random moments of every command: old files stay whole, the next run leaves no litter.
+
+    python scripts/kill.py [--seed N] [--count 1000]
+
+Each case is a fork of this process that is killed after a random share of the time the command takes. Then: what stood
+there before is whole or replaced whole; the exit code of a signal that is caught is 0 to 3; the same command again ends
+as it would have, with nothing hidden beside its output; a folder that is no finished export does not load.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import fuzz
+
+COMMANDS: dict[str, list[str]] = {
+    "probe": ["probe", "demo", *fuzz.PROBE, "-o", "run.json"],
+    "rescue": ["probe", "demo", *fuzz.PROBE, "-o", "run.json", "--rescue-to", "safe", "--force"],
+    "generate": ["generate", "demo", "--max-new-tokens", "8", "--fail-on", "never", "-o", "run.json"],
+    "sweep": ["probe", "demo", *fuzz.PROBE, "-o", "run.json", "--sweep", "first-token", "--sweep-limit", "40"],
+    **{
+        suffix: ["report", "demo.json", "--fail-on", "never", "--force", "-o", f"out{suffix}"]
+        for suffix in (".txt", ".md", ".html", ".json", ".xml", ".svg", ".png", ".py", ".zip")
+    },
+}
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def started(args: list[str], folder: Path) -> int:
+    """The child that runs a command."""
+    child = os.fork()
+    if child == 0:
+        fuzz.child(args, folder)
+    return child
+
+
+def ended(child: int) -> int:
+    """Its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wrong_files(folder: Path) -> str | None:
+    """What of the files is not whole."""
+    for path in folder.glob("run.json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{path.name} is not whole: {error}"
+    for made in folder.glob(".qprec-partial-*"):
+        if (made / "config.json").exists() and not (made / "model.safetensors").exists():
+            return f"{made.name} looks like a model and is none"
+    return None
+
+
+def case(name: str, number: int, after: float, folder: Path, code: int) -> str | None:
+    """Kill a command after so many seconds, then run it again; gives what went wrong."""
+    args = COMMANDS[name]
+    shutil.copyfile(fuzz.FIXTURES / "demo-probe.json", folder / "demo.json")
+    child = started(args, folder)
+    time.sleep(after)
+    os.kill(child, number)
+    first = ended(child)
+    if first not in (0, 1, 2, 3, -number):
+        return f"exit code {first}"
+    wrong = wrong_files(folder)
+    if wrong is not None:
+        return wrong
+    again = ended(started(args, folder))
+    if again != code:
+        return f"exit code {again} the second time, {code} expected"
+    litter = [each for each in os.listdir(folder) if each.startswith(".qprec") or each.endswith(".sweep")]
+    return f"left behind: {litter}" if litter else wrong_files(folder)
+
+
+def measured(name: str) -> tuple[float, int]:
+    """Seconds and exit code of a command that nobody kills."""
+    with tempfile.TemporaryDirectory() as made:
+        shutil.copyfile(fuzz.FIXTURES / "demo-probe.json", Path(made) / "demo.json")
+        begin = time.monotonic()
+        code = ended(started(COMMANDS[name], Path(made)))
+        return time.monotonic() - begin, code
+
+
+def main() -> int:
+    """Exit code 1 if anything went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1000)
+    asked = parser.parse_args()
+    fuzz.warm()
+    dice = random.Random(asked.seed)
+    takes = {name: measured(name) for name in COMMANDS}
+    counts: Counter[str] = Counter()
+    wrong = []
+    for index in range(asked.count):
+        name = list(COMMANDS)[index % len(COMMANDS)]
+        number, after = dice.choice(SIGNALS), dice.random() * takes[name][0] * 1.1
+        with tempfile.TemporaryDirectory() as made:
+            told = case(name, number, after, Path(made), takes[name][1])
+        counts[number.name] += 1
+        if told is not None:
+            wrong.append(f"{name}, {number.name} after {after:.2f} s: {told}")
+    print(", ".join(f"{count:,} {name}" for name, count in counts.items()), f"seed {asked.seed}; {len(wrong)} wrong")
+    print("\n".join(wrong))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Values of a stranger's config and tokenizer pass one gate: a type, a bound, a sentence with the key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_precision.cli import main
+from support.checkpoints import edit_json
+from support.runs import sentence
+
+pytestmark = pytest.mark.usefixtures("scratch")
+
+Capture = pytest.CaptureFixture[str]
+
+CONFIG: dict[str, dict[str, Any]] = {
+    "rms_norm_eps": {"rms_norm_eps": "1e-300"},
+    "eos_token_id": {"eos_token_id": float("nan")},
+    "num_labels": {"num_labels": 10_000_000},
+    "num_hidden_layers": {"num_hidden_layers": 10**9},
+    "vocab_size": {"vocab_size": -1},
+    "hidden_size": {"hidden_size": 1e30},
+    "max_position_embeddings": {"max_position_embeddings": "x"},
+    "tie_word_embeddings": {"tie_word_embeddings": "x"},
+    "architectures.0": {"architectures": [5]},
+    "text_config.num_hidden_layers": {"text_config": {"num_hidden_layers": 10**9}},
+    "pad_token_id": {"pad_token_id": 10**30},
+    "note": {"note": [{"deep": "\ud800"}]},
+}
+
+
+@pytest.mark.parametrize("verb", ["probe", "generate"])
+@pytest.mark.parametrize("key", CONFIG)
+def test_a_value_that_cannot_be_is_named_before_anything_is_built(
+    key: str, verb: str, broken: Path, capsys: Capture
+) -> None:
+    edit_json(broken / "config.json", **CONFIG[key])
+    assert main([verb, "model"]) == 3
+    assert f"config.json: {key}: " in sentence(capsys)
+
+
+def test_switches_of_what_a_forward_gives_out_change_nothing(broken: Path, capsys: Capture) -> None:
+    edit_json(broken / "config.json", return_dict=False, output_hidden_states="x", output_attentions=True)
+    for args in (["probe", "model", "--dtype", "fp16", "--prompt", "hello"], ["generate", "model"]):
+        assert main([*args, "--fail-on", "never"]) == 0
+    assert "bug" not in capsys.readouterr().err
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "sliding window": {"sliding_window": None, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 6},
+    "too few layer types": {"layer_types": ["full_attention"]},
+    "no heads": {"num_attention_heads": 0},
+    "activation": {"hidden_act": "nothing"},
+}
+
+
+@pytest.mark.parametrize("verb", ["probe", "generate"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_a_familys_own_code_stumbles_over_is_a_sentence_and_no_bug(
+    what: str, verb: str, broken: Path, capsys: Capture
+) -> None:
+    edit_json(broken / "config.json")
+    data = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**data, **FOREIGN[what]}))
+    assert main([verb, "model", "-o", "run.json"]) == 3
+    told = capsys.readouterr()
+    assert "bug" not in told.err and "Error" in told.out + told.err
+
+
+@pytest.mark.parametrize("value", ["x", {"a": 1}, [1], True])
+def test_a_tokenizers_longest_text_must_be_a_number(value: Any, broken: Path, capsys: Capture) -> None:
+    edit_json(broken / "tokenizer_config.json", model_max_length=value)
+    assert main(["probe", "model"]) == 3
+    assert "tokenizer_config.json: model_max_length: should be a number" in sentence(capsys)
+
+
+def test_half_a_character_in_the_generation_config_is_found_before_the_text_is_made(
+    broken: Path, capsys: Capture
+) -> None:
+    (broken / "generation_config.json").write_text('{"foo": "\\ud800"}')
+    assert main(["generate", "model"]) == 3
+    assert "generation_config.json: foo: holds half a character" in sentence(capsys)
+
+
+def test_our_own_faults_over_a_checkpoint_stay_bugs(
+    broken: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise KeyError("ours")
+
+    failing.__globals__["__name__"], before = "qwen_precision.somewhere", __name__
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("qwen_precision.probe.shadow.Shadow.run", failing)
+    try:
+        assert main(["probe", "model", "--dtype", "fp16"]) == 3
+    finally:
+        failing.__globals__["__name__"] = before
+    assert "this is a bug in qprec" in capsys.readouterr().err
