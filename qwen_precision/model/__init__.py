@@ -7,7 +7,7 @@ May import: record, qwen3, settings.
 from qwen_precision.model.encode import Encoded, encode
 from qwen_precision.model.files import model_part, weight_files
 from qwen_precision.model.folder import Checkpoint, open_checkpoint
-from qwen_precision.model.hub import download_bytes, is_here, locate, without_weights
+from qwen_precision.model.hub import download_bytes, gguf_on_hub, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
 from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
@@ -60,6 +60,7 @@ __all__ = [
     "exact_float32",
     "filled",
     "finish",
+    "gguf_on_hub",
     "is_here",
     "is_layerwise",
     "layer_calls",
