@@ -9,7 +9,7 @@ from qwen_precision.model.files import model_part, weight_files
 from qwen_precision.model.folder import Checkpoint, open_checkpoint
 from qwen_precision.model.hub import download_bytes, gguf_on_hub, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo
-from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
+from qwen_precision.model.lanes import Lane, decoding, not_decoded, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import (
     attention_used,
@@ -68,6 +68,7 @@ __all__ = [
     "locate",
     "model_part",
     "move_buffers",
+    "not_decoded",
     "only_the_last",
     "open_checkpoint",
     "out_of_memory",
