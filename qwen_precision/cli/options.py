@@ -92,7 +92,11 @@ ForceOption = Annotated[
 ]
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id (owner/name), a checkpoint folder, or the word demo.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A hub id (owner/name), a checkpoint folder, a GGUF file (also owner/name/file.gguf), or the word demo.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. Default: auto.", metavar="NAME")

@@ -117,7 +117,7 @@ class WholeWalker(Walker):
 
     def __init__(self, job: Job, dtype: str) -> None:
         super().__init__(job, dtype)
-        self._models = Models(job.checkpoint, job.device, job.settings.attention)
+        self._models = Models(job.checkpoint, job.device, job.settings.attention, headless=True)
         self._held = ""
 
     def _run(self, ids: Tensor, dtype: str, seen: Sequences) -> None:
@@ -128,7 +128,7 @@ class WholeWalker(Walker):
         self._watcher.forget()
         seen.enter()
         with attached(model, self._watcher), self._watcher:
-            forward(model, Encoded(ids, torch.ones_like(ids)))
+            forward(self._models.called(dtype), Encoded(ids, torch.ones_like(ids)))
 
 
 class LayerWalker(Walker):

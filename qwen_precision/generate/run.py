@@ -1,7 +1,6 @@
 """A checkpoint, prompts, one dtype and guards in; a Run out. What it means is judged elsewhere (``checks.py``)."""
 
 import inspect
-import shlex
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from qwen_precision.model import (
     foreign_faults,
     locate,
     model_part,
+    not_decoded,
     open_checkpoint,
     out_of_memory,
 )
@@ -106,10 +106,7 @@ def generate(
     rescaler = Rescaler(models, job.checkpoint, settings.device, settings.attention, guards.recover.margin, tell)
     model = models.get(settings.dtype)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise QprecError(
-            f"{type(model).__name__}: keeps no key-value cache, which `qprec generate` decodes with; find where it "
-            f"overflows with: qprec probe {shlex.quote(source)}"
-        )
+        raise not_decoded(model)
     loaded = time.perf_counter()
     job.choices.insert(1, attention_used(model, settings.attention))
     decoder = Decoder(
@@ -236,23 +233,23 @@ def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
         if decoder.session is None:
             raise
         return "interrupted"
-    except (TypeError, ValueError) as error:
-        if decoder.session is not None:
-            raise
-        raise QprecError(
-            f"{job.checkpoint.folder / 'generation_config.json'}: transformers refuses these settings "
-            f"({in_one_line(error)}); correct the file, or give the right ones as options."
-        ) from error
     except QprecError as error:
-        if decoder.session is None:
+        if decoder.session is None or decoder.session.cost is None:
             raise
         return str(error)
     except Exception as error:
-        if not out_of_memory(error):
-            if is_ours(error):
-                raise
-            return fault(job.checkpoint.folder, error)
-        return f"out of memory on {job.device}; try a shorter prompt, fewer rows or fewer --max-new-tokens"
+        if out_of_memory(error):
+            return f"out of memory on {job.device}; try a shorter prompt, fewer rows or fewer --max-new-tokens"
+        if decoder.session is None and isinstance(error, (TypeError, ValueError)):
+            raise QprecError(
+                f"{job.checkpoint.folder / 'generation_config.json'}: transformers refuses these settings "
+                f"({in_one_line(error)}); correct the file, or give the right ones as options."
+            ) from error
+        if is_ours(error):
+            raise
+        if decoder.session is None:
+            raise not_decoded(model, error) from error
+        return fault(job.checkpoint.folder, error)
     return None
 
 

@@ -8,9 +8,9 @@ from qwen_precision.model.encode import Encoded, encode
 from qwen_precision.model.files import model_part, weight_files
 from qwen_precision.model.folder import Checkpoint, open_checkpoint
 from qwen_precision.model.gate import check_values, fault, foreign_faults
-from qwen_precision.model.hub import download_bytes, is_here, locate, without_weights
+from qwen_precision.model.hub import download_bytes, gguf_on_hub, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo, read_json
-from qwen_precision.model.lanes import Lane, decoding, only_the_last, positions_of
+from qwen_precision.model.lanes import Lane, decoding, not_decoded, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import (
     attention_used,
@@ -66,6 +66,7 @@ __all__ = [
     "filled",
     "finish",
     "foreign_faults",
+    "gguf_on_hub",
     "is_here",
     "is_layerwise",
     "layer_calls",
@@ -73,6 +74,7 @@ __all__ = [
     "locate",
     "model_part",
     "move_buffers",
+    "not_decoded",
     "only_the_last",
     "open_checkpoint",
     "opened",

@@ -39,6 +39,8 @@ class Listing:
     commit: str
     sizes: dict[str, int]
     """Bytes by name, of files at the top; 0 where the hub gives none."""
+    models: dict[str, int]
+    """The same of GGUF files, in whatever folder."""
 
 
 def host() -> str:
@@ -82,17 +84,31 @@ def listing(source: str, revision: str | None) -> Listing:
         raise QprecError(f"{source}: {host()} lists {len(siblings):,} files; that is no checkpoint.")
     names = {str(each.rfilename): each.size for each in siblings}
     sizes = {name: size if isinstance(size, int) and size > 0 else 0 for name, size in names.items()}
-    return Listing(found.sha, {name: size for name, size in sizes.items() if Path(name).name == name})
+    top = {name: size for name, size in sizes.items() if Path(name).name == name}
+    return Listing(found.sha, top, {name: sizes[name] for name in sizes if _is_model(name)})
 
 
-def fetched(source: str, revision: str | None, weights: bool = True) -> Path:
-    """The folder of a checkpoint in the cache, with what it needs from the hub; without a hub, as it is in the cache.
+def _is_model(name: str) -> bool:
+    """A GGUF file below the repository, and not beside it."""
+    return name.endswith(".gguf") and not name.startswith("/") and ".." not in name.split("/")
+
+
+def names(source: str, revision: str | None) -> list[str]:
+    """Names of what a checkpoint can be made of; without a hub, of what is in the cache.
 
     Raises:
-        QprecError: as ``listing`` does, or a file is longer than the listing says; the library's own errors go through.
+        QprecError: as ``listing`` does; the library's own errors go through.
     """
+    found = _listing_or_cache(source, revision)
+    if isinstance(found, Path):
+        return [each.relative_to(found).as_posix() for each in found.rglob("*")]
+    return [*found.sizes, *(name for name in found.models if name not in found.sizes)]
+
+
+def _listing_or_cache(source: str, revision: str | None) -> Listing | Path:
+    """The hub's listing; where nothing answers, the folder in the cache."""
     try:
-        found = listing(source, revision)
+        return listing(source, revision)
     except Exception as error:
         if not _unreachable(error):
             raise
@@ -103,15 +119,44 @@ def fetched(source: str, revision: str | None, weights: bool = True) -> Path:
                 "the network, or give a folder that holds the checkpoint."
             ) from error
         return there
-    folder = Path()
+
+
+def fetched(source: str, revision: str | None, weights: bool = True) -> Path | None:
+    """The folder of a checkpoint in the cache, with what it needs from the hub; without a hub, as it is in the cache.
+
+    None where the hub lists no file of a checkpoint.
+
+    Raises:
+        QprecError: as ``listing`` does, or a file is longer than the listing says; the library's own errors go through.
+    """
+    found = _listing_or_cache(source, revision)
+    if isinstance(found, Path):
+        return found
+    folder = None
     # The first by the name that was asked for: the cache then knows which commit that is, also without a network.
     asked = revision or "main"
     for name in (each for each in SMALL if each in found.sizes):
         folder, asked = _file(source, found, name, asked).parent, found.commit
     for name in _weights(folder, found) if weights else []:
-        folder = _file(source, found, name, found.commit).parent
-    if folder == Path():
-        raise QprecError(f"{source}: {host()} lists no file of a checkpoint; is this the right id?")
+        folder = _file(source, found, name, asked).parent
+    return folder
+
+
+def fetched_model(source: str, revision: str | None, parts: list[str]) -> Path | None:
+    """The folder of the cache that a GGUF model's files stand below; None where the hub does not list them all.
+
+    Raises:
+        QprecError: as for ``fetched``.
+    """
+    found = _listing_or_cache(source, revision)
+    if isinstance(found, Path):
+        return found
+    if not all(part in found.models for part in parts):
+        return None
+    asked, folder = revision or "main", None
+    for part in parts:
+        path, asked = _file(source, found, part, asked), found.commit
+        folder = path.parents[part.count("/")]
     return folder
 
 
@@ -125,11 +170,11 @@ def _unreachable(error: BaseException) -> bool:
     return client or isinstance(error, (OfflineModeIsEnabled, ConnectionError, TimeoutError))
 
 
-def _weights(folder: Path, found: Listing) -> list[str]:
+def _weights(folder: Path | None, found: Listing) -> list[str]:
     """The single file where there is one, as transformers takes it; else the shards that the index names."""
     if SINGLE in found.sizes:
         return [SINGLE]
-    if INDEX not in found.sizes:
+    if folder is None or INDEX not in found.sizes:
         return []
     named = read_json(folder / INDEX, "").get("weight_map")
     shards = {str(each) for each in named.values()} if isinstance(named, dict) else set()
@@ -139,7 +184,7 @@ def _weights(folder: Path, found: Listing) -> list[str]:
 def _file(source: str, found: Listing, name: str, revision: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    limit = found.sizes[name] or (_MOST_SMALL if name in SMALL else 0)
+    limit = found.models.get(name) or found.sizes.get(name) or (_MOST_SMALL if name in SMALL else 0)
     takes = "tqdm_class" in inspect.signature(hf_hub_download).parameters
     counted: dict[str, Any] = {"tqdm_class": _counting(f"{source}: {name}", limit)} if takes and limit else {}
     return Path(hf_hub_download(source, name, revision=revision, endpoint=_endpoint(), etag_timeout=_ANSWER, **counted))

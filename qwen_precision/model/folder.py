@@ -104,7 +104,7 @@ def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> C
     """
     path = gguf_of(folder)
     if path is not None:
-        return _open_gguf(path, source)
+        return _open_gguf(path, source, revision)
     if not folder.is_dir():
         raise QprecError(f"{source}: is not a folder; give a checkpoint folder, a hub id (owner/name) or `demo`.")
     if not (folder / "config.json").exists():
@@ -122,9 +122,9 @@ def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> C
     return replace(checkpoint, notes=tuple(_notes(checkpoint, raw)))
 
 
-def _open_gguf(path: Path, source: str) -> Checkpoint:
+def _open_gguf(path: Path, source: str, revision: str | None) -> Checkpoint:
     read = read_gguf(path)
-    checkpoint = Checkpoint(path.parent, source, None, read.config, read.tokenizer, read.tensors, gguf=path.name)
+    checkpoint = Checkpoint(path.parent, source, revision, read.config, read.tokenizer, read.tensors, gguf=path.name)
     notes = [*_notes(checkpoint, {})]
     if read.unused:
         value = read.unused[0] + (f" and {len(read.unused) - 1} more" if len(read.unused) > 1 else "")

@@ -66,7 +66,7 @@ def read_header(path: Path) -> Header:
     Raises:
         QprecError: it is truncated, no GGUF, or a part is missing; the message names the file.
     """
-    names = _parts(path.name)
+    names = parts_of(path.name)
     count = len(names)
     parts = [_read(path.with_name(name), f"part of {path.name}" if count > 1 else "file") for name in names]
     keys = parts[0].keys
@@ -85,10 +85,10 @@ def read_header(path: Path) -> Header:
 
 def first_part(path: Path) -> Path:
     """Where a GGUF file is a part of a split one, the first of its parts; else itself."""
-    return path.with_name(_parts(path.name)[0])
+    return path.with_name(parts_of(path.name)[0])
 
 
-def _parts(name: str) -> list[str]:
+def parts_of(name: str) -> list[str]:
     """The names of all files of one model."""
     part = _PART.fullmatch(name)
     count = int(part[3]) if part else 0

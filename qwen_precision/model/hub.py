@@ -1,21 +1,23 @@
 """From what the user typed to a folder on this machine: ``demo``, a local folder, or a download from the hub.
 
-Only safetensors, JSON and tokenizer files are fetched; pickles and code are not asked for.
+Only safetensors, JSON and tokenizer files are fetched, or one GGUF model; pickles and code are not asked for.
 """
 
 import difflib
 import http
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.model.fetching import SINGLE, SMALL, cached, fetched, host, listing
+from qwen_precision.model.fetching import SINGLE, SMALL, cached, fetched, fetched_model, host, listing, names
 from qwen_precision.model.foreign import file_in_words
 from qwen_precision.model.gguffile import is_gguf
+from qwen_precision.model.ggufheader import first_part, parts_of
 
 DEMO = Path(__file__).parent.parent / "demo"
 """The checkpoint that ships in the package."""
@@ -33,9 +35,9 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
         return DEMO, None
     if not source:
         raise UsageError("MODEL: is empty; give a hub id (owner/name), a checkpoint folder or `demo`.")
-    path = Path(source).expanduser()
+    path, on_hub = Path(source).expanduser(), _file_on_hub(source)
     there = os.path.exists(path)  # pathlib's raises where a name is too long
-    if revision and (there or _looks_local(source)):
+    if revision and (there or (_looks_local(source) and not on_hub)):
         raise UsageError(f"--revision {revision}: only a model on the hub has revisions; {source} is a folder.")
     if there:
         if not path.is_dir() and not is_gguf(path):
@@ -43,6 +45,8 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
         return path, None
     if "://" in source or source.startswith(("huggingface.co/", "hf.co/")):
         raise UsageError(f"{source}: is a web address; give the id alone{_meant(source)}.")
+    if on_hub:
+        return _download_gguf(on_hub, revision)
     if is_gguf(path):
         raise QprecError(f"{source}: no such file.")
     if _looks_local(source):
@@ -71,10 +75,67 @@ def _meant(source: str) -> str:
 
 def is_here(source: str, revision: str | None = None) -> bool:
     """Whether nothing has to be downloaded: a folder, the demo, or a whole checkpoint in the hub's cache."""
-    if source == "demo" or os.path.exists(Path(source).expanduser()) or _looks_local(source):
+    on_hub = _file_on_hub(source)
+    local = source == "demo" or os.path.exists(Path(source).expanduser())
+    if local or (_looks_local(source) and not on_hub):
         return True
-    folder = cached(source, revision)
-    return folder is not None and any(folder.glob("*.safetensors"))
+    folder = cached(on_hub.id if on_hub else source, revision)
+    if folder is None:
+        return False
+    if on_hub:
+        return all((folder / part).is_file() for part in on_hub.parts)
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf"))
+
+
+class HubFile(NamedTuple):
+    """A GGUF model in a repository on the hub."""
+
+    id: str
+    """Of the repository (owner/name)."""
+    parts: list[str]
+    """Its files there; the first is the one to open."""
+
+    @property
+    def source(self) -> str:
+        """What a user types to name it."""
+        return f"{self.id}/{self.parts[0]}"
+
+
+def gguf_on_hub(source: str, revision: str | None = None) -> HubFile | None:
+    """The GGUF model that is meant: of a repository without other weights, its only one; None where it is not GGUF.
+
+    Raises:
+        QprecError: it holds several, or not the one that was named; and as ``locate`` does.
+    """
+    named = _file_on_hub(source)
+    with _sentences(source, revision):
+        there = names(named.id if named else source, revision)
+    models = sorted({first_part(Path(name)).as_posix() for name in there if is_gguf(Path(name))})
+    if named and named.parts[0] not in models:
+        raise QprecError(f"{source}: no such file here, and none in {named.id} on the hub{_choice(named.id, models)}.")
+    if named or not models or any(name.endswith(".safetensors") and "/" not in name for name in there):
+        return named
+    if len(models) > 1:
+        raise QprecError(f"{source}: holds {len(models)} GGUF files and no safetensors{_choice(source, models)}.")
+    return HubFile(source, _all_parts(models[0]))
+
+
+def _choice(repository: str, models: Sequence[str]) -> str:
+    """Names of GGUF files to take instead, as the end of a sentence."""
+    few = [f"{repository}/{name}" for name in models[:6]] + (["…"] if len(models) > 6 else [])
+    return f"; give one of them: {', '.join(few)}" if few else ""
+
+
+def _file_on_hub(source: str) -> HubFile | None:
+    """A GGUF file in a repository, where that is what was spelled (owner/name/file.gguf); it need not exist."""
+    pieces = source.split("/")
+    if not is_gguf(Path(source)) or len(pieces) < 3 or source.startswith((".", "/", "~")):
+        return None
+    return HubFile("/".join(pieces[:2]), _all_parts("/".join(pieces[2:])))
+
+
+def _all_parts(name: str) -> list[str]:
+    return [Path(name).with_name(part).as_posix() for part in parts_of(Path(name).name)]
 
 
 def without_weights(source: str, revision: str | None = None) -> Path:
@@ -84,7 +145,8 @@ def without_weights(source: str, revision: str | None = None) -> Path:
         QprecError: as ``locate`` does.
     """
     with _sentences(source, revision):
-        return fetched(source, revision, weights=False)
+        folder = fetched(source, revision, weights=False)
+    return _something(source, folder)
 
 
 def download_bytes(source: str, revision: str | None = None) -> tuple[int, int]:
@@ -93,9 +155,13 @@ def download_bytes(source: str, revision: str | None = None) -> tuple[int, int]:
     Raises:
         QprecError: as ``locate`` does.
     """
+    on_hub = _file_on_hub(source)
     with _sentences(source, revision):
-        found = listing(source, revision)
+        found = listing(on_hub.id if on_hub else source, revision)
     weights = {name: size for name, size in found.sizes.items() if name.endswith(".safetensors")}
+    if on_hub or (found.models and not weights):
+        gguf = gguf_on_hub(source, revision)
+        return (size := sum(found.models.get(part, 0) for part in gguf.parts) if gguf else 0), size
     if SINGLE in weights:
         weights = {SINGLE: weights[SINGLE]}
     small = sum(size for name, size in found.sizes.items() if name in SMALL)
@@ -109,7 +175,28 @@ def _looks_local(source: str) -> bool:
 def _download(source: str, revision: str | None) -> tuple[Path, str | None]:
     with _sentences(source, revision):
         folder = fetched(source, revision)
-    return folder, folder.name
+    if folder is None or not any(folder.glob("*.safetensors")):
+        gguf = gguf_on_hub(source, revision)
+        if gguf:
+            return _download_gguf(gguf, revision)
+    found = _something(source, folder)
+    return found, found.name
+
+
+def _something(source: str, folder: Path | None) -> Path:
+    if folder is None:
+        raise QprecError(f"{source}: {host()} lists no file of a checkpoint; is this the right id?")
+    return folder
+
+
+def _download_gguf(file: HubFile, revision: str | None) -> tuple[Path, str | None]:
+    """All parts of a GGUF model, and nothing else."""
+    with _sentences(file.source, revision):
+        folder = fetched_model(file.id, revision, file.parts)
+    if folder is None or not (folder / file.parts[0]).is_file():
+        gguf_on_hub(file.source, revision)  # says what is there
+        raise QprecError(f"{file.source}: {host()} lists it, and does not give all of it; try again later.")
+    return folder / file.parts[0], folder.name
 
 
 @contextmanager

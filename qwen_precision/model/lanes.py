@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from qwen_precision.errors import QprecError, in_one_line
+from qwen_precision.model.machine import out_of_memory
 from qwen_precision.record import Poison
 
 
@@ -32,6 +34,20 @@ def decoding(model: Any) -> AbstractContextManager[Any]:
     way than it prefills them."""
     optimised = getattr(model, "_optimize_model_for_decode", None)
     return optimised() if optimised is not None else nullcontext()
+
+
+def not_decoded(model: Any, error: Exception | None = None) -> QprecError:
+    """What is said of a model that no ``Lane`` can run: without a cache, or with one of a kind of its own.
+
+    Args:
+        model: of transformers.
+        error: what its forward raised; None where it takes no cache at all.
+    """
+    why = f" ({in_one_line(error)})" if error is not None else ""
+    return QprecError(
+        f"{type(model).__name__}: takes no key-value cache as `qprec generate` decodes with{why}; "
+        "`qprec probe` finds where it overflows"
+    )
 
 
 class Lane:
@@ -73,7 +89,11 @@ class Lane:
         self._keep = only_the_last(model)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``[rows, vocabulary]`` logits after the last token of ``ids`` (``[batch, tokens]``), in the model's dtype."""
+        """``[rows, vocabulary]`` logits after the last token of ``ids`` (``[batch, tokens]``), in the model's dtype.
+
+        Raises:
+            QprecError: the model cannot be run so, a few tokens at a time.
+        """
         new = ids[self._index, self._seen :]
         grown = new.shape[1] - (self._mask.shape[1] - (self._seen - self._first))
         if grown > 0:
@@ -84,17 +104,20 @@ class Lane:
         done = self._mask.shape[1] - new.shape[1]
         for start in range(0, new.shape[1], size):
             stop = min(start + size, new.shape[1])
-            out = self._model(
-                input_ids=new[:, start:stop].contiguous(),
-                attention_mask=self._mask[:, : done + stop] if self._padded else None,  # as transformers does
-                position_ids=positions[:, start:stop].contiguous(),
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-                **self._keep,
-            )
+            mask = self._mask[:, : done + stop] if self._padded else None  # as transformers does
+            last = self._step(new[:, start:stop].contiguous(), mask, positions[:, start:stop].contiguous())
             self.chunks += 1
-        last: Tensor = out.logits[:, -1]
+        return last
+
+    def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """The logits after the last of these ids; the cache holds what was before them."""
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        try:
+            last: Tensor = self._model(**given, use_cache=True, return_dict=True, **self._keep).logits[:, -1]
+        except Exception as error:  # whatever a family does that counts or keeps its cache another way
+            if out_of_memory(error):
+                raise
+            raise not_decoded(self._model, error) from error
         return last
 
     def poisoned(self, row: int) -> Poison | None:

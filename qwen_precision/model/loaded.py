@@ -32,6 +32,7 @@ class Models:
         device: where they compute.
         attention: ``sdpa``, ``eager``, or None for what transformers would choose.
         tell: called with what is being done.
+        headless: a causal model whose files hold no lm_head is loaded all the same, and ``without_head`` set.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Models:
         device: torch.device,
         attention: str | None,
         tell: Callable[[str], None] = lambda what: None,
+        headless: bool = False,
     ) -> None:
+        self._headless, self.without_head = headless, False
         self._checkpoint, self.device, self._attention, self._tell = checkpoint, device, attention, tell
         self._loaded: dict[str, Any] = {}
         self._numbers: dict[str, Tensor] = {}
@@ -88,6 +91,11 @@ class Models:
             self._loaded[weights] = self._load(weights)
         return self._loaded[weights]
 
+    def called(self, weights: str) -> Any:
+        """What of the model is run: all, or what comes before an lm_head that its files do not hold; as ``get``."""
+        model = self.get(weights)
+        return model.base_model if self.without_head else model
+
     def _make_room(self, dtype: str) -> None:
         need, free = self._checkpoint.parameters * DTYPES[dtype].bytes, free_bytes(self.device)
         if need > free:
@@ -134,6 +142,7 @@ class Models:
                     local_files_only=True,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # else the sentence is about this setting
                     **({"attn_implementation": self._attention} if self._attention else {}),
                     **given,
                 )
@@ -143,15 +152,23 @@ class Models:
             check_formats(self._checkpoint, self._checkpoint.tensors)  # 4.56 stops at an integer, in its own words
             raise QprecError(f"{folder}: transformers cannot load the weights: {in_one_line(error)}") from error
         model, told = loaded
-        self._check_loaded(model, sorted(told["missing_keys"]))
+        self._check_loaded(model, sorted(told["missing_keys"]), sorted(told["mismatched_keys"]))
         placed: nn.Module = model.to(self.device).eval()
         return placed
 
-    def _check_loaded(self, model: nn.Module, missing: list[str]) -> None:
-        """Every parameter was in the files, as numbers that can be cast."""
+    def _check_loaded(self, model: nn.Module, missing: list[str], mismatched: list[tuple[Any, ...]]) -> None:
+        """Every parameter was in the files, in its shape, as numbers that can be cast."""
         folder = self._checkpoint.folder
+        if mismatched:
+            name, found, wanted = mismatched[0]
+            raise QprecError(
+                f"{folder}: {name} has shape {list(found)}, config.json asks for {list(wanted)}; the two do not belong "
+                "together."
+            )
         if missing == [HEAD] and self._checkpoint.bare:
-            raise QprecError(_BARE.format(folder=folder))
+            if not self._headless:
+                raise QprecError(_BARE.format(folder=folder))
+            self.without_head, missing = True, []
         check_formats(self._checkpoint, (name for name in model.state_dict() if name in self._checkpoint.tensors))
         if missing:
             raise QprecError(

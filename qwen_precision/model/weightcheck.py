@@ -2,7 +2,7 @@
 
 A bf16 weight has 8 significant bits, so it is exact in fp16 from 2^-17 of magnitude upwards (fp16's smallest
 subnormal is 2^-24) up to 65280; only the few smaller ones have to be cast and compared. All other pairs of
-formats are cast and compared as a whole, in chunks, so that no second copy of a large tensor exists.
+formats are cast and compared as a whole. Everything goes in pieces that stay in the cache.
 """
 
 import math
@@ -17,12 +17,11 @@ from qwen_precision.model.scalecheck import scale_faults
 from qwen_precision.record import ScaleFault, Weight, WeightTotals
 from qwen_precision.torch_dtypes import short_name, torch_dtype
 
-_CHUNK = 1 << 24
-_SIGNIFICANT_BITS = {"fp64": 53, "fp32": 24, "fp16": 11, "bf16": 8}
+_PIECE = 1 << 18
 # A bf16 of magnitude 2^-17 ends exactly at fp16's last bit: 2^-17 * 2^-7 = 2^-24.
 _EXACT_FROM = np.uint16(2 * torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item() - 1)
 _LARGEST = np.uint16(2 * torch.tensor(65280.0, dtype=torch.bfloat16).view(torch.int16).item())
-_STEP = 1 << 18
+_OCTET = np.arange(8)
 
 
 class WeightCheck:
@@ -51,6 +50,8 @@ class WeightCheck:
             start: number of the first row.
             parameter: the model's parameter it is (a part of), where that has another name.
         """
+        if not self.dtypes:
+            return
         done = self._rows_done.get(name, 0)
         rows = tensor.shape[0] if tensor.dim() else 1
         if start + rows <= done:
@@ -60,7 +61,7 @@ class WeightCheck:
             tensor = tensor[max(0, done - start) :]
         self._files[name] = file
         self._parameters[name] = parameter or name
-        for piece in torch.split(tensor.reshape(-1), _CHUNK):
+        for piece in torch.split(tensor.reshape(-1), _PIECE):
             self._piece(self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0}), piece)
 
     def feed_scales(
@@ -80,18 +81,15 @@ class WeightCheck:
 
     def _piece(self, facts: dict[str, float], piece: Tensor) -> None:
         facts["elements"] += piece.numel()
-        low, high = (float(value) for value in torch.aminmax(piece))
-        if math.isfinite(low) and math.isfinite(high):
-            facts["abs_max"] = max(facts["abs_max"], -low, high)
-        else:
+        largest, doubtful = _measured(piece)
+        if not math.isfinite(largest):
             facts["nan"] = facts.get("nan", 0) + int(torch.isnan(piece).sum())
             facts["inf"] = facts.get("inf", 0) + int(torch.isinf(piece).sum())
-            finite = piece[torch.isfinite(piece)]
-            largest = float(finite.abs().max()) if finite.numel() else 0.0
-            facts["abs_max"] = max(facts["abs_max"], largest)
-            piece = finite
+            piece = piece[torch.isfinite(piece)]
+            largest, doubtful = _measured(piece)
+        facts["abs_max"] = max(facts["abs_max"], largest)
         for name in self.dtypes:
-            lost = _cast_losses(piece, name)
+            lost = _cast_losses(doubtful if name == "fp16" else piece, name)
             total = self._totals[name]
             total[0] += piece.numel()
             for index, (what, count) in enumerate(zip(("overflow", "underflow", "inexact"), lost, strict=True), 1):
@@ -135,25 +133,31 @@ class WeightCheck:
         ]
 
 
-def _doubtful(piece: Tensor) -> Tensor:
-    """The bf16 elements that fp16 may not hold exactly: the very small (not the zeros) and the very large.
+def _measured(piece: Tensor) -> tuple[float, Tensor]:
+    """The largest magnitude (not finite where any element is not), and what fp16 may not hold exactly."""
+    if piece.dtype == torch.bfloat16 and piece.numel():
+        return _measured_bits(piece)
+    low, high = (float(value) for value in torch.aminmax(piece)) if piece.numel() else (0.0, 0.0)
+    return max(-low, high), piece
+
+
+def _measured_bits(piece: Tensor) -> tuple[float, Tensor]:
+    """The same of bf16: the very small (not the zeros), with whatever lies in the same eight, or all if any is large.
 
     On the bare bits, because that is many times faster than comparing 16-bit floats: shifting the sign out
     leaves the magnitude as an integer, in order.
     """
-    bits = piece.view(torch.int16).cpu().numpy().view(np.uint16)
-    found = []
-    for start in range(0, len(bits), _STEP):  # steps that stay in the cache
-        magnitude = np.left_shift(bits[start : start + _STEP], 1)
-        # Minus one, zeros wrap around to the largest number and so are not small; then small means below.
-        small = np.flatnonzero(magnitude - np.uint16(1) < _EXACT_FROM)
-        if len(small):
-            found.append(small + start)
-        if magnitude.max() > _LARGEST:
-            found.append(np.flatnonzero(magnitude > _LARGEST) + start)
-    if not found:
-        return piece[:0]
-    return piece[torch.from_numpy(np.concatenate(found)).to(piece.device)]
+    magnitude = np.left_shift(piece.view(torch.int16).cpu().numpy().view(np.uint16), 1)
+    largest = magnitude.max()
+    value = float(torch.tensor(int(largest) >> 1, dtype=torch.int16).view(torch.bfloat16))
+    if largest > _LARGEST:
+        return value, piece
+    small = np.zeros(-(-len(magnitude) // 8) * 8, dtype=bool)
+    # Minus one, zeros wrap around to the largest number and so are not small; then small means below.
+    np.less(np.subtract(magnitude, np.uint16(1), out=magnitude), _EXACT_FROM, out=small[: len(magnitude)])
+    eights = np.flatnonzero(small.view(np.uint64) != 0)
+    places = (8 * eights[:, None] + _OCTET).ravel()
+    return value, piece[torch.from_numpy(places[places < len(magnitude)]).to(piece.device)]
 
 
 def _cast_losses(piece: Tensor, name: str) -> tuple[int, int, int]:
@@ -161,16 +165,11 @@ def _cast_losses(piece: Tensor, name: str) -> tuple[int, int, int]:
     source = short_name(piece.dtype)
     if source == name or (source in {"bf16", "fp16"} and name == "fp32") or not piece.numel():
         return 0, 0, 0
-    if source == "bf16" and name == "fp16":
-        piece = _doubtful(piece)
-        if not piece.numel():
-            return 0, 0, 0
     cast = piece.to(torch_dtype(name))
-    back = cast.to(piece.dtype) if _SIGNIFICANT_BITS[source] >= _SIGNIFICANT_BITS[name] else cast
-    wide = torch.promote_types(piece.dtype, back.dtype)
-    inexact = int((back.to(wide) != piece.to(wide)).sum())
+    wide = torch.promote_types(piece.dtype, cast.dtype)
+    before, after = (each.to(wide).cpu().numpy() for each in (piece, cast))  # numpy compares many times faster
+    inexact = int(np.count_nonzero(before != after))
     if not inexact:
         return 0, 0, 0
-    overflow = int(torch.isinf(cast).sum())
-    underflow = int(((cast == 0) & (piece != 0)).sum())
-    return overflow, underflow, inexact
+    underflow = int(np.count_nonzero(after == 0) - np.count_nonzero(before == 0))
+    return int(np.count_nonzero(np.isinf(after))), underflow, inexact

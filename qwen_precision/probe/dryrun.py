@@ -13,6 +13,7 @@ from qwen_precision.model import (
     choose_device,
     choose_memory,
     download_bytes,
+    gguf_on_hub,
     is_here,
     is_layerwise,
     outline,
@@ -53,6 +54,9 @@ def _from_afar(
 ) -> Iterator[tuple[str, str]]:
     total, weights = download_bytes(source, revision)
     yield "download", f"{total / 1e9:.2f} GB, of which {weights / 1e9:.2f} GB are weights"
+    if gguf_on_hub(source, revision):
+        yield "memory and time", "not known before the download: what the model is stands in its GGUF file alone"
+        return
     folder = without_weights(source, revision)
     device, choice = choose_device(settings.device)
     yield choice.what, f"{choice.value} ({choice.reason})"

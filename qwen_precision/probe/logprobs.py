@@ -10,7 +10,9 @@ from qwen_precision.model import Encoded
 from qwen_precision.record import rounded
 from qwen_precision.torch_dtypes import widened
 
-_AT_ONCE = 16  # positions upcast to fp32 at a time: logits of a long prompt are never held twice
+_AT_ONCE = 1 << 18
+"""Logits upcast to fp32 at a time, whole rows of the vocabulary: those of a long prompt are never held twice, and what
+fits into the cache is read from there."""
 
 
 class LogProbs:
@@ -38,8 +40,9 @@ class LogProbs:
         if key not in self._total:
             self._total[key] = torch.full(ids.shape, -math.inf, device=ids.device)
             self._chosen[key] = torch.full(ids.shape, math.nan, device=ids.device)
-        for offset in range(0, logits.shape[1], _AT_ONCE):
-            piece = logits[:, offset : offset + _AT_ONCE].float()
+        step = max(1, _AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
+        for offset in range(0, logits.shape[1], step):
+            piece = logits[:, offset : offset + step].float()
             place = slice(begin + offset, begin + offset + piece.shape[1])
             self._total[key][:, place] = torch.logaddexp(self._total[key][:, place], torch.logsumexp(piece, -1))
             following = ids[:, place.start + 1 : place.stop + 1] - start

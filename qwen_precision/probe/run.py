@@ -197,8 +197,11 @@ def _notes(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[Choice]:
         names = ", ".join(name for name, why in left_out.items() if why == reason)
         notes.append(Choice(what="prompts left out", value=names, reason=reason))
     if checkpoint.bare and is_layerwise(checkpoint.config):
-        notes.append(Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model"))
+        notes.append(_BARE)
     return notes
+
+
+_BARE = Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model")
 
 
 def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None:
@@ -220,6 +223,8 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
         return fault(job.checkpoint.folder, error)
     finally:
         job.seconds.update(passes.seconds)
+        if isinstance(passes, Whole) and passes.without_head:
+            job.choices.append(_BARE)
     return None
 
 
@@ -234,7 +239,7 @@ def _layer_by_layer(job: Job, task: Task, progress: Progress, on_final: FinalHoo
 
 
 def _as_a_whole(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Whole:
-    models = Models(job.checkpoint, job.device, job.settings.attention)
+    models = Models(job.checkpoint, job.device, job.settings.attention, headless=True)
     models.check()
     kept = {name for name, _ in job.model.named_buffers()}  # limits may be infinite there, and are no weights
     for number, name in enumerate(job.checkpoint.tensors):

@@ -75,6 +75,11 @@ class Whole:
             for name in self._task.dtypes:
                 self._models.release(name)
 
+    @property
+    def without_head(self) -> bool:
+        """Whether the files hold no lm_head: the answer is then what comes before it."""
+        return self._models.without_head
+
     # -- the parts ----------------------------------------------------------------------------------------
 
     def _loaded(self, name: str) -> nn.Module:
@@ -107,7 +112,8 @@ class Whole:
         with self._layers_seen(model, name, prompt):
             answer, self._ran[name, prompt] = self._measure.run(self._section(model, name, prompt))
         shape = self._prompts[prompt].ids.shape
-        logits = answer if answer.dim() == 3 and answer.shape[:2] == shape and has_head(model) else None
+        headed = has_head(model) and not self.without_head
+        logits = answer if answer.dim() == 3 and answer.shape[:2] == shape and headed else None
         if logits is not None:
             self._answers.add((name, prompt), logits)
         if self._on_final is not None:
@@ -115,7 +121,8 @@ class Whole:
 
     def _section(self, model: nn.Module, name: str, prompt: int) -> Section:
         valid = self._prompts[prompt].mask.bool()
-        return Section((name, prompt), valid, model, partial(forward, model, self._prompts[prompt]))
+        runs = partial(forward, self._models.called(name), self._prompts[prompt])
+        return Section((name, prompt), valid, model, runs)
 
     @contextmanager
     def _layers_seen(self, model: nn.Module, name: str, prompt: int) -> Iterator[None]:

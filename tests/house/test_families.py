@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from qwen_precision.model.skeleton import LAYERWISE
 from support.checkpoints import ROOT
-from support.families import FAMILIES, SKIPPED, WRAPPERS, config_for, tiny_config
+from support.families import FAMILIES, OWN_CACHE, SKIPPED, WRAPPERS, config_for, tiny_config
 
 PATH = ROOT / "configs" / "families.md"
 HEAD = """# Model families
@@ -22,20 +22,21 @@ family that is not in the last rows, `tests/probe/test_families.py` makes a tiny
 to transformers' own in fp32 and fp16, no finding on a healthy one, and a planted overflow named.
 
 Of a model that runs whole no rescue is planned, a row that has gone bad stays so in that dtype (what overflows behind
-it is told from fp32 alone), and `--memory streamed` is refused. `qprec generate` is tested with few of them; those that
-it refuses are marked.
+it is told from fp32 alone), and `--memory streamed` is refused. `qprec generate` is tested with few of them
+(`tests/generate/test_families.py`); those that it refuses are marked.
 
 | families | how they run | what is not said |
 |---|---|---|
 """
-NO_CACHE = "`qprec generate` refuses them: no key-value cache"
+NO_CACHE = "`qprec generate` refuses them: no key-value cache, or one of a kind of their own"
 TURNED = "quantised weights are refused: matrices lie turned (Conv1D)"
 
 
 def limits(name: str) -> str:
     """What is not done of a family that runs whole, beside what is not done of any."""
     made = getattr(transformers, FAMILIES[name])
-    found = [] if "past_key_values" in inspect.signature(made.forward).parameters else [NO_CACHE]
+    cached = "past_key_values" in inspect.signature(made.forward).parameters and name not in OWN_CACHE
+    found = [] if cached else [NO_CACHE]
     if "Conv1D" in vars(sys.modules[made.__module__]) and has_conv1d(name):
         found.append(TURNED)
     return "; ".join(found) or "—"

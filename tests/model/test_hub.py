@@ -13,7 +13,9 @@ from typing import ClassVar
 import pytest
 
 from qwen_precision.cli.app import main
+from qwen_precision.model.hub import download_bytes
 from support.checkpoints import DEMO
+from support.gguffiles import write_gguf
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHERS = [f"another-{number}.safetensors" for number in range(300)] + [f"more-{number}.json" for number in range(300)]
@@ -28,13 +30,10 @@ LISTINGS = {
 }
 
 
-def _size(name: str) -> int:
-    return (DEMO / name).stat().st_size if (DEMO / name).is_file() else 1
-
-
 class Hub(BaseHTTPRequestHandler):
-    """owner/good is the demo; the others fail in the ways the hub fails."""
+    """owner/good is the demo, a test may add folders; the others fail in the ways the hub fails."""
 
+    folders: ClassVar[dict[str, Path]] = {}
     requested: ClassVar[list[str]] = []
     cut_weights = False
     lie: ClassVar[str | None] = None
@@ -54,14 +53,14 @@ class Hub(BaseHTTPRequestHandler):
         if "owner/gated" in path:
             # As on the hub: the listing is public, the files are not.
             self._list(body) if path.startswith("/api/") else self._error(403, "GatedRepo", body)
-        elif "owner/good" not in path:
+        elif (repository := next((name for name in self.folders if name in path), None)) is None:
             self._error(404, "RepoNotFound", body)
-        elif path.startswith("/api/") and not path.endswith(("/revision/main", f"/revision/{COMMIT}", "owner/good")):
-            self._list(body) if "/tree/" in path else self._error(404, "RevisionNotFound", body)
+        elif path.startswith("/api/") and not path.endswith(("/revision/main", f"/revision/{COMMIT}", repository)):
+            self._list(body, repository) if "/tree/" in path else self._error(404, "RevisionNotFound", body)
         elif path.startswith("/api/"):
-            self._list(body)
+            self._list(body, repository)
         else:
-            self._file(path.rsplit("/", 1)[-1], body)
+            self._file(self.folders[repository], path.split("/resolve/")[1].partition("/")[2], body)
 
     def _lies(self, path: str, how: str, body: bool) -> bool:
         listing, weights = path.startswith("/api/"), path.endswith(".safetensors")
@@ -99,23 +98,29 @@ class Hub(BaseHTTPRequestHandler):
                 self.wfile.write(bytes(1 << 20))
             type(self).requested.append("all of it")
 
-    def _list(self, body: bool) -> None:
-        names = [entry.name for entry in sorted(DEMO.iterdir())] + ["pytorch_model.bin", "modeling_evil.py"]
+    def _list(self, body: bool, repository: str = "owner/good") -> None:
+        folder = self.folders[repository]
+        names = [each.relative_to(folder).as_posix() for each in sorted(folder.rglob("*")) if each.is_file()]
+        names += ["pytorch_model.bin", "modeling_evil.py"]
         if "/tree/" in self.path:
             listing = [{"type": "file", "path": n, "size": 1, "oid": "0" * 40} for n in names]
             self._send(200, json.dumps(listing).encode(), body)
             return
+        others = OTHERS if repository == "owner/good" else []
         info = {
-            "id": "owner/good",
-            "modelId": "owner/good",
+            "id": repository,
+            "modelId": repository,
             "sha": COMMIT,
             "private": False,
-            "siblings": [{"rfilename": name, "size": _size(name)} for name in names + OTHERS],
+            "siblings": [{"rfilename": name, "size": self._size(folder / name)} for name in names + others],
         }
         self._send(200, json.dumps(info).encode(), body)
 
-    def _file(self, name: str, body: bool) -> None:
-        data = (DEMO / name).read_bytes() if (DEMO / name).is_file() else b"not asked for"
+    def _size(self, path: Path) -> int:
+        return path.stat().st_size if path.is_file() else 1
+
+    def _file(self, folder: Path, name: str, body: bool) -> None:
+        data = (folder / name).read_bytes() if (folder / name).is_file() else b"not asked for"
         headers = {"ETag": f'"{hash(name) & 0xFFFFFFFF:08x}"', "X-Repo-Commit": COMMIT}
         if body and self.cut_weights and name.endswith(".safetensors"):
             self._send(200, data, body, headers, cut=len(data) // 2)
@@ -149,7 +154,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    Hub.requested, Hub.cut_weights, Hub.lie = [], False, None
+    Hub.requested, Hub.cut_weights, Hub.lie, Hub.folders = [], False, None, {"owner/good": DEMO}
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -275,3 +280,86 @@ def test_a_hub_that_lies_or_stalls_gets_one_sentence_with_its_name(
 def test_files_that_no_checkpoint_needs_are_not_asked_for(hub: type[Hub]) -> None:
     assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
     assert not [path for path in hub.requested if "another-" in path or "more-" in path]
+
+
+def fetched(hub: type[Hub]) -> set[str]:
+    """Names of the files that were downloaded."""
+    return {path.split("/resolve/")[1].partition("/")[2] for path in hub.requested if "/resolve/" in path}
+
+
+@pytest.fixture
+def ggufs(hub: type[Hub], tmp_path: Path) -> type[Hub]:
+    """owner/one holds one GGUF model, owner/many several, one of them split and in a folder."""
+    many = tmp_path / "repositories" / "many"
+    (many / "BF16").mkdir(parents=True)
+    (many.parent / "one").mkdir()
+    one = write_gguf(many.parent / "one" / "tiny-Q8_0.gguf")
+    (one.parent / "config.json").write_text("{}")
+    for name in (
+        "tiny-Q4_K_M.gguf",
+        "tiny-Q8_0.gguf",
+        "BF16/tiny-00001-of-00002.gguf",
+        "BF16/tiny-00002-of-00002.gguf",
+    ):
+        (many / name).write_bytes(one.read_bytes())
+    hub.folders.update({"owner/one": one.parent, "owner/many": many})
+    return hub
+
+
+@pytest.mark.parametrize("source", ["owner/one", "owner/many/tiny-Q8_0.gguf"])
+def test_a_gguf_on_the_hub_is_downloaded_alone_and_probed_and_its_commit_recorded(
+    ggufs: type[Hub], tmp_path: Path, source: str
+) -> None:
+    assert main(["probe", source, "--dtype", "bf16"]) == 0
+    model = json.loads((tmp_path / "qprec-run.json").read_text())["model"]
+    assert model["source"] == source and model["revision"] == COMMIT
+    assert [each["name"] for each in model["files"]] == ["tiny-Q8_0.gguf"]
+    assert {name for name in fetched(ggufs) if name.endswith(".gguf")} == {"tiny-Q8_0.gguf"}
+
+
+def test_all_parts_of_a_split_gguf_are_downloaded_whichever_is_named(
+    ggufs: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["probe", "owner/many/BF16/tiny-00002-of-00002.gguf", "--dtype", "bf16"])
+    assert fetched(ggufs) == {"BF16/tiny-00001-of-00002.gguf", "BF16/tiny-00002-of-00002.gguf"}
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize("source", ["owner/many", "owner/many/tiny-Q2_K.gguf"])
+def test_of_several_ggufs_one_has_to_be_named_and_the_sentence_names_them(
+    ggufs: type[Hub], capsys: pytest.CaptureFixture[str], source: str, more: list[str]
+) -> None:
+    assert main(["probe", source, *more]) == 3
+    line = sentence(capsys)
+    assert source in line
+    assert "owner/many/tiny-Q8_0.gguf" in line and "owner/many/BF16/tiny-00001-of-00002.gguf" in line
+    assert "00002-of" not in line.replace("00001-of-00002", "") and not any(n.endswith(".gguf") for n in fetched(ggufs))
+
+
+@pytest.mark.parametrize("source", ["owner/one", "owner/many/tiny-Q8_0.gguf"])
+def test_a_dry_run_of_a_gguf_on_the_hub_says_its_size_and_fetches_nothing(
+    ggufs: type[Hub], capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    assert main(["probe", source, "--dry-run"]) == 0
+    assert "GB" in capsys.readouterr().out
+    size = (ggufs.folders["owner/many"] / "tiny-Q8_0.gguf").stat().st_size
+    assert download_bytes(source) == (size, size) and not fetched(ggufs)
+
+
+def test_a_path_to_a_gguf_that_is_neither_here_nor_on_the_hub_says_both(
+    hub: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", "models/mine/q8.gguf"]) == 3
+    line = sentence(capsys)
+    assert "models/mine/q8.gguf" in line and "no such" in line and "hub" in line
+
+
+@pytest.mark.parametrize("source", ["owner/one", "owner/many/tiny-Q8_0.gguf"])
+def test_a_gguf_in_the_cache_is_run_offline(ggufs: type[Hub], monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    from huggingface_hub import constants
+
+    assert main(["probe", source, "--dtype", "bf16"]) == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main(["probe", source, "--dtype", "bf16", "--force"]) == 0
+    assert main(["probe", source, "--dry-run"]) == 0

@@ -1,5 +1,7 @@
 """The static check, against the slow and obvious way: cast, cast back, compare in fp64."""
 
+import math
+
 import pytest
 import torch
 
@@ -68,3 +70,25 @@ def test_every_tensor_that_a_dtype_changes_is_listed_and_no_other() -> None:
     (weight,) = check.weights()
     assert (weight.name, weight.underflow, weight.inexact) == ("w", {"fp16": 5}, {"fp16": 5})
     assert check.totals()[0].underflow == 5
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 2**18 - 1, 2**18, 2**19 + 2, 2**19 + 4])
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_small_number_among_exact_ones_is_counted_wherever_it_stands(source: str, place: int) -> None:
+    tensor = torch.ones(2**19 + 5, dtype=SOURCES[source])
+    tensor[place] = 2.0**-24 * 1.5 if source != "fp16" else 2.0**-24  # fp16 cannot hold the first, bf16 holds both
+    check = WeightCheck(["fp16", "bf16"])
+    check.feed("w", "f", tensor)
+    fp16, bf16 = check.totals()
+    assert (fp16.overflow, fp16.underflow, fp16.inexact) == (0, 0, int(source != "fp16"))
+    assert fp16.elements == len(tensor) and bf16.inexact == 0
+
+
+def test_nan_and_infinities_are_counted_and_the_rest_of_the_tensor_is_still_looked_at() -> None:
+    tensor = torch.ones(1000, dtype=torch.bfloat16)
+    tensor[3], tensor[500], tensor[999], tensor[7], tensor[8] = math.nan, math.inf, -math.inf, 1e-12, -70000.0
+    check = WeightCheck(["fp16"])
+    check.feed("w", "f", tensor)
+    (weight,) = check.weights()
+    assert (weight.nan, weight.inf, weight.abs_max) == (1, 2, float(tensor[8].abs()))
+    assert (weight.overflow, weight.underflow, weight.inexact) == ({"fp16": 1}, {"fp16": 1}, {"fp16": 2})

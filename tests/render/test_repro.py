@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -40,6 +42,7 @@ from support.builders import (
 )
 from support.checkpoints import make_checkpoint
 from support.families import WRAPPERS, make_family
+from support.gguffiles import write_gguf
 from support.loud import says
 from support.runs import TEXTS, explained, run_probe
 
@@ -516,3 +519,56 @@ def test_a_redacted_run_has_no_script_and_says_why(capsys: Capture) -> None:
 def test_a_folder_s_path_does_not_go_into_a_bundle_s_script() -> None:
     run = overflowing_run(model=a_model(source="/home/alice/models/mine", revision=None))
     assert "else 'mine'" in script_of(without_paths(run)) and "'/home/alice/models/mine'" in script_of(run)
+
+
+# -- a model in a GGUF file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_the_script_of_a_gguf_file_fails_where_the_run_did(
+    named: str, family: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", family, edit=plants.down_proj_output)
+    batch = [PromptSpec(name="two", batch=[LONG, SHORT])]
+    run = explained(path if named == "file" else tmp_path, batch, dtypes=["fp16"], explain=False)
+    assert ran(script_of(run), capsys, monkeypatch) == (False, module_of(run))
+
+
+def test_the_script_of_a_sound_gguf_file_passes(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_probe(write_gguf(tmp_path / "tiny.gguf"), [TEXTS[0]], dtypes=["bf16"])
+    assert ran(script_of(run), capsys, monkeypatch)[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "model"),
+    [
+        ("owner/name/BF16/x-00002-of-00002.gguf", "ab" * 20, ("owner/name", "BF16/x-00001-of-00002.gguf")),
+        ("owner/name", "ab" * 20, ("owner/name", "x-00001-of-00002.gguf")),
+        ("deep/down/in/x-00001-of-00002.gguf", None, ("deep/down/in/", "x-00001-of-00002.gguf")),
+        ("x-00001-of-00002.gguf", None, (".", "x-00001-of-00002.gguf")),
+    ],
+)
+def test_the_script_names_a_gguf_file_as_transformers_asks_for_it(
+    source: str, revision: str | None, model: tuple[str, str]
+) -> None:
+    files = [{"name": f"x-0000{n}-of-00002.gguf", "bytes": 1, "sha256": None} for n in (1, 2)]
+    run = overflowing_run()
+    told = run.model.model_dump() | {"source": source, "revision": revision, "files": files}
+    script = script_of(run.model_copy(update={"model": type(run.model).model_validate(told)}))
+    assert f"else {model[0]!r}\n" in script and f"gguf_file={model[1]!r}" in script
+    assert (f"revision={revision!r}" in script) == (revision is not None)
+
+
+def test_no_script_reads_one_tensor_of_a_gguf_file(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(model: Any) -> None:
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+
+    path = write_gguf(tmp_path / "tiny.gguf", kind=Kind.F16, edit=poisoned)
+    run = run_probe(path, [TEXTS[0]], dtypes=["fp16"])
+    assert first_error(run).kind == "weight-nonfinite"
+    assert ran(script_of(run), capsys, monkeypatch) == (False, "model.layers.1.mlp.down_proj")

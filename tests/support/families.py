@@ -35,6 +35,9 @@ if transformers.__version__.startswith("4."):
         **dict.fromkeys(("emu3", "mllama"), "this transformers cannot read the configuration of the text model alone"),
     }
 
+OWN_CACHE = {"blt", "cpmant", "minimax", "prophetnet"}
+"""Model types whose forward takes a cache, but of a kind of its own, or counts positions in a way of its own."""
+
 WRAPPERS: dict[str, str] = {
     "Gemma3ForConditionalGeneration": "gemma3",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",

@@ -1,12 +1,13 @@
 """What a script has to show: the finding, the ids and rows that show it, and how the forward is made. Pure."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from qwen_precision.dtypes import narrowest
 from qwen_precision.errors import UsageError
 from qwen_precision.judge import Finding, Report
-from qwen_precision.record import FILTERED, Prompt, ScaleFault, Weight, bad_trips, failing_step
+from qwen_precision.record import FILTERED, Model, Prompt, ScaleFault, Weight, bad_trips, failing_step
 from qwen_precision.render.view import View
 from qwen_precision.settings import at_step
 
@@ -66,6 +67,8 @@ class Case:
         if self.finding is None or self.finding.kind not in ("weight-nonfinite", "weight-overflow", "bad-scale"):
             return None
         run = self.report.run
+        if gguf_of(run.model) is not None:
+            return None  # no tensor of it can be read as it is
         if self.finding.kind == "bad-scale":
             return next((each for each in run.scale_faults if self._about(each)), None)
         weight = next((each for each in run.weights if self._about(each)), None)
@@ -78,6 +81,19 @@ class Case:
     def _about(self, each: Weight | ScaleFault) -> bool:
         said = self.finding.cause.sentence if self.finding is not None else ""
         return f"{each.name} in {each.file} " in said
+
+
+def gguf_of(model: Model) -> tuple[str, str] | None:
+    """Where a model in a GGUF file lies, as transformers asks for it: a folder or a hub id, and the file there."""
+    name = model.files[0].name if model.files else ""
+    if not name.lower().endswith(".gguf"):
+        return None
+    if not model.source.lower().endswith(".gguf"):
+        return model.source, name
+    if model.revision is None:
+        return re.sub(r"[^\\/]*$", "", model.source) or ".", name
+    owner, repository, *inside = model.source.split("/")
+    return f"{owner}/{repository}", "/".join([*inside[:-1], name])
 
 
 def case_of(view: View) -> Case:

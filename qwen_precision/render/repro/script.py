@@ -11,7 +11,7 @@ from textwrap import wrap
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.qwen3 import placed
 from qwen_precision.record import Model, ScaleFault, Weight
-from qwen_precision.render.repro.case import Case, case_of
+from qwen_precision.render.repro.case import Case, case_of, gguf_of
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
 
@@ -117,7 +117,7 @@ def _of_a_tensor(case: Case, damaged: Weight | ScaleFault) -> list[list[str]]:
         ["import torch", "from safetensors import safe_open", "from transformers.utils import cached_file"],
         [*_found(case), f"MODEL = {_source(model)}", f"FILE, NAME = {damaged.file!a}, {damaged.name!a}"],
         [
-            f'with safe_open(cached_file(MODEL, FILE{_revision(model)}), framework="pt") as file:',
+            f'with safe_open(cached_file(MODEL, FILE{_which(model)}), framework="pt") as file:',
             "    tensor = file.get_tensor(NAME)",
             f"bad = int((~({fine})).sum())",
             f'print(f"{{NAME}} in {{FILE}}: {{bad}} of {{tensor.numel()}} numbers are {what}")',
@@ -199,7 +199,7 @@ def _model(case: Case) -> list[str]:
     attention = case.told.get("attention", "unknown")
     asked = "" if attention == "unknown" else f"attn_implementation={attention!a}, "
     return [
-        f"model = {found}.from_pretrained(MODEL{_revision(model)}, dtype=DTYPE,",
+        f"model = {found}.from_pretrained(MODEL{_which(model)}, dtype=DTYPE,",
         f"    {asked}use_safetensors=True).to({case.told.get('device', 'cpu')!a})",
     ]
 
@@ -208,9 +208,9 @@ def _tensors(case: Case) -> list[str]:
     """Ids and mask ``[rows, tokens]``, padded on the left with what the tokenizer names; and whose numbers count."""
     lines = ["ids = torch.tensor(IDS, device=model.device)", "mask = torch.ones_like(ids)"]
     if case.padded:
-        revision = _revision(case.report.run.model)
+        which = _which(case.report.run.model)
         lines = [
-            f'tok = transformers.AutoTokenizer.from_pretrained(MODEL{revision}, padding_side="left")',
+            f'tok = transformers.AutoTokenizer.from_pretrained(MODEL{which}, padding_side="left")',
             "tok.pad_token = tok.pad_token or tok.eos_token",
             'ids, mask = tok.pad({"input_ids": IDS}, return_tensors="pt").to(model.device).values()',
         ]
@@ -302,13 +302,17 @@ def _dtype(case: Case) -> str:
     return f"torch.{DTYPES[case.dtype].torch_name}"
 
 
-def _revision(model: Model) -> str:
-    return f", revision={model.revision!a}" if model.revision else ""
+def _which(model: Model) -> str:
+    """The arguments that say which revision, and which file where it is GGUF."""
+    gguf = gguf_of(model)
+    file = f", gguf_file={gguf[1]!a}" if gguf else ""
+    return (f", revision={model.revision!a}" if model.revision else "") + file
 
 
 def _source(model: Model) -> str:
     """Where the checkpoint is; the demo lies in our package, wherever that is installed."""
-    where = ascii(model.source)
+    gguf = gguf_of(model)
+    where = ascii(gguf[0] if gguf else model.source)
     if model.source == "demo":
         where = 'find_spec("qwen_precision").submodule_search_locations[0] + "/demo"'
     return f"sys.argv[1] if sys.argv[1:] else {where}"

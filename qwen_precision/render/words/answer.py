@@ -187,7 +187,7 @@ def _of_a_text(report: Report, dtype: str, mine: list[Finding]) -> str:
 
 def _unfinished(report: Report) -> Iterator[Fact]:
     if report.stopped:
-        yield Fact("Stopped", f"{report.stopped}; what was not reached is not judged")
+        yield Fact("Stopped", f"{report.stopped.rstrip('.')}; what was not reached is not judged")
     if report.run.unfinished:
         yield Fact("Not done", report.run.unfinished)
 
