@@ -1,7 +1,7 @@
 """The command line: parse, call one verb, write, return an exit code. A file a command.
 
 Other folders import the names below, from here. Torch is imported when a verb runs.
-May import: record, qwen3, settings, judge, model, watcher, probe, render, rescue, report, generate, diagnose.
+May import: record, qwen3, settings, judge, model, watcher, probe, render, rescue, report, generate, diagnose, vllm.
 """
 
 from qwen_precision.cli.app import main

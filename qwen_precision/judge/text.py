@@ -61,6 +61,8 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
             f" The KV cache is not finite from the {place.part} of layer {place.layer} on, first at {where}: "
             f"it starts in {before}."
         )
+    elif "engine" in made.options:
+        cause += " The engine's KV cache was not looked at."
     else:
         cause += " Its KV cache was finite."
     what = "; ".join(dict.fromkeys(f"{trip.why} (guard {trip.guard})" for trip in done))

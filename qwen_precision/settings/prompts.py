@@ -135,10 +135,19 @@ def _from_record(path: Path, again: bool) -> list[PromptSpec]:
 def _failing(made: Generation, given: list[Row]) -> list[Prompt]:
     """What the failing steps of a generation were given, step by step."""
     steps = {row.row: failing_step(made, row.row) for row in made.rows if row.row < len(given)}
+    if "engine" in made.options:  # rows of a trip file are requests, each for itself
+        return [_alone(made, given, row, step) for row, step in steps.items() if step is not None]
     return [
         at_step(made, given, step, [row for row in steps if steps[row] == step])
         for step in sorted({step for step in steps.values() if step is not None})
     ]
+
+
+def _alone(made: Generation, given: list[Row], row: int, step: int) -> Prompt:
+    """What a step of one request of a serving engine was given."""
+    failed = _failed(made, given, step, [row])
+    told = failed.model_copy(update={"rows": [0]}) if failed is not None else None
+    return Prompt(name=f"request {row}", rows=[_at(made, given[row], row, step)], failed=told)
 
 
 def at_step(made: Generation, given: list[Row], step: int, failing: list[int]) -> Prompt:

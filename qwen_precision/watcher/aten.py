@@ -21,6 +21,7 @@ ALIASES = {
     "native_dropout": "dropout",
     "_grouped_mm": "grouped_mm",
     "grouped_mm_fallback": "grouped_mm",
+    "onednn_mm": "linear",  # vLLM's, on a CPU
     "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
     "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention",
@@ -57,6 +58,9 @@ _FILLS = frozenset(["where", "masked_fill", "masked_fill_"])
 _IGNORES = frozenset("topk argmax argmin aminmax histc _local_scalar_dense item is_nonzero equal all any".split())
 _CACHE = re.compile("_and_cache|(copy|swap)_blocks")
 """An engine's kernels that only put keys and values into its cache, which is large, and not all of it in use."""
+
+OUTPUTS = frozenset("out output result c".split())
+"""What such kernels call an argument that they only write into; it is fresh memory, and anything may lie there."""
 
 ELEMENTWISE = frozenset("add sub mul div neg cast pow silu gelu relu sigmoid tanh exp where clamp".split())
 """Every element of the output comes from the elements of the inputs in the same place."""
@@ -143,11 +147,11 @@ class Rule(NamedTuple):
     writes: tuple[str, ...]
     """Of an operation that returns nothing: the arguments that hold what it gave, by name."""
 
-    def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Any]:
-        """What it wrote into."""
+    def written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[tuple[str, Any]]:
+        """What it wrote into, each with its name."""
         names = (argument.name for argument in func._schema.arguments)
         given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-        return [given[name] for name in self.writes if name in given]
+        return [(name, given[name]) for name in self.writes if name in given]
 
 
 def rule_for(func: Any) -> Rule:

@@ -64,6 +64,8 @@ class Inspector(Onlooker):
             here on.
         prefer: by operation, the elements to name before others that are as bad.
         strict: of an unknown family: where sizes allow two readings of an output's axes, none is taken.
+        places: of an engine's batch, in which the tokens of all rows lie behind each other and ``valid`` is
+            ``[1, tokens]``: each token's row, and its position in it.
     """
 
     valid: Tensor
@@ -72,6 +74,7 @@ class Inspector(Onlooker):
     limit: float | None = None
     prefer: Mapping[Spot, Sequence[tuple[int, ...]]] = field(default_factory=dict)
     strict: bool = False
+    places: Sequence[tuple[int, int]] | None = None
     found: list[Located] = field(default_factory=list)
     # Experts work on rows picked from the tokens: by index, and where they are fused, sorted by expert.
     _picked: Tensor | None = None
@@ -114,12 +117,18 @@ class Inspector(Onlooker):
             return []
         if layout == "unknown" or (tokens is None and layout not in _REST):
             return [hits]
-        numbers = torch.arange(rows, device=device) if layout in _REST or tokens is None else tokens // length
+        numbers = torch.arange(rows, device=device) if layout in _REST or tokens is None else self._owners(tokens)
         if layout == "picked" and self._experts is not None and self._experts.shape == numbers.shape:
             numbers = numbers * (int(self._experts.max()) + 1) + self._experts
         some = torch.unique(numbers[hits.flatten(1).any(dim=1) if dims > 1 else hits])
         which = numbers.view(-1, *[1] * (dims - 1))
         return [hits & (which == number) for number in some]
+
+    def _owners(self, tokens: Tensor) -> Tensor:
+        """Row of each token, by its number in the flattened batch."""
+        if self.places is None:
+            return tokens // self.valid.shape[1]
+        return torch.tensor([row for row, _ in self.places], device=tokens.device)[tokens]
 
     def _event(self, seen: Seen, hits: Tensor, failed: bool, clean: bool) -> tuple[Event, tuple[int, ...]]:
         """What is to be told of an operation whose elements ``hits`` are the ones that count; and the one it names."""
@@ -282,7 +291,7 @@ class Inspector(Onlooker):
         if layout == "bhtx":
             return index[0], index[2]
         if layout == "flat":
-            return divmod(index[0], length)
+            return divmod(index[0], length) if self.places is None else self.places[index[0]]
         if layout == "picked" and self._picked is not None:
             return divmod(int(self._picked[index[0]]), length)
         return None
@@ -290,6 +299,8 @@ class Inspector(Onlooker):
     def _layout(self, seen: Seen) -> str:
         """How rows and tokens lie in the output's axes."""
         shape, (rows, length) = tuple(seen.out.shape), self.valid.shape
+        if self.places is not None:
+            return "flat" if shape[:1] == (length,) else "unknown"
         if self.strict and _ambiguous(shape, rows, length):
             return "unknown"
         if len(shape) == 4 and shape[0] == rows:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from qwen_precision.watcher.aten import Kind, Rule, rule_for
+from qwen_precision.watcher.aten import OUTPUTS, Kind, Rule, rule_for
 from qwen_precision.watcher.masks import FLOATS, Masks
 from qwen_precision.watcher.readings import Aside, Counted, Reading, Slots, spell_out
 
@@ -216,9 +216,16 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     def _run_and_read_written(
         self, func: Any, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     ) -> None:
-        """An engine's kernel gives nothing and writes into what it was given: that is its output, and no input."""
-        written = [each for each in rule.written(func, args, kwargs) if isinstance(each, Tensor)]
-        spoiled = [self._bad_before(each) for each in written]
+        """An engine's kernel gives nothing and writes into what it was given: that is its output, and no input.
+
+        What is read before it is written over (a fused add and norm) may reach every channel of its token in all of
+        them; where it is only an output, by its name, what lies there before is nobody's.
+        """
+        named = [(name, each) for name, each in rule.written(func, args, kwargs) if isinstance(each, Tensor)]
+        written = [each for _, each in named]
+        bad = [None if name in OUTPUTS else self._bad_before(each) for name, each in named]
+        rows = [each.any(dim=-1, keepdim=True) for each in bad if each is not None and each.dim()]
+        spoiled = [_any_of(each, rows) for each in bad]
         func(*args, **(kwargs or {}))
         given = (*args, *(kwargs or {}).values())
         inputs = tuple(each for each in given if not any(each is one for one in written))
@@ -269,20 +276,34 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         return True
 
 
+def _any_of(bad: Tensor | None, rows: list[Tensor]) -> Tensor | None:
+    """Where a tensor or the same token of another was bad; None for what nobody reads."""
+    if bad is None:
+        return None
+    for each in rows:
+        if each.shape[:-1] == bad.shape[:-1]:
+            bad = bad | each
+    return bad
+
+
 @contextmanager
 def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Hook every submodule of ``model`` for its path; unhook on the way out, whatever happened.
 
-    The second hook runs even when a forward raises (``always_call``), so that the stack stays true.
+    The second hook runs even when a forward raises (``always_call``), so that the stack stays true. A module that
+    several others share (an engine's rotary embedding) runs under the one that calls it.
     """
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         watcher.leave_module()
 
     handles = []
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(_entering(watcher, name)))
+        for module, paths in names.items():
+            handles.append(module.register_forward_pre_hook(_entering(watcher, paths)))
             handles.append(module.register_forward_hook(leave, always_call=True))
         yield
     finally:
@@ -291,10 +312,14 @@ def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
         watcher.forget()
 
 
-def _entering(watcher: Watcher, name: str) -> Callable[[nn.Module, Any], None]:
+def _entering(watcher: Watcher, names: list[str]) -> Callable[[nn.Module, Any], None]:
+    first, shared = names[0], len(names) > 1
+
     def enter(module: nn.Module, args: Any) -> None:
         if not watcher.inside:
             watcher.slots.begin()
+        inside = f"{watcher.path}." if watcher.path else ""
+        name = next((each for each in names if each.startswith(inside)), first) if shared else first
         watcher.enter_module(name)
 
     return enter

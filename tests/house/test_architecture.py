@@ -25,6 +25,7 @@ RANKS = {
     "report": 5,
     "generate": 6,
     "diagnose": 6,
+    "vllm": 6,
     "cli": 7,
 }
 """Files that lie in no folder (errors, dtypes, …) are below all of them."""

@@ -24,6 +24,11 @@ def rotate(query: Tensor, key: Tensor | None, by: float) -> None:
             each.mul_(by)
 
 
+def add_and_norm(update: Tensor, residual: Tensor) -> None:
+    residual.add_(update)
+    update.copy_(residual / residual.float().mean(dim=-1, keepdim=True))
+
+
 def put(key: Tensor, key_cache: Tensor) -> None:
     key_cache[: len(key)].copy_(key)
 
@@ -35,7 +40,9 @@ def engine() -> Iterator[None]:
     library.define("mm(Tensor(a!) out, Tensor x, Tensor weight) -> ()")
     library.define("rotate(Tensor(a!) query, Tensor(b!)? key, *, float by) -> ()")
     library.define("reshape_and_cache(Tensor key, Tensor(a!) key_cache) -> ()")
-    for name, kernel in {"mm": mm, "rotate": rotate, "reshape_and_cache": put}.items():
+    library.define("add_and_norm(Tensor(a!) update, Tensor(b!) residual) -> ()")
+    kernels = {"mm": mm, "rotate": rotate, "add_and_norm": add_and_norm, "reshape_and_cache": put}
+    for name, kernel in kernels.items():
         library.impl(name, kernel, "CPU")
     yield
     library._destroy()
@@ -113,3 +120,29 @@ def test_of_two_that_are_written_neither_is_an_input_of_the_other() -> None:
 def test_what_a_kernel_only_passes_on_in_place_did_not_begin_there() -> None:
     query = torch.tensor([[[1.0, INF], [2.0, 3.0]]])
     assert looked_at(lambda each: ops().rotate(each, None, by=2.0), query) == [False]
+
+
+def test_what_lies_in_fresh_memory_is_not_what_a_kernel_was_given() -> None:
+    out = torch.full((1, 2, 3), float("nan")).half()
+    given = [torch.full((1, 2, 4), 300.0).half(), torch.full((3, 4), 200.0).half()]
+    assert looked_at(lambda *each: ops().mm(*each), out, *given) == [True]
+
+
+def test_a_fused_add_and_norm_that_is_given_an_infinity_begins_nothing_in_either_of_its_outputs() -> None:
+    update, stream = torch.tensor([[[1.0, INF], [2.0, 3.0]]]), torch.zeros((1, 2, 2))
+    assert looked_at(lambda *each: ops().add_and_norm(*each), update, stream) == [False, False]
+
+
+def test_a_fused_add_that_overflows_by_itself_begins_there() -> None:
+    update, stream = (torch.full((1, 2, 2), 60_000.0).half() for _ in range(2))
+    assert looked_at(lambda *each: ops().add_and_norm(*each), update, stream) == [True, True]
+
+
+def test_a_module_that_layers_share_runs_under_the_layer_that_calls_it() -> None:
+    shared = nn.ReLU()
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), shared) for _ in range(3))
+    model = nn.Sequential(*layers)
+    with qwen_precision.watch(model) as readings:
+        model(torch.ones(1, 2))
+    relus = [(each.module, each.call) for each in readings if each.op == "relu"]
+    assert relus == [("0.1", 0), ("1.1", 0), ("2.1", 0)]

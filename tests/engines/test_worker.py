@@ -1,0 +1,121 @@
+"""A worker of a serving engine is watched from start to stop: what its record says, without any engine installed."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from engines.pretend import BAD, Engine, Worker
+from qwen_precision.errors import QprecError
+from qwen_precision.judge import Finding, judge
+from qwen_precision.qwen3 import name_of
+from qwen_precision.record import Run, load
+
+
+def watched(*forwards: dict[str, tuple[int, list[int]]], slots: dict[str, int] | None = None) -> Run:
+    """The record of some forwards."""
+    engine = Engine()
+    worker = Worker(engine)
+    worker.qprec_start()
+    for requests in forwards:
+        engine.run(requests, slots)
+    return Run.model_validate(worker.qprec_stop())
+
+
+def origins(run: Run) -> list[tuple[str, str, Any]]:
+    """Of every finding that is an origin: module, prompt and token."""
+    return [(each.place.module, str(each.place.prompt), at(each)) for each in judge(run).findings if each.origin]
+
+
+def at(finding: Finding) -> tuple[int, int, int | None] | None:
+    token = finding.place.token
+    return (token.row, token.position, token.id) if token is not None else None
+
+
+def test_the_origin_is_named_with_the_request_and_the_token_that_made_it() -> None:
+    run = watched({"a": (0, [1, 2]), "b": (0, [3, 4, BAD])})
+    assert origins(run) == [("layers.0.down_proj", "batch 0 of 2 requests", (1, 2, BAD))]
+    assert [row.ids for row in run.prompts[0].rows] == [[1, 2], [3, 4, BAD]]
+
+
+def test_each_request_that_overflows_is_looked_at_whatever_stands_before_it() -> None:
+    run = watched({"a": (0, [BAD]), "b": (0, [3, BAD])})
+    began = [each for each in run.passes[0].events if each.inf and each.clean_inputs]
+    assert [(each.row, each.position) for each in began] == [(0, 0), (1, 1)]
+
+
+def test_a_token_that_is_decoded_has_its_place_in_the_whole_request() -> None:
+    run = watched({"a": (0, [1, 2])}, {"a": (2, [1, 2, BAD])})
+    assert origins(run) == [("layers.0.down_proj", "request a", (0, 2, BAD))]
+    assert run.prompts[0].rows[0].ids == [1, 2, BAD]
+
+
+def test_what_a_request_left_in_its_own_cache_begins_nothing_when_it_is_read_again() -> None:
+    run = watched({"a": (0, [BAD, 1])}, {"a": (2, [BAD, 1, 2]), "b": (0, [1])})
+    assert origins(run) == [("layers.0.down_proj", "request a", (0, 0, BAD))]
+
+
+def test_attention_that_reads_a_cache_of_somebody_else_is_where_a_clean_request_goes_bad() -> None:
+    run = watched({"a": (0, [BAD])}, {"b": (0, [1, 2])}, slots={"a": 0, "b": 0})
+    assert ("layers.0.attn", "request b", (0, 0, 1)) in origins(run)
+
+
+def test_a_request_of_clean_tokens_is_clean_and_every_layer_has_its_own_readings() -> None:
+    run = watched({"a": (0, [1, 2, 3])})
+    assert judge(run).verdict == {"fp16": "ok"} and not run.reference
+    relus = [(each.layer, each.module) for each in run.sites if each.op == "relu"]
+    assert relus == [(0, "layers.0.rotary_emb"), (1, "layers.1.rotary_emb")]
+
+
+def test_the_residual_add_inside_a_norm_has_a_name_of_its_own() -> None:
+    run = watched({"a": (0, [1])})
+    names = [name_of(each.module, each.op, each.call) for each in run.sites if each.module.endswith("layernorm")]
+    assert "input_layernorm residual add" in names and "input_layernorm residual stream" in names
+    assert "input_layernorm mean square plus eps" in names
+
+
+def test_answers_are_the_same_bit_for_bit_and_nothing_is_left_when_it_has_stopped() -> None:
+    plain, engine = Engine(), Engine()
+    requests = {"a": (0, [1, 2]), "b": (0, [BAD])}
+    worker = Worker(engine)
+    worker.qprec_start()
+    answers = engine.run(requests)
+    worker.qprec_stop()
+    assert torch.equal(answers.nan_to_num(), plain.run(requests).nan_to_num())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in engine.modules())
+
+
+def test_every_rank_saves_a_record_of_its_own(tmp_path: Path) -> None:
+    for rank, name in enumerate(["run.json", "run.rank1.json"]):
+        engine = Engine()
+        worker = Worker(engine, rank=rank)
+        worker.qprec_start()
+        engine.run({"a": (0, [1])})
+        worker.qprec_stop(str(tmp_path / "run.json"))
+        [engine_choice, *_] = load(tmp_path / name).choices
+        assert f"rank {rank} of 2" in engine_choice.reason
+
+
+def test_a_compiled_model_is_refused_in_a_sentence() -> None:
+    with pytest.raises(QprecError, match="enforce_eager=True"):
+        Worker(Engine(), mode=3).qprec_start()
+
+
+def test_a_runner_that_is_not_known_is_refused() -> None:
+    engine = Engine()
+    engine.runner = SimpleNamespace(get_model=lambda: engine)
+    with pytest.raises(QprecError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        Worker(engine).qprec_start()
+
+
+def test_start_and_stop_come_in_turn_and_something_runs_between() -> None:
+    worker = Worker(Engine())
+    with pytest.raises(QprecError, match="call qprec_start first"):
+        worker.qprec_stop()
+    worker.qprec_start()
+    with pytest.raises(QprecError, match="watched already"):
+        worker.qprec_start()
+    with pytest.raises(QprecError, match="no request ran"):
+        worker.qprec_stop()
