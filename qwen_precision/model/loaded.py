@@ -152,18 +152,22 @@ class Models:
             check_formats(self._checkpoint, self._checkpoint.tensors)  # 4.56 stops at an integer, in its own words
             raise QprecError(f"{folder}: transformers cannot load the weights: {in_one_line(error)}") from error
         model, told = loaded
-        self._check_loaded(model, sorted(told["missing_keys"]), sorted(told["mismatched_keys"]))
+        # Before transformers 5 names alone, then with both shapes.
+        mismatched = sorted(each if isinstance(each, str) else each[0] for each in told["mismatched_keys"])
+        self._check_loaded(model, sorted(told["missing_keys"]), mismatched)
         placed: nn.Module = model.to(self.device).eval()
         return placed
 
-    def _check_loaded(self, model: nn.Module, missing: list[str], mismatched: list[tuple[Any, ...]]) -> None:
+    def _check_loaded(self, model: nn.Module, missing: list[str], mismatched: list[str]) -> None:
         """Every parameter was in the files, in its shape, as numbers that can be cast."""
         folder = self._checkpoint.folder
         if mismatched:
-            name, found, wanted = mismatched[0]
+            name = mismatched[0]
+            held = self._checkpoint.tensors.get(name)  # not there where transformers calls it otherwise
+            found = f"has shape {list(held.shape)}" if held is not None else "is made of tensors of other shapes"
             raise QprecError(
-                f"{folder}: {name} has shape {list(found)}, config.json asks for {list(wanted)}; the two do not belong "
-                "together."
+                f"{folder}: {name} {found}, config.json asks for {list(model.state_dict()[name].shape)}; the two do "
+                "not belong together."
             )
         if missing == [HEAD] and self._checkpoint.bare:
             if not self._headless:
