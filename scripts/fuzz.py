@@ -2,8 +2,8 @@
 
     python scripts/fuzz.py [--seed N] [--share 0.01] [--keep FOLDER]
 
-A case is a fork of this process: 1 GB of memory beyond what it has, 10 seconds of a processor, an exit code from 0 to 3, and no bug of
-ours. What breaks is written to the folder. The same seed gives the same cases.
+A case is a fork of this process: 1 GB of memory beyond what it has, 10 seconds of a processor, an exit code of 0 to 3,
+and no bug of ours. What breaks is written to the folder. The same seed gives the same cases.
 """
 
 import argparse
