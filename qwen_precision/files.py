@@ -1,11 +1,13 @@
 """Files: read within bounds; results written whole or not at all, found out beforehand where that cannot be done."""
 
+import errno
 import hashlib
 import itertools
 import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +32,7 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
     folder = real.parent
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            os.close(_pipe(path))
+            _pipe(path)
             return
     except OSError as error:
         raise QprecError(f"{label} {str(path)[:60]}: cannot be written ({error.strerror}).") from error
@@ -62,6 +64,7 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     try:
         if path.exists() and not path.is_file():
             with open(_pipe(path), "wb") as file:
+                del _PIPES[path]
                 file.write(data)
         else:
             _replace(real, data)
@@ -144,11 +147,23 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_PIPES: dict[Path, int] = {}
+"""What is open already: a pipe that is closed ends its reader."""
+_READER = 2.0  # seconds in which a pipe's reader may come
+
+
 def _pipe(path: Path) -> int:
-    """What is no regular file, opened for writing; a pipe that nobody reads would be waited for, and is an error."""
-    number = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    os.set_blocking(number, True)
-    return number
+    """What is no regular file, open for writing; a pipe that nobody reads would be waited for, and is an error."""
+    end = time.monotonic() + _READER
+    while path not in _PIPES:
+        try:
+            _PIPES[path] = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.set_blocking(_PIPES[path], True)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+    return _PIPES[path]
 
 
 def append(path: Path, text: str, label: str) -> None:
