@@ -165,7 +165,7 @@ class Models:
         try:
             return load()
         except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
+            if not any(words in str(error) for words in ("ignore_mismatched_sizes", "size mismatch")):
                 raise
             # Which tensors have another shape is only told then; asked for at once, 4.56 fails on sound files (bamba).
             return load(ignore_mismatched_sizes=True)
