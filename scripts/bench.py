@@ -58,6 +58,11 @@ def checkpoint(shape: str, layers: int | None = None) -> Path:
     return folder
 
 
+def some_ids(device: str = "cpu") -> torch.Tensor:
+    """One prompt, ``[1, TOKENS]``, always the same."""
+    return torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def interleaved(variants: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
     """Seconds of each variant, taken in turn: A B C A B C …, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -83,7 +88,7 @@ def show(title: str, seconds: dict[str, list[float]]) -> None:
 def watch_overhead() -> None:
     """A resident forward: bare, with every operation watched, and with the peers that are installed."""
     folder = checkpoint("0.6B")
-    ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = some_ids()
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
@@ -319,7 +324,7 @@ def decoder(folder: Path, models: Models, dtype: str, profile: str) -> Decoder:
 def generating() -> None:
     """Guards on against transformers' own generate: the same model, greedy, the same tokens; then the memory."""
     folder = checkpoint("0.6B")
-    ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = some_ids()
     for dtype in ("fp32", "bf16"):
         models = Models(open_checkpoint(folder, str(folder)), torch.device("cpu"), None)
         model = models.get(dtype)
@@ -350,7 +355,7 @@ def generating() -> None:
 def generate_once(folder: str, how: str) -> None:
     """One generation in this process, and its peak memory on stdout, in KiB."""
     models = Models(open_checkpoint(Path(folder), folder), torch.device("cpu"), None)
-    ids = torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = some_ids()
     more = {} if how == "transformers" else {"custom_generate": decoder(Path(folder), models, "bf16", "default")}
     models.get("bf16").generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **more)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -455,14 +460,9 @@ def loaded_on_a_card(folder: Path, name: str) -> Any:
     return model.to("cuda").eval()
 
 
-def some_ids() -> torch.Tensor:
-    """One prompt on the card."""
-    return torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to("cuda")
-
-
 def watched_on_a_card(folder: Path) -> None:
     """A resident forward: bare, and with every operation watched."""
-    ids = some_ids()
+    ids = some_ids("cuda")
     for name in ("fp16", "bf16"):
         model = loaded_on_a_card(folder, name)
 
@@ -486,7 +486,7 @@ def probed_on_a_card(folder: Path) -> None:
         for name in DTYPES:
             model = loaded_on_a_card(folder, name)
             with torch.inference_mode():
-                torch.isfinite(model(some_ids(), use_cache=False).logits).all().item()
+                torch.isfinite(model(some_ids("cuda"), use_cache=False).logits).all().item()
 
     def ours() -> None:
         run = measure(prepare(str(folder), settings, [PromptSpec(name="text", text=TEXT)]))
@@ -500,7 +500,7 @@ def probed_on_a_card(folder: Path) -> None:
 
 def guarded_on_a_card(folder: Path) -> None:
     """Guards on against transformers' own generate: greedy, the same tokens."""
-    ids = some_ids()
+    ids = some_ids("cuda")
     models = Models(open_checkpoint(folder, str(folder)), torch.device("cuda"), None)
     model = models.get("fp16")
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}

@@ -4,14 +4,14 @@ It is met where an operation was already given it. That place is named, with wha
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge.columns import Columns, token_of
-from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
-from qwen_precision.qwen3 import name_of
+from qwen_precision.judge.columns import Columns, place_of
+from qwen_precision.judge.findings import Cause, Finding, Magnitude, Spread
 from qwen_precision.record import Event, Pass
 
 _ADVICE = (
@@ -50,20 +50,23 @@ def _met(columns: Columns, each: Pass) -> Iterator[_Met]:
     start = -math.inf
     for seed in each.reseeded:
         here = [event for event in bad if start <= columns.depth(event.site) < seed.layer]
-        yield from _first(here, _last_before(columns, seed.layer))
+        yield from _first(here, partial(_last_before, columns, seed.layer))
         start = seed.layer
         if seed.clamped:
             return
     here = [event for event in bad if start <= columns.depth(event.site)]
-    lost = not each.reseeded and _answerless(columns, each)
-    if lost or any(event.nan and event.site == each.last for event in here):
-        yield from _first(here, each.last)
+    last, lost = each.last, not each.reseeded and _answerless(columns, each)
+    if lost or any(event.nan and event.site == last for event in here):
+        yield from _first(here, lambda: last)
 
 
-def _first(stretch: list[Event], last: int | None) -> Iterator[_Met]:
-    if not stretch and last is not None:
-        yield _Met(last, None)
-    elif stretch and all(event.clean_weights and not event.clean_inputs for event in stretch):
+def _first(stretch: list[Event], last: Callable[[], int | None]) -> Iterator[_Met]:
+    """Its first event; where it has none, the last operation, which is only looked for then: sites are many."""
+    if not stretch:
+        site = last()
+        if site is not None:
+            yield _Met(site, None)
+    elif all(event.clean_weights and not event.clean_inputs for event in stretch):
         yield _Met(stretch[0].site, stretch[0])
 
 
@@ -80,14 +83,10 @@ def _answerless(columns: Columns, each: Pass) -> bool:
 
 
 def _finding(columns: Columns, each: Pass, met: _Met) -> Finding:
-    run, event, site = columns.run, met.event, columns.run.sites[met.site]
-    name = name_of(site.module, site.op, site.call)
-    place = Place(site.layer, site.module, site.op, name, site=met.site, prompt=run.prompts[each.prompt].name)
-    size, said = Magnitude(), f"What the {name} gave was finite, and what was read of it was not"
+    event, place = met.event, place_of(columns, each, met.site, met.event)
+    size, said = Magnitude(), f"What the {place.name} gave was finite, and what was read of it was not"
     if event is not None:
-        token = token_of(run, each, event)
-        place = replace(place, token=token, channel=event.channel, head=event.head, expert=event.expert)
-        size, said = Magnitude(nan=event.nan, inf=event.inf), f"The {name} was given something that is not finite"
+        size, said = Magnitude(nan=event.nan, inf=event.inf), f"The {place.name} was given something that is not finite"
     said = f"{said}; no operation that was watched made it so."
     cause = Cause("not-watched", said, (), _ADVICE)
     return Finding("unwatched", "error", each.dtype, place, size, cause, origin=False)

@@ -39,7 +39,7 @@ from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.progress import Progress, silent
 from qwen_precision.record import Reseed
 from qwen_precision.torch_dtypes import torch_dtype, widened
-from qwen_precision.watcher import Aside, Reading, Watcher, attached, computing
+from qwen_precision.watcher import Reading, Watcher, attached, computing
 
 
 @dataclass
@@ -164,18 +164,14 @@ class Shadow:
         Returns:
             By prompt: the readings; and how far the stream is from the reference's, its least and its largest number.
         """
-        started: list[tuple[Section, Aside]] = []
-        try:
-            for prompt in range(len(self.prompts)):
-                stream = self._streams[name, prompt]
-                stream.given = stream.hidden
-                section = self._section(name, prompt, index)
-                stream.hidden, aside = self.measure.start(section)
-                started.append((section, aside))
-        except BaseException:
-            self.measure.finish(started)  # what ran before is kept
-            raise
-        return self.measure.finish(started, [self._numbers(name, prompt) for prompt in range(len(self.prompts))])
+        numbers = range(len(self.prompts))
+        streams = [self._streams[name, prompt] for prompt in numbers]
+        for stream in streams:
+            stream.given = stream.hidden
+        outs, started = self.measure.start_all([self._section(name, prompt, index) for prompt in numbers])
+        for stream, out in zip(streams, outs, strict=True):
+            stream.hidden = out
+        return self.measure.finish(started, [self._numbers(name, prompt) for prompt in numbers])
 
     def _numbers(self, name: str, prompt: int) -> Tensor:
         """What ``_run_prompts`` tells of a stream, on the device: over the real tokens of rows that are its own."""

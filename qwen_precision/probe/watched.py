@@ -70,14 +70,25 @@ class WatchedRun:
 
     def run_all(self, sections: Sequence[Section]) -> list[Tensor]:
         """Run several parts, readings of all in one transfer, and each once more, closely, where ``look`` would."""
-        ran: list[tuple[Tensor, Aside]] = []
-        try:
-            ran.extend(map(self.start, sections))
-        finally:  # what ran before an exception is kept
-            found, _ = self.finish([(section, aside) for section, (_, aside) in zip(sections, ran, strict=False)])
+        outs, started = self.start_all(sections)
+        found, _ = self.finish(started)
         for section, readings in zip(sections, found, strict=True):
             self.look(section, readings)
-        return [out for out, _ in ran]
+        return outs
+
+    def start_all(self, sections: Sequence[Section]) -> tuple[list[Tensor], list[tuple[Section, Aside]]]:
+        """Run several parts, and leave their readings on the device, for ``finish``; what they gave stands first."""
+        outs: list[Tensor] = []
+        started: list[tuple[Section, Aside]] = []
+        try:
+            for section in sections:
+                out, aside = self.start(section)
+                outs.append(out)
+                started.append((section, aside))
+        except BaseException:
+            self.finish(started)  # what ran before is kept
+            raise
+        return outs, started
 
     def start(self, section: Section) -> tuple[Tensor, Aside]:
         """Run a part, and leave its readings on the device."""

@@ -60,11 +60,7 @@ def load(path: Path) -> Run:
         QprecError: no such file, not JSON, not a qprec record, or one of a newer schema; the message
             names the offending key.
     """
-    try:
-        text = read(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error
-    return parse(text, str(path))
+    return parse(read(path), str(path))
 
 
 def read(path: Path) -> bytes:
@@ -81,9 +77,10 @@ def read(path: Path) -> bytes:
         raise QprecError(f"{path}: cannot be read ({error}); {_EXPECTED}.") from error
 
 
-def parse(text: str, path: str) -> Run:
+def parse(text: str | bytes, path: str) -> Run:
     """The record that a JSON text holds; ``path`` is its name in messages. Raises as ``load`` does."""
     try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
         data = plain_json(text)
     except (ValueError, RecursionError) as error:
         raise QprecError(f"{path}: is not JSON; {_EXPECTED}.") from error

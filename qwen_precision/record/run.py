@@ -175,7 +175,8 @@ class Pass(Part):
         bad = [each for each in self.events if each.nan or each.inf]
         began = any(not each.clean_weights or (each.clean_inputs and not each.harmless) for each in bad)
         # What nothing watched began shows where it ends: in a stream that was replaced, or in the answer.
-        return began or bool(self.reseeded) or any(each.nan and each.site == self.last for each in bad)
+        last = self.last
+        return began or bool(self.reseeded) or any(each.nan and each.site == last for each in bad)
 
     @property
     def last(self) -> int | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen_precision.errors import UsageError
 from qwen_precision.judge import Report, changes, judge, with_engines
-from qwen_precision.record import Run, load, read
+from qwen_precision.record import Run, parse, read
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
 from qwen_precision.report.redact import redacted, without_paths
@@ -44,7 +44,7 @@ def open_runs(path: Path, redact: bool = False) -> list[tuple[str, Run]]:
         runs = unpack(data, path)
         named = [(f"{path.name} {number}" if len(runs) > 1 else path.name, run) for number, run in enumerate(runs, 1)]
     else:
-        named = [(path.name, load(path))]
+        named = [(path.name, parse(data, str(path)))]
     return [(name, redacted(run) if redact else run) for name, run in named]
 
 

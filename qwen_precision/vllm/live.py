@@ -160,15 +160,13 @@ class Live:
     def _prompt(self, number: int, requests: Sequence[Request]) -> Prompt:
         name = f"request {requests[0].id}" if len(requests) == 1 else f"batch {number} of {len(requests)} requests"
         tokenizer = self._worker.checkpoint.tokenizer
-        rows = [self._ids[each.id][: len(each.ids)] for each in requests]
-        return Prompt(
-            name=name,
-            rows=[
-                Row(text=text_of(ids, tokenizer), ids=ids, tokens=[as_text(each, tokenizer) for each in ids], padding=0)
-                for ids in rows
-            ],
-            failed=None,
-        )
+        rows = [row_of_ids(self._ids[each.id][: len(each.ids)], tokenizer) for each in requests]
+        return Prompt(name=name, rows=rows, failed=None)
+
+
+def row_of_ids(ids: list[int], tokenizer: Any) -> Row:
+    """A request's tokens as a row of a prompt."""
+    return Row(text=text_of(ids, tokenizer), ids=ids, tokens=[as_text(each, tokenizer) for each in ids], padding=0)
 
 
 def engine_version() -> str:

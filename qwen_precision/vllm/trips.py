@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from qwen_precision.model import Checkpoint, environment, model_part
-from qwen_precision.record import Choice, Continuation, Generation, Prompt, Row, Run, Stretch, Trip, save
-from qwen_precision.settings import GuardSettings, as_text, text_of
+from qwen_precision.record import Choice, Continuation, Generation, Prompt, Run, Stretch, Trip, save
+from qwen_precision.settings import GuardSettings, as_text
 from qwen_precision.version import __version__
-from qwen_precision.vllm.live import engine_version
+from qwen_precision.vllm.live import engine_version, row_of_ids
 
 MOST_REQUESTS = 64
 """So many failing requests are kept, the first …"""
@@ -77,6 +77,7 @@ class Trips:
         checkpoint, name = self._checkpoint, type(self._checkpoint.config).__name__
         architectures = checkpoint.config.architectures or [name]
         layers = int(getattr(checkpoint.text_config, "num_hidden_layers", 0))
+        rows = [row_of_ids(each.prompt, checkpoint.tokenizer) for each in self._failed]
         return Run(
             tool=f"qprec {__version__}",
             verb="generate",
@@ -87,7 +88,7 @@ class Trips:
             environment={**environment(torch.device("cpu")), "vllm": engine_version()},
             settings={"dtype": self._dtype},
             choices=[Choice(what="engine", value=f"vLLM {engine_version()}", reason="logits watched as it served")],
-            prompts=[Prompt(name="requests", rows=[self._row(each.prompt) for each in self._failed], failed=None)],
+            prompts=[Prompt(name="requests", rows=rows, failed=None)],
             redacted=False,
             dtypes=[self._dtype],
             reference=False,
@@ -118,10 +119,6 @@ class Trips:
             logits=None,
             probe=None,
         )
-
-    def _row(self, ids: list[int]) -> Row:
-        tokenizer = self._checkpoint.tokenizer
-        return Row(text=text_of(ids, tokenizer), ids=ids, tokens=[as_text(each, tokenizer) for each in ids], padding=0)
 
     def _continuation(self, row: int, request: Asked) -> Continuation:
         tokenizer = self._checkpoint.tokenizer
