@@ -24,10 +24,10 @@ from qwen_precision.model.scratch import Scratch
 from qwen_precision.model.shards import fill, opened
 from qwen_precision.model.skeleton import (
     LayerCall,
+    NotLayerwise,
     build,
     decoder_layers,
     finish,
-    is_layerwise,
     layer_calls,
     layers_of,
     move_buffers,
@@ -35,6 +35,7 @@ from qwen_precision.model.skeleton import (
     path_of,
     run_layer,
 )
+from qwen_precision.model.way import arranged, is_layerwise
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore, read_tensor
 
@@ -46,10 +47,12 @@ __all__ = [
     "LayerCall",
     "Models",
     "NoRoom",
+    "NotLayerwise",
     "Scratch",
     "TensorInfo",
     "WeightCheck",
     "WeightStore",
+    "arranged",
     "attention_used",
     "build",
     "check_values",

@@ -1,6 +1,7 @@
 """The checkpoint loaded by transformers, in the dtypes that are in use."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.machine import free_bytes
 from qwen_precision.model.shards import unmapped
-from qwen_precision.model.skeleton import build, is_layerwise, model_class, outline
+from qwen_precision.model.skeleton import NotLayerwise, build, model_class, outline
+from qwen_precision.model.way import is_layerwise
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore, check_formats, checked_tensor, read_tensor
 from qwen_precision.qwen3 import HEAD
@@ -129,7 +131,8 @@ class Models:
     def _load(self, dtype: str) -> nn.Module:
         read, folder = self._checkpoint.only_read is not None, self._checkpoint.folder
         if read and is_layerwise(self._checkpoint.config):
-            return self._dequantised(dtype)
+            with suppress(NotLayerwise):
+                return self._dequantised(dtype)
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             with unmapped(transformers.modeling_utils):

@@ -3,15 +3,16 @@
 One decoder layer at a time can hold weights, so the layers are taken out of the model's forward and run one
 by one. What they need (masks, rotary embeddings, positions) comes from running the model's own forward with
 stubs in their places: a stub writes down what its layer was called with. That forward must hand each layer's
-output straight to the next layer; this is checked, not assumed, and a model that does more in between is
-refused. Nothing of the architecture is written again here.
+output straight to the next layer; this is checked, not assumed (``way.py``, and again at every run), and a
+model that does more in between runs whole. Nothing of the architecture is written again here.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ from qwen_precision.errors import QprecError, in_one_line
 
 class _AllCalled(Exception):
     """Every layer's stub was called."""
+
+
+class NotLayerwise(QprecError):
+    """Something that layers run one by one would leave out; says what, as a part of a sentence."""
+
+
+_NOT_ONCE = "it does not run each of its layers once, in their order"
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,10 @@ def build(config: PretrainedConfig, attention: str | None) -> nn.Module:
         attention: ``sdpa``, ``eager``, or None for what transformers would choose.
 
     Raises:
-        QprecError: transformers has no causal model for this config, or a buffer cannot be made.
+        NotLayerwise: a buffer cannot be made.
+        QprecError: transformers has no causal model for this config.
     """
     model = _on_meta(AutoModelForCausalLM, config, attention)
-    _check_head(model)
     for path, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             _make_buffers(path, module)
@@ -88,19 +96,6 @@ def model_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def is_layerwise(config: PretrainedConfig) -> bool:
-    """Whether the model can be run layer by layer: its family was compared with transformers' own forward, bit by bit.
-
-    ``tests/probe/test_families.py`` does, for every family of the table.
-    """
-    named = [str(name) for name in config.architectures or []]
-    return config.model_type in LAYERWISE and all(name.endswith(("ForCausalLM", "Model")) for name in named)
-
-
-LAYERWISE = frozenset(("qwen2", "qwen3", "qwen3_moe", "llama", "mistral"))
-"""``model_type`` of the families whose layers can be run one by one."""
-
-
 def layers_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Path and layers of the decoder: of the lists of modules nearest the top the longest; none where there is none."""
     lists = [
@@ -116,26 +111,12 @@ _ASIDE = re.compile(r"vis|audio|expert")
 """Lists of modules that are not the decoder's layers."""
 
 
-_LOGIT_SCALES = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
-"""Config keys of models that change the logits after lm_head, and the value that changes nothing."""
-
-
-def _check_head(model: nn.Module) -> None:
-    """lm_head's output must be the logits: it is run on its own here."""
-    name = type(model).__name__
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
-        raise QprecError(f"{name}: has no lm_head that transformers can point at; it is not supported.")
-    for key, neutral in _LOGIT_SCALES.items():
-        if getattr(model.config, key, neutral) not in (neutral, None):
-            raise QprecError(f"{name}: changes the logits after lm_head ({key}); it is not supported.")
-
-
 def _make_buffers(path: str, module: nn.Module) -> None:
     """Buffers (rotary frequencies) are computed by the module's constructor: construct it once for real."""
     try:
         fresh = type(module)(config=module.config)
     except (TypeError, AttributeError) as error:
-        raise QprecError(f"{path}: this model keeps constants that qprec cannot make; it is not supported.") from error
+        raise NotLayerwise(f"{path} keeps constants of its own") from error
     for name, buffer in fresh.named_buffers(recurse=False):
         module._buffers[name] = buffer
 
@@ -152,12 +133,12 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder layers.
 
     Raises:
-        QprecError: the model has no list of layers where transformers' decoders keep it.
+        NotLayerwise: the model has no list of layers where transformers' decoders keep it.
     """
     base: nn.Module = model.base_model  # type: ignore[assignment]
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise QprecError(f"{type(model).__name__}: has no list of decoder layers; it is not supported.")
+        raise NotLayerwise("its layers are not where transformers' decoders keep them")
     return f"{model.base_model_prefix}.layers", layers
 
 
@@ -167,55 +148,60 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 @contextmanager
-def _replaced(layers: nn.ModuleList, stubs: list[Callable[..., Any]]) -> Iterator[None]:
+def replaced(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Calls of each module call its stub instead."""
     try:
-        for layer, stub in zip(layers, stubs, strict=True):
-            layer.forward = stub
+        for module, stub in stubs.items():
+            module.forward = stub
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for module in stubs:
+            module.__dict__.pop("forward", None)
 
 
-def _forward(model: nn.Module, embedded: Tensor, mask: Tensor) -> Any:
-    """The model's own forward around whatever stands for its layers now.
+def _forward(model: nn.Module, embedded: Tensor, mask: Tensor, ids: Tensor | None = None) -> Any:
+    """The model's own forward around whatever stands for its layers now, from embeddings or from ids.
 
     A plain forward counts padding in the position of a token; ``generate`` does not, and it is what a row alone gets.
     """
     base: Any = model.base_model
     takes = "position_ids" in inspect.signature(base.forward).parameters
     positions = {"position_ids": (mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)} if takes else {}
-    return base(inputs_embeds=embedded, attention_mask=mask, use_cache=False, **positions)
+    given = {"inputs_embeds": embedded} if ids is None else {"input_ids": ids}
+    return base(**given, attention_mask=mask, use_cache=False, **positions)
 
 
-def layer_calls(model: nn.Module, embedded: Tensor, mask: Tensor) -> list[LayerCall]:
+def layer_calls(model: nn.Module, embedded: Tensor, mask: Tensor, ids: Tensor | None = None) -> list[LayerCall]:
     """What each decoder layer would be called with.
 
     Args:
         model: from ``build``.
         embedded: ``[batch, tokens, hidden]`` token embeddings in the dtype of the pass.
         mask: ``[batch, tokens]`` 1 at tokens and 0 at padding.
+        ids: ``[batch, tokens]`` to start from instead; the embedding must then give ``embedded`` itself.
 
     Raises:
-        QprecError: the model changes the hidden states between two layers.
+        NotLayerwise: the model changes the hidden states before, between, or runs a layer more or less than once.
     """
     _, layers = decoder_layers(model)
     calls: list[LayerCall] = []
     state: dict[str, Tensor] = {}
 
-    def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def stub(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if index != len(calls):
+            raise NotLayerwise(_NOT_ONCE)
         if hidden is not state.get("out", embedded):
-            raise QprecError(f"{type(model).__name__}: works before or between its layers; it is not supported.")
+            raise NotLayerwise("it computes before or between its layers")
         calls.append(LayerCall(args, kwargs))
         if len(calls) == len(layers):
             raise _AllCalled  # what follows needs the final norm's weights, which are not here yet
         state["out"] = hidden.view_as(hidden)  # a new object, so that the next call can be recognised
         return state["out"]
 
-    with _replaced(layers, [stub] * len(layers)), suppress(_AllCalled):
-        _forward(model, embedded, mask)
+    with replaced({layer: partial(stub, index) for index, layer in enumerate(layers)}), suppress(_AllCalled):
+        _forward(model, embedded, mask, ids)
     if len(calls) != len(layers):
-        raise QprecError(f"{type(model).__name__}: does not run each of its layers once; it is not supported.")
+        raise NotLayerwise(_NOT_ONCE)
     return calls
 
 
@@ -233,7 +219,7 @@ def finish(model: nn.Module, embedded: Tensor, mask: Tensor, hidden: Tensor) -> 
     def stub(_: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden
 
-    with _replaced(layers, [stub] * len(layers)):
+    with replaced(dict.fromkeys(layers, stub)):
         out = _forward(model, embedded, mask)
     final: Tensor = out.last_hidden_state
     return final

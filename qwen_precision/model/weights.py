@@ -21,6 +21,7 @@ from qwen_precision.errors import QprecError
 from qwen_precision.model.folder import Checkpoint
 from qwen_precision.model.index import FLOAT_TYPES, Packed, TensorInfo
 from qwen_precision.model.shards import Memory, opened, read_rows
+from qwen_precision.model.skeleton import NotLayerwise
 from qwen_precision.model.upload import Upload
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
@@ -66,10 +67,17 @@ class WeightStore:
         self._expect_all(model)
 
     def _expect_all(self, model: nn.Module) -> None:
-        """Every parameter must be in the files with the shape the config asks for."""
+        """Every parameter must be in the files with the shape the config asks for.
+
+        Raises:
+            NotLayerwise: one is not, under its name in the model, and the files hold tensors of other names.
+            QprecError: one is missing, or of another shape.
+        """
         for name, parameter in model.named_parameters():
             parts = self.parts(name)
             if not parts and name != HEAD:
+                if self.unused(model):
+                    raise NotLayerwise(f"its files hold no {name}, but other tensors, which transformers may rename")
                 raise QprecError(
                     f"{self._checkpoint.folder}: the tensor {name} is in none of its files; "
                     "the checkpoint is incomplete or its config.json is another model's."

@@ -9,14 +9,12 @@ from transformers import AutoConfig
 
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model import (
-    build,
+    arranged,
     choose_device,
     choose_memory,
     download_bytes,
     gguf_on_hub,
     is_here,
-    is_layerwise,
-    outline,
     without_weights,
 )
 from qwen_precision.probe.run import prepare, working_bytes
@@ -75,11 +73,10 @@ def _memory(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise QprecError(f"{source}: its config.json cannot be used ({in_one_line(error)}).") from error
-    if not is_layerwise(config):
-        model = outline(config, settings.attention)
+    model, why = arranged(config, settings.attention)
+    if why is not None:
         reason = "run as transformers loads it, one dtype after another: in fp32 twice the bytes of 16-bit weights"
         return model, Choice(what="memory", value="whole", reason=reason)
-    model = build(config, settings.attention)
     return model, choose_memory(settings.memory, device, weights, working_bytes(model))[1]
 
 

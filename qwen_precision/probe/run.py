@@ -17,10 +17,11 @@ from qwen_precision.model import (
     Checkpoint,
     Encoded,
     Models,
+    NotLayerwise,
     WeightCheck,
     WeightStore,
+    arranged,
     attention_used,
-    build,
     choose_device,
     choose_memory,
     decoder_layers,
@@ -29,7 +30,6 @@ from qwen_precision.model import (
     exact_float32,
     fault,
     foreign_faults,
-    is_layerwise,
     layers_of,
     locate,
     model_part,
@@ -62,14 +62,19 @@ class Job:
     settings: ProbeSettings
     device: torch.device
     resident: bool
-    whole: bool
-    """Whether the model runs as transformers loads it, and not layer by layer."""
+    store: WeightStore | None
+    """Where a model that runs layer by layer has its weights from; None for one that runs whole."""
     prompts: list[Prompt]
     choices: list[Choice]
     passes: list[str]
     check: WeightCheck
     collector: Collector = field(default_factory=Collector)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model runs as transformers loads it, and not layer by layer."""
+        return self.store is None
 
 
 def probe(
@@ -134,19 +139,22 @@ def job_for(
     """A job of prompts that are token ids already; ``left_out`` has those that could not be, and why."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device, device_choice = choose_device(settings.device)
-    whole = not is_layerwise(checkpoint.config)
-    model = (outline if whole else build)(checkpoint.config, settings.attention)
+    model, why = arranged(checkpoint.config, settings.attention)
     # Asked for as a dtype, fp32 is run anyway, and then it serves as the reference too.
     reference = settings.reference or REFERENCE in settings.dtypes
     passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
-    if whole:
-        resident, memory = True, _whole(settings.memory, model)
-    else:
+    resident, check, store = True, WeightCheck(passes), None
+    if why is None:
         resident, memory = choose_memory(settings.memory, device, checkpoint.given_out, working_bytes(model))
+        try:
+            store = WeightStore(checkpoint, model, device, resident, check)
+        except NotLayerwise as error:
+            model, why = outline(checkpoint.config, settings.attention), str(error)
+    if why is not None:
+        resident, memory = True, _whole(settings.memory, model, why)
     ways = [device_choice, memory, attention_used(model, settings.attention), *_arithmetic(settings)]
-    choices = [*ways, *_notes(checkpoint, left_out)]
-    check = WeightCheck(passes)
-    return Job(source, checkpoint, model, settings, device, resident, whole, prompts, choices, passes, check)
+    choices = [*ways, *_notes(checkpoint, left_out, store is not None)]
+    return Job(source, checkpoint, model, settings, device, resident, store, prompts, choices, passes, check)
 
 
 def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = None) -> Run:
@@ -161,12 +169,12 @@ def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = 
     return _record(job, stopped)
 
 
-def _whole(memory: str, model: nn.Module) -> Choice:
+def _whole(memory: str, model: nn.Module, why: str) -> Choice:
     """What is said of a model that runs as a whole."""
     name = type(model).__name__
     if memory == "streamed":
-        raise UsageError(f"--memory streamed: {name} is not run layer by layer, but whole; leave it out.")
-    reason = f"{name} is run as transformers loads it, one dtype after another, not layer by layer"
+        raise UsageError(f"--memory streamed: {name} is not run layer by layer, but whole ({why}); leave it out.")
+    reason = f"{name} is run as transformers loads it, one dtype after another, not layer by layer: {why}"
     return Choice(what="memory", value="whole", reason=reason)
 
 
@@ -186,17 +194,17 @@ def _arithmetic(settings: ProbeSettings) -> list[Choice]:
 def working_bytes(model: nn.Module) -> int:
     """Bytes of the cast copies that exist at once: the largest layer in fp32 and a 16-bit dtype, or lm_head."""
     _, layers = decoder_layers(model)
-    layer = sum(parameter.numel() for parameter in layers[0].parameters())
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    return 8 * max(layer, sum(parameter.numel() for parameter in head.parameters()))
+    largest: int = max(sum(parameter.numel() for parameter in part.parameters()) for part in (*layers, head))
+    return 8 * largest
 
 
-def _notes(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[Choice]:
+def _notes(checkpoint: Checkpoint, left_out: Mapping[str, str], layerwise: bool) -> list[Choice]:
     notes = [*checkpoint.notes]
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name, why in left_out.items() if why == reason)
         notes.append(Choice(what="prompts left out", value=names, reason=reason))
-    if checkpoint.bare and is_layerwise(checkpoint.config):
+    if checkpoint.bare and layerwise:
         notes.append(_BARE)
     return notes
 
@@ -208,7 +216,11 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
     """Run all passes; gives why they stopped early, or None."""
     near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
     task = Task(job.passes, near, vocabulary_rows(job), job.settings.arithmetic, job.settings.explain is True)
-    passes = (_as_a_whole if job.whole else _layer_by_layer)(job, task, progress, on_final)
+    passes: Whole | Shadow
+    if job.store is None:
+        passes = _as_a_whole(job, task, progress, on_final)
+    else:
+        passes = _layer_by_layer(job, job.store, task, progress, on_final)
     try:
         passes.run()
     except KeyboardInterrupt:
@@ -228,8 +240,7 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
     return None
 
 
-def _layer_by_layer(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Shadow:
-    store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
+def _layer_by_layer(job: Job, store: WeightStore, task: Task, progress: Progress, on_final: FinalHook | None) -> Shadow:
     unused = store.unused(job.model)
     if unused:
         value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")

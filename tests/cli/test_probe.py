@@ -536,12 +536,6 @@ def test_a_single_file_beside_an_index_is_what_is_probed_as_in_transformers(tmp_
     assert old == new
 
 
-def test_a_model_that_scales_its_logits_is_refused_not_misjudged(broken: Path, capsys: Capture) -> None:
-    edit_json(broken / "config.json", logit_scale=0.5)
-    assert main(["probe", "./model"]) == 3
-    assert "logit_scale" in sentence(capsys)
-
-
 def test_tensors_that_the_config_does_not_ask_for_are_told(broken: Path, capsys: Capture) -> None:
     edit_json(broken / "config.json", num_hidden_layers=5, layer_types=["full_attention"] * 5)
     assert main(["probe", "./model"]) == 1

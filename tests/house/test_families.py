@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-from qwen_precision.model.skeleton import LAYERWISE
+from qwen_precision.model.way import LAYERWISE
 from support.checkpoints import ROOT
 from support.families import FAMILIES, OWN_CACHE, SKIPPED, WRAPPERS, config_for, tiny_config
 

@@ -7,6 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.dtypes import DTYPES
+from qwen_precision.probe.run import measure, prepare
+from qwen_precision.settings.config import load_settings
+from qwen_precision.settings.prompts import read_prompts
 from support.checkpoints import DEMO, make_checkpoint
 from support.runs import run_probe
 
@@ -200,21 +203,9 @@ def test_logits_of_a_long_prompt_are_computed_in_pieces(healthy: Path, monkeypat
 
 
 def test_the_model_is_left_as_it_was_found(healthy: Path) -> None:
-    from qwen_precision.probe import run as module
-
-    built = []
-    original = module.build
-
-    def spy(*args, **kwargs):
-        built.append(original(*args, **kwargs))
-        return built[-1]
-
-    module.build = spy
-    try:
-        run_probe(healthy)
-    finally:
-        module.build = original
-    for part in built[0].modules():
+    job = prepare(str(healthy), load_settings(None, {}), read_prompts(["hello"], None))
+    assert measure(job).stopped is None
+    for part in job.model.modules():
         assert not part._forward_hooks and not part._forward_pre_hooks and "forward" not in part.__dict__
         assert all(parameter.is_meta for parameter in part.parameters(recurse=False))
 

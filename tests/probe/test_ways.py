@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwen_precision.judge.checks import judge
-from qwen_precision.probe import run as measured
+from qwen_precision.model import way
 from support.families import make_family
 from support.runs import errors, run_probe
 
@@ -31,7 +31,7 @@ def test_run_whole_a_family_gives_what_it_gives_layer_by_layer(
         return judge(run_probe(folder, ["hello there"], dtypes=["fp16", "bf16"], on_final=keep)), answers
 
     shadow, one = probed()
-    monkeypatch.setattr(measured, "is_layerwise", lambda config: False)
+    monkeypatch.setattr(way, "LAYERWISE", frozenset())
     whole, other = probed()
     ways = [next(each.value for each in report.run.choices if each.what == "memory") for report in (shadow, whole)]
     assert ways == ["resident", "whole"] and shadow.verdict == whole.verdict

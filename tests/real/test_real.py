@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.cli.app import main
 from qwen_precision.judge.checks import judge
-from qwen_precision.model import skeleton
+from qwen_precision.model import way
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.record.run import Run
 from qwen_precision.torch_dtypes import torch_dtype
@@ -184,7 +184,7 @@ def test_smollm_streamed_gives_what_it_gives_resident(smollm: Path) -> None:
 
 def test_smollm_run_whole_gives_what_it_gives_layer_by_layer(smollm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layered = probed(smollm)
-    monkeypatch.setattr(skeleton, "LAYERWISE", frozenset())
+    monkeypatch.setattr(way, "LAYERWISE", frozenset())
     whole = probed(smollm)
     said = [next(each.value for each in run.choices if each.what == "memory") for run, _ in (layered, whole)]
     assert said == ["resident", "whole"]

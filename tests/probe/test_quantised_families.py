@@ -1,4 +1,4 @@
-"""Quantised checkpoints of families that run whole: the same bits as a plain checkpoint of the same numbers."""
+"""Quantised checkpoints of other families, run either way: the same bits as a plain checkpoint of the same numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from qwen_precision.cli.app import main
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
 from qwen_precision.model.folder import open_checkpoint
+from qwen_precision.model.way import arranged
 from support.families import WRAPPERS, make_family
 from support.quantise import SCHEMES, Parts, quantised, rewrite
 from support.runs import errors, run_probe, sentence
@@ -25,7 +27,7 @@ FAMILIES = {
     "mixtral": r"(_proj|w[123])\.weight$",  # and under other names
     "Gemma3ForConditionalGeneration": r"language_model.*_proj\.weight$",  # a model inside another
 }
-"""What runs whole, and its matrices that are quantised."""
+"""Families, and their matrices that are quantised."""
 
 
 def made(folder: Path, name: str, scheme: str, plant: bool = False) -> tuple[Path, Path, str | None]:
@@ -42,7 +44,8 @@ def probed(folder: Path) -> tuple[Report, dict[tuple[str, int], Tensor]]:
         answers[dtype, prompt] = states if logits is None else logits
 
     run = run_probe(folder, ["hello there", "ab"], dtypes=DTYPES, on_final=keep)
-    assert next(each.value for each in run.choices if each.what == "memory") == "whole"
+    way = "resident" if arranged(AutoConfig.from_pretrained(folder), None)[1] is None else "whole"
+    assert next(each.value for each in run.choices if each.what == "memory") == way
     return judge(run), answers
 
 
@@ -125,7 +128,7 @@ def test_matrices_that_lie_turned_are_refused(tmp_path: Path, capsys: pytest.Cap
 def test_numbers_that_do_not_fit_into_memory_are_refused_before_anything_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _, _ = made(tmp_path, "phi3", "gptq")
+    folder, _, _ = made(tmp_path, "gemma3_text", "gptq")
     monkeypatch.setattr("qwen_precision.model.loaded.free_bytes", lambda device: 1000)
     assert main(["probe", str(folder), "--prompt", "hello"]) == 3
     line = sentence(capsys)
