@@ -150,7 +150,7 @@ class Shadow:
             self.scratch.place(layer, sources, torch_dtype(name))
             placed = time.perf_counter()
             if index == 0 and name == self.task.dtypes[0]:
-                foretell(self.prompts, self.task.dtypes, len(self._layers), partial(self._try, name), self.announce)
+                foretell(self.prompts, self.task.dtypes, len(self._layers) + 2, partial(self._try, name), self.announce)
             readings, numbers = self._run_prompts(name, index)
             for prompt, (error, *bounds) in enumerate(numbers):
                 ran[name, prompt] = readings[prompt]
