@@ -25,6 +25,7 @@ from qwen_precision.record import (
     load,
 )
 from qwen_precision.settings.config import MAX_TEXT_BYTES, configs_folder, read_yaml
+from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
 _EXPECTED = (
@@ -262,8 +263,9 @@ def tokenise(
             left_out[spec.name] = "the tokenizer has no chat template"
             continue
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
+        most = cut or (context + 1 if context else None)  # one more tells that it is too long
         try:
-            rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer)]
+            rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer, most)]
         except TemplateFault as error:
             left_out[spec.name] = f"the checkpoint's chat template {error}"
             continue
@@ -308,15 +310,12 @@ def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
     return text if spec.chat is None else in_template([{"role": "user", "content": text}], tokenizer, answer=True)
 
 
-def _ids(spec: PromptSpec, tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """Text and token ids of each row."""
+def _ids(spec: PromptSpec, tokenizer: Any, most: int | None) -> list[tuple[str, list[int]]]:
+    """Text and token ids of each row; of a long text no more than are asked for."""
     if spec.rows is not None:
         return [(row.text, row.ids) for row in spec.rows]
     plain = spec.chat is None
-    return [
-        (text, list(tokenizer(rendered(spec, text, tokenizer), add_special_tokens=plain)["input_ids"]))
-        for text in spec.texts()
-    ]
+    return [(text, first_ids(rendered(spec, text, tokenizer), tokenizer, plain, most)) for text in spec.texts()]
 
 
 def text_of(ids: list[int], tokenizer: Any) -> str:
@@ -338,7 +337,8 @@ def _check(name: str, ids: list[int], vocabulary: int, context: int | None, cut_
         raise UsageError(f"prompt {name!r}: gives no tokens; use a longer text.")
     if context is not None and len(ids) > context:
         remedy = f"shorten it or add {cut_with} {context}" if cut_with else "shorten it"
-        raise UsageError(f"prompt {name!r}: has {len(ids)} tokens, the model's context is {context}; {remedy}.")
+        count = f"more than {context}" if len(ids) == context + 1 else len(ids)
+        raise UsageError(f"prompt {name!r}: has {count} tokens, the model's context is {context}; {remedy}.")
     if min(ids) < 0:
         raise UsageError(f"prompt {name!r}: holds the token id {min(ids)}; the saved run is damaged.")
     if max(ids) >= vocabulary:
