@@ -1,6 +1,5 @@
 """vLLM served over HTTP, on loopback: who asks is watched, who does not is left alone. ``make engines``."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -20,17 +19,15 @@ from typing import Any
 
 import pytest
 
+from engines.fresh import BAD, CLEAN, NEEDS_VLLM
 from qwen_precision.judge import judge
 from qwen_precision.record import load
 from support.checkpoints import DEMO, ROOT
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make engines"),
-]
+pytestmark = NEEDS_VLLM
 
 NAME = "qwen_precision.vllm.logits:WatchLogits"
-BAD, CLEAN = "The capital of France is", "1"
+EXTENSION = "qwen_precision.vllm.WorkerExtension"
 SERVE = "--dtype float16 --enforce-eager --max-model-len 64 --max-num-seqs 4 --host 127.0.0.1 --no-enable-log-requests"
 
 
@@ -40,14 +37,19 @@ class Server:
     def __init__(self, port: int, log: Path) -> None:
         self.port, self.log = port, log
 
-    def ask(self, prompt: str, **xargs: str) -> str:
-        """The greedy text; raises an HTTPError where the request is refused."""
-        body: dict[str, Any] = {"model": str(DEMO), "prompt": prompt, "max_tokens": 6, "temperature": 0}
-        data = json.dumps({**body, **({"vllm_xargs": xargs} if xargs else {})}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", data)
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The answer; raises an HTTPError where the request is refused."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(request, timeout=120) as answer:
-            return str(json.load(answer)["choices"][0]["text"])
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def ask(self, prompt: str, **xargs: str) -> str:
+        """The greedy text."""
+        body: dict[str, Any] = {"model": str(DEMO), "prompt": prompt, "max_tokens": 6, "temperature": 0}
+        answer = self.post("/v1/completions", {**body, **({"vllm_xargs": xargs} if xargs else {})})
+        return str(answer["choices"][0]["text"])
 
     def wait(self, process: subprocess.Popen[bytes]) -> None:
         for _ in range(600):
@@ -68,7 +70,12 @@ def serving(folder: Path, *options: str, path: str = "") -> Iterator[Server]:
         port = int(free.getsockname()[1])
     places = os.pathsep.join(filter(None, [path, str(ROOT)]))
     environment = {**os.environ, "PYTHONPATH": places, "QPREC_TRIPS": str(folder / "trips.json")}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO), *SERVE.split()]
     with open(folder / "server.log", "wb") as log:
         process = subprocess.Popen(
@@ -92,7 +99,7 @@ def failed(folder: Path) -> list[str]:
 
 
 def test_named_it_keeps_who_asks_and_leaves_alone_who_does_not(tmp_path: Path) -> None:
-    with serving(tmp_path, "--logits-processors", NAME) as server:
+    with serving(tmp_path, "--logits-processors", NAME, "--worker-extension-cls", EXTENSION) as server:
         with ThreadPoolExecutor() as pool:  # beside each other, in one batch
             asked = [pool.submit(server.ask, CLEAN, **each) for each in ({"qprec": "watch"}, {"qprec": "guard"}, {})]
             assert len({each.result() for each in asked}) == 1 and set(asked[0].result()) != {"!"}
@@ -101,6 +108,11 @@ def test_named_it_keeps_who_asks_and_leaves_alone_who_does_not(tmp_path: Path) -
         with pytest.raises(urllib.error.HTTPError, match="400") as refused:
             server.ask(CLEAN, qprec="everything")
         assert "expected 'watch' or 'guard'" in refused.value.read().decode()
+        server.post("/collective_rpc", {"method": "qprec_start"})
+        assert server.ask(BAD) == "!!!!!!"
+        server.post("/collective_rpc", {"method": "qprec_stop", "args": [str(tmp_path / "run.json")]})
+    first = next(each for each in judge(load(tmp_path / "run.json")).findings if each.origin)
+    assert first.place.module == "model.layers.3.mlp.down_proj"
     assert judge(load(tmp_path / "trips.json")).verdict == {"fp16": "fail"}
 
 

@@ -148,6 +148,7 @@ def test_a_report_of_both_records_tells_it_redacted_too(tmp_path: Path) -> None:
     for redact in (False, True):
         shown = view([tmp_path / "run.json", tmp_path / "fresh.json"], "never", None, redact, [])
         assert "poisoned-cache" in [each.cause.kind for each in shown.reports[0].findings]
+        assert all(each.run.redacted is redact for each in shown.reports)
 
 
 def test_it_is_told_by_the_same_request_in_the_same_engine_before_the_cache_was_poisoned() -> None:
@@ -181,3 +182,24 @@ def test_records_of_the_workers_of_one_engine_are_no_fresh_engines_to_each_other
     reason = "watched in its worker, rank 1 of 2"
     other = other.model_copy(update={"choices": [each.model_copy(update={"reason": reason}) for each in other.choices]})
     assert with_fresh_engines([poisoned, other])[0] is poisoned
+
+
+def test_what_poisoned_it_may_have_run_before_anybody_watched() -> None:
+    engine = Engine()
+    engine.run({"a": (0, [BAD])}, HELD)
+    worker = Worker(engine)
+    worker.qprec_start()
+    engine.run({"b": (0, [1, 2])}, HELD)
+    run = Run.model_validate(worker.qprec_stop())
+    [(_, kind), *_] = causes(run)
+    assert kind == "not-told" and "fresh engine" not in judge(run).findings[0].cause.advice, "nobody is suspected"
+    told = with_fresh_engines([run, watched({"x": (0, [1, 2])})])[0]
+    assert ("request b", "poisoned-cache") in causes(told)
+
+
+def test_an_operation_that_reads_no_cache_is_never_its_victim() -> None:
+    run, other = watched({"a": (0, [BAD])}), watched({"x": (0, [1])})
+    [prompt] = other.prompts
+    same = prompt.model_copy(update={"rows": run.prompts[0].rows})  # as if the same tokens had been clean there
+    told = with_fresh_engines([run, other.model_copy(update={"prompts": [same]})])[0]
+    assert causes(told)[0] == ("request a", "not-told") and told is run
