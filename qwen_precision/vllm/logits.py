@@ -24,6 +24,10 @@ except ImportError:  # a vLLM that has only the first interface
         """In place of the second."""
 
 
+OTHER = "another one acts"
+"""Why one is idle that is not to say so."""
+
+
 class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLLM is not there where types are checked
     """Looks at the logits of requests that ask for it; a row that is wholly NaN stays so, for all to see.
 
@@ -46,6 +50,7 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
         self._config, self._states = vllm_config, states
         self._asked: dict[int, Asked] = {}
         self._trips: Any = None
+        self._warned = False
         self._idle = self._why_idle()
         if not self._idle:
             type(self)._acting = weakref.ref(self)
@@ -54,7 +59,7 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
         """Who runs the server decides whether a file is written, never who sends a request."""
         other = self._acting() if self._acting is not None else None
         if other is not None and other._config is self._config:
-            return "another one acts"
+            return OTHER
         named = [str(each) for each in self._config.model_config.logits_processors or ()]
         if os.environ.get("QPREC_TRIPS") or any(type(self).__name__ in each for each in named):
             return ""
@@ -84,10 +89,10 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
         self._asked.pop(place, None)
         if request is None:
             return
-        if self._idle:
-            logging.getLogger(__name__).warning("qprec: a request asks to be watched, and is not: %s.", self._idle)
-        else:
+        if not self._idle:
             self._asked[place] = request
+        elif self._idle != OTHER:
+            self._warn(f"a request asks to be watched, and is not: {self._idle}")
 
     # -- V2 --------------------------------------------------------------------------------------------------------
 
@@ -136,11 +141,17 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
                 mended = self._file().meet(request, logits[row])
             except Exception as error:  # whatever it is: nobody's answer may depend on who watches
                 self._idle = f"{type(error).__name__}: {error}"
-                logging.getLogger(__name__).warning("qprec: stopped watching: %s", self._idle)
+                self._warn(f"stopped watching: {self._idle}")
                 self._asked.clear()
                 return
             if mended is not None:
                 logits[row] = mended
+
+    def _warn(self, what: str) -> None:
+        """Once: who sends requests shall not fill a log."""
+        if not self._warned:
+            logging.getLogger(__name__).warning("qprec: %s.", what)
+        self._warned = True
 
     def _file(self) -> Any:
         if self._trips is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_precision.errors import QprecError
 from qwen_precision.model import Checkpoint, environment, locate, model_part, open_checkpoint
 from qwen_precision.record import BadKind, Choice, Continuation, Generation, Kind, Prompt, Run, Stretch, Trip, save
 from qwen_precision.settings import GuardSettings, Watch, as_text
@@ -89,8 +90,17 @@ class Trips:
         again = any(each.step == met.step for each in request.trips)  # of a prompt that is read in chunks
         if not again and len(request.trips) < MOST_STEPS:
             request.trips.append(met)
-            if self._path is not None:
-                save(self.run(), self._path)
+            self._save()
+
+    def _save(self) -> None:
+        """A disk that is full ends the writing, and not the mending: of several workers only one writes."""
+        if self._path is None:
+            return
+        try:
+            save(self.run(), self._path)
+        except (OSError, QprecError) as error:
+            logging.getLogger(__name__).warning("qprec: %s is not written any more: %s", self._path, error)
+            self._path = None
 
     def run(self) -> Run:
         """The record."""

@@ -157,15 +157,29 @@ def test_what_a_request_may_ask_for_is_checked_before_it_runs(kind: Any) -> None
 
 
 def test_a_fault_of_its_own_ends_the_watching_and_never_the_engine(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = config()
+    made.model_config.model = str(tmp_path / "nowhere")
+    processor = kind(made, torch.device("cpu"), False)
+    logits = torch.full((1, 512), NAN)
+    for _ in range(3):
+        processor.update_state(update([(0, params(), [16], [])]))
+        assert processor.apply(logits) is logits
+    assert len(caplog.records) == 1 and "stopped watching" in caplog.text
+
+
+def test_a_file_that_cannot_be_written_ends_the_writing_and_not_the_mending(
     kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("QPREC_TRIPS", "/nowhere/at/all/trips.json")
     processor = kind(config(), torch.device("cpu"), False)
-    processor.update_state(update([(0, params(), [16], [])]))
-    logits = torch.full((1, 512), NAN)
-    for _ in range(2):
-        assert processor.apply(logits) is logits
-    assert caplog.text.count("stopped watching") == 1
+    for number in range(2):
+        processor.update_state(update([(0, params("guard"), [16 + number], [])]))
+        logits = torch.zeros(1, 512)
+        logits[0, 9] = NAN
+        assert torch.isfinite(processor.apply(logits)).all()
+    assert len(caplog.records) == 1 and "is not written any more" in caplog.text
 
 
 # -- installed -----------------------------------------------------------------------------------------------------
@@ -187,12 +201,14 @@ def test_installed_alone_it_writes_only_where_who_runs_the_server_names_a_file(
     assert trips(tmp_path) == [([16], 0)]
 
 
-def test_installed_and_named_it_acts_once(kind: Any) -> None:
+def test_installed_and_named_it_acts_once_and_the_other_keeps_quiet(
+    kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     same = config()
     both = [kind(same, torch.device("cpu"), False) for _ in range(2)]
     for each in both:
         each.update_state(update([(0, params(), [16], [])]))
-    assert [bool(each._asked) for each in both] == [True, False]
+    assert [bool(each._asked) for each in both] == [True, False] and not caplog.records
     assert not kind(config(), torch.device("cpu"), False)._idle, "another engine of the process has its own"
 
 
