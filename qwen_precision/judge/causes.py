@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeGuard
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, narrow_sums, token_of
 from qwen_precision.judge.findings import Cause, Tried
-from qwen_precision.judge.poisoned import clean_in, failed_before, suspect
+from qwen_precision.judge.poisoned import SWITCHES, clean_in, failed_before, suspect
 from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
 
@@ -196,8 +196,7 @@ def _poisoned(case: _Case) -> _Found:
 
 _OF_CACHES = (
     "No guard on rows cleans the cache: rescale the checkpoint (qprec probe MODEL --rescue-to FOLDER), or serve it in "
-    "bf16 (--dtype bfloat16). Until then VLLM_COMPUTE_NANS_IN_LOGITS=1 counts such requests, and "
-    "VLLM_RAISE_ON_LOGIT_NANS=1 ends the engine at the first."
+    f"bf16 (--dtype bfloat16). Until then {SWITCHES}"
 )
 
 

@@ -11,6 +11,11 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Limits
 from qwen_precision.record import Control, Event, Explanation, Pass, Run
 
+SWITCHES = (
+    "VLLM_COMPUTE_NANS_IN_LOGITS=1 counts such requests, and VLLM_RAISE_ON_LOGIT_NANS=1 ends the engine at the first."
+)
+"""vLLM's own."""
+
 
 class Suspect(NamedTuple):
     """A request that went bad in attention."""

@@ -32,6 +32,7 @@ def test_a_report_of_it_says_which_request_failed_at_which_step_and_that_nothing
     assert (found.dtype, found.place.row, found.place.step, found.severity) == ("fp16", 0, 3, "error")
     assert "2 NaN and 1 +inf among 512 logits" in found.cause.sentence
     assert "cache was not looked at" in found.cause.sentence
+    assert "VLLM_COMPUTE_NANS_IN_LOGITS=1" in found.cause.sentence
 
 
 def test_a_probe_is_given_every_failing_request_for_itself_up_to_the_step_that_failed(
