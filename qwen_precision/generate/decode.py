@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from qwen_precision.generate.draw import Chooser, Drawn, sampling_error
-from qwen_precision.generate.look import Look, nearly_uniform
 from qwen_precision.generate.recover import Recovery
 from qwen_precision.generate.repair import Repair, Step
 from qwen_precision.generate.rescaler import Rescaler
@@ -30,6 +29,7 @@ from qwen_precision.model import Lane, Models, decoding
 from qwen_precision.progress import Progress
 from qwen_precision.record import FILTERED, LogitsCost, SamplingError, bad_trips, mended_steps
 from qwen_precision.settings import GuardSettings
+from qwen_precision.watcher import Look, nearly_uniform
 
 OnToken = Callable[[int, int], None]
 """Called with row and id of each accepted token."""

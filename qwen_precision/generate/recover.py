@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qwen_precision.errors import QprecError
-from qwen_precision.generate.look import Look, look
 from qwen_precision.generate.repair import Step, said_of, with_row
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import RowState
@@ -18,6 +17,7 @@ from qwen_precision.generate.trips import Trips
 from qwen_precision.model import Lane, Models
 from qwen_precision.record import Kind
 from qwen_precision.settings import GuardSettings
+from qwen_precision.watcher import Look, look
 
 _RESCUES = 2
 """How often the weights are rescaled anew at one step; the second time with four times the margin."""

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from qwen_precision.generate.draw import Drawn
-from qwen_precision.generate.look import Look, bound, clamped, look, may_repair
 from qwen_precision.generate.rows import RowState
 from qwen_precision.generate.trips import Trips
 from qwen_precision.record import FILTERED, BadKind, Poison
 from qwen_precision.settings import GuardSettings
+from qwen_precision.watcher import Look, bound, clamped, look, may_repair
 
 
 @dataclass

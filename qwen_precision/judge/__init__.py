@@ -35,6 +35,7 @@ from qwen_precision.judge.needs import (
     needs,
 )
 from qwen_precision.judge.nextcommand import next_command, next_rescue, next_sweep, quoted_for_a_shell, same_again
+from qwen_precision.judge.poisoned import with_fresh_engines
 from qwen_precision.judge.precision import Precision, precision
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 
@@ -83,4 +84,5 @@ __all__ = [
     "same_again",
     "starts_at",
     "with_engines",
+    "with_fresh_engines",
 ]

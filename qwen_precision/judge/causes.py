@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeGuard
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, narrow_sums, token_of
 from qwen_precision.judge.findings import Cause, Tried
+from qwen_precision.judge.poisoned import SWITCHES, clean_in, failed_before, suspect
 from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
 
@@ -42,7 +43,7 @@ def cause_of(columns: Columns, each: Pass, event: Event) -> Cause:
             evidence = [*evidence, why]
             break
     usual = advice_for(columns.run, each.dtype, magnitude, limit)
-    said = _sentence(case)
+    said = _sentence(case) if kind != "poisoned-cache" else f"The {what} is not finite, and all that it was given is."
     return Cause(kind, said, tuple(line for line in evidence if line), advice or usual, _tried(case))
 
 
@@ -169,6 +170,29 @@ def _chance(case: _Case) -> _Found:
         return None
     why = f"{again.detail}: its outcome is a matter of chance, so no control tells a cause"
     return "not-told", why, "Run it again, and with deterministic kernels: until two runs agree, no cause can be named."
+
+
+def _poisoned(case: _Case) -> _Found:
+    """The cache is no argument of attention: what is in it is told by other requests, and by other engines."""
+    one = suspect(case.columns.run, case.run_pass, case.event)
+    if one is None:
+        return None
+    before, control = failed_before(case.columns, one), case.controls.get("fresh engine")
+    why = "attention also reads the KV cache"
+    if before is not None:
+        why += f", and {before!r} had failed in this engine before"
+    if _clean(control, case) or clean_in(case.columns.run, one):
+        where = "a fresh engine" if _clean(control, case) else "this engine, at another time,"
+        return "poisoned-cache", f"{why}; in {where} the same tokens are clean", _OF_CACHES
+    if before is None:
+        return None
+    return "not-told", why, "Watch the same request alone in a fresh engine, and give both records to `qprec report`."
+
+
+_OF_CACHES = (
+    "No guard on rows cleans the cache: rescale the checkpoint (qprec probe MODEL --rescue-to FOLDER), or serve it in "
+    f"bf16 (--dtype bfloat16). Until then {SWITCHES}"
+)
 
 
 def _masked(case: _Case) -> _Found:
@@ -356,6 +380,7 @@ _RULES: tuple[Callable[[_Case], _Found], ...] = (
     _spared,
     _harmless,
     _chance,
+    _poisoned,
     _masked,
     _scores,
     _accumulation,

@@ -40,6 +40,11 @@ CAUSES: dict[str, Meaning] = {
         "what overflowed comes to nothing: -inf in a softmax (tried bit by bit), or padding alone",
         "silent-absorption leaves finite logits too, but wrong ones.",
     ),
+    "poisoned-cache": Meaning(
+        "the engine's KV cache did it: it holds what an earlier request left there, and this one is not at fault",
+        "in a serving engine attention is the first to fail, from finite inputs; in a fresh one it is clean",
+        "cache is a generation's own; out-of-range in attention fails in a fresh engine too.",
+    ),
     "masked-rows": Meaning(
         "padding did it: without the batch and its padding this prompt is clean",
         "only pad positions, or only in a batch",

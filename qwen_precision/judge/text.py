@@ -13,6 +13,7 @@ from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.degenerate import Symptom, symptoms
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place, Spread
 from qwen_precision.judge.nextcommand import to_its_origin
+from qwen_precision.judge.poisoned import SWITCHES
 from qwen_precision.record import (
     FILTERED,
     MENDED,
@@ -62,7 +63,7 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
             f"it starts in {before}."
         )
     elif "engine" in made.options:
-        cause += " The engine's KV cache was not looked at."
+        cause += f" The engine's KV cache was not looked at. {SWITCHES}"
     else:
         cause += " Its KV cache was finite."
     what = "; ".join(dict.fromkeys(f"{trip.why} (guard {trip.guard})" for trip in done))

@@ -24,6 +24,7 @@ ControlKind = Literal[
     "as many first tokens",
     "as many other tokens",
     "up to the token",
+    "fresh engine",
     Replay,
 ]
 

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qwen_precision.errors import UsageError
-from qwen_precision.judge import Report, changes, judge, with_engines
+from qwen_precision.judge import Report, changes, judge, with_engines, with_fresh_engines
 from qwen_precision.record import Run, parse, read
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
@@ -56,10 +56,13 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, e
         UsageError: a baseline for several runs, or one of another verb; no such engine.
     """
     asked = load_engines(engines)
-    opened = [(path, name, run) for path in paths for name, run in open_runs(path, redact)]
-    named = [(name, run) for _, name, run in opened]
+    opened = [(path, name, run) for path in paths for name, run in open_runs(path)]
+    told = with_fresh_engines([run for _, _, run in opened])  # by token ids, which redacted are no more the same
+    told = [redacted(run) for run in told] if redact else told
+    named = [(name, run) for (_, name, _), run in zip(opened, told, strict=True)]
     if len({name for name, _ in named}) < len(named):  # a/run.json b/run.json
-        named = [(str(path) + name.removeprefix(path.name), run) for path, name, run in opened]
+        longer = [str(path) + name.removeprefix(path.name) for path, name, _ in opened]
+        named = list(zip(longer, told, strict=True))
     alone = len(named) == 1 and baseline is None
     reports = [with_engines(judge(run, name="" if alone else name), asked) for name, run in named]
     if baseline is None:

@@ -9,6 +9,18 @@ Other folders import the names below, from here. Nothing here imports vLLM but `
 May import: record, qwen3, settings, judge, model, watcher, probe, render, rescue, report.
 """
 
-from qwen_precision.vllm.extension import WorkerExtension
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_precision.vllm.extension import WorkerExtension
 
 __all__ = ["WorkerExtension"]
+
+
+def __getattr__(name: str) -> Any:
+    # Installed, the logits processor is loaded by every vLLM of the environment, through here: it shall cost nothing.
+    if name == "WorkerExtension":
+        from qwen_precision.vllm.extension import WorkerExtension
+
+        return WorkerExtension
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,6 +34,14 @@ class Worker:
     ranks: int
 
 
+class _Uncompiled(Watcher):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """vLLM compiles a few functions even in its eager mode, and Dynamo would compile the watcher with them."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class Live:
     """The watch over one model.
 
@@ -48,7 +56,7 @@ class Live:
 
     def __init__(self, runner: Any, model: nn.Module, worker: Worker) -> None:
         self._runner, self._model, self._worker = runner, model, worker
-        self._watcher, self._collector = Watcher(), Collector()
+        self._watcher, self._collector = _Uncompiled(), Collector()
         self._near = ProbeSettings().near_overflow
         self._weights = storages(model)
         self._requests: list[Request] = []

@@ -1,72 +1,161 @@
-"""The logits processor, in vLLM's V1 interface: vLLM loads this file, by name, and nothing else imports it."""
+"""The logits processor, in both of vLLM's interfaces: vLLM loads this file, by name or as installed, and nothing else.
 
-from typing import Any
+As an installed entry point it is loaded by every vLLM of its environment: it imports nothing that vLLM has not loaded
+itself, and what it cannot do ends in a warning, because the engine serves others too.
+"""
+
+import logging
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from qwen_precision.model import locate, open_checkpoint
-from qwen_precision.torch_dtypes import short_name
-from qwen_precision.vllm.trips import Asked, Trips, trip_file
+from qwen_precision.vllm.asked import ASK, GUARD, WATCH, Asked, asked
 
-ASK = "qprec"
-"""What a request names in ``extra_args`` (served: ``vllm_xargs``) …"""
-WATCH = "watch"
-"""… and what it asks for."""
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SlotsProcessor
+except ImportError:  # a vLLM that has only the first interface
+
+    class SlotsProcessor:  # type: ignore[no-redef]
+        """In place of the second."""
 
 
-class WatchLogits(LogitsProcessor):  # type: ignore[misc]  # vLLM is not installed where types are checked
-    """Looks at the logits of requests that ask for it, and changes none: a row of NaN stays one, for all to see."""
+OTHER = "another one acts"
+"""Why one is idle that is not to say so."""
+
+
+class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLLM is not there where types are checked
+    """Looks at the logits of requests that ask for it; a row that is wholly NaN stays so, for all to see.
+
+    V1 tells who comes, goes and changes places (``update_state``), and gives a row a request. V2 gives every request a
+    slot (``add_request``), and with each step which slot a row is of.
+    """
+
+    _acting: ClassVar[Any] = None
+    """Weak: the one that acts; where it is installed and named, an engine has two."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse what it does not know. Raises a ValueError, which a server answers with 400."""
-        asked = (sampling_params.extra_args or {}).get(ASK, WATCH)
-        if asked != WATCH:
-            raise ValueError(f"{ASK}: is {asked!r}; expected {WATCH!r}.")
+        wish = (sampling_params.extra_args or {}).get(ASK, WATCH)
+        if wish not in (WATCH, GUARD):
+            raise ValueError(f"{ASK}: is {wish!r}; expected {WATCH!r} or {GUARD!r}.")
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._config = vllm_config
+    def __init__(self, vllm_config: Any, states: Any, is_pin_memory: bool = False) -> None:
+        """In V1 the second argument is the device, in V2 what is known of the slots."""
+        self._config, self._states = vllm_config, states
         self._asked: dict[int, Asked] = {}
-        self._trips: Trips | None = None
+        self._trips: Any = None
+        self._warned = False
+        self._idle = self._why_idle()
+        if not self._idle:
+            type(self)._acting = weakref.ref(self)
+
+    def _why_idle(self) -> str:
+        """Who runs the server decides whether a file is written, never who sends a request."""
+        other = self._acting() if self._acting is not None else None
+        if other is not None and other._config is self._config:
+            return OTHER
+        named = [str(each) for each in self._config.model_config.logits_processors or ()]
+        if os.environ.get("QPREC_TRIPS") or any(type(self).__name__ in each for each in named):
+            return ""
+        return "set QPREC_TRIPS to a file, or name the processor with --logits-processors"
 
     def is_argmax_invariant(self) -> bool:
         """False: else vLLM leaves it out where a whole batch is greedy, and greedy is where `!!!!` comes from."""
         return False
 
+    # -- V1 --------------------------------------------------------------------------------------------------------
+
     def update_state(self, batch_update: Any) -> None:
         """Requests come, go and change places."""
-        process_dict_updates(self._asked, batch_update, _asked)
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._asked.pop(row, None)
+        for row, params, prompt, made in batch_update.added:
+            self._begin(row, asked(params, prompt, made))
+        for first, second, way in batch_update.moved:
+            one, other = self._asked.pop(first, None), self._asked.pop(second, None)
+            self._begin(second, one)
+            if way.name == "SWAP":
+                self._begin(first, other)
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def _begin(self, place: int, request: Asked | None) -> None:
+        self._asked.pop(place, None)
+        if request is None:
+            return
+        if not self._idle:
+            self._asked[place] = request
+        elif self._idle != OTHER:
+            self._warn(f"a request asks to be watched, and is not: {self._idle}")
+
+    # -- V2 --------------------------------------------------------------------------------------------------------
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Whether the request in this slot asks for anything; its ids are read once they are needed."""
+        self._begin(req_idx, asked(sampling_params, [], []))
+        return req_idx in self._asked
+
+    def _rows(self, context: Any) -> dict[int, Asked]:
+        """Rows of this step that are of a request that asks; of drafted tokens, which may yet be refused, the first."""
+        if self._asked.keys().isdisjoint(context.idx_mapping_np.tolist()):
+            return {}  # told on the host, without waiting for the device
+        found = {}
+        slots, drafts = context.expanded_idx_mapping.tolist(), context.expanded_local_pos.tolist()
+        for row, (slot, draft, last) in enumerate(zip(slots, drafts, context.pos.tolist(), strict=True)):
+            if slot in self._asked and not draft and last + 1 >= int(self._states.prefill_len.np[slot]):
+                self._ids(slot, last + 1)
+                found[row] = self._asked[slot]
+        return found
+
+    def _ids(self, slot: int, known: int) -> None:
+        prompt = int(self._states.prompt_len.np[slot])
+        ids = self._states.all_token_ids.gpu[slot, :known].tolist()
+        self._asked[slot].prompt, self._asked[slot].made = ids[:prompt], ids[prompt:]
+
+    # -- both ------------------------------------------------------------------------------------------------------
+
+    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
         """Look.
 
         Args:
-            logits: ``[requests, vocabulary]``; given back as they are.
+            logits: ``[rows, vocabulary]``; given back as they are, but for a partly bad row of who asked for the guard.
+            ctx: V2's: whose rows they are.
         """
-        if self._asked:
-            rows = sorted(self._asked)
-            largest = logits[rows].amax(dim=-1)  # NaN and +inf carry; -inf is left where nothing can be drawn
+        rows = self._asked if ctx is None else self._rows(ctx)
+        if rows:
+            numbers = sorted(rows)
+            largest = logits[numbers].amax(dim=-1)  # NaN and +inf carry; -inf is left where nothing can be drawn
             bad = (~torch.isfinite(largest)).tolist()
-            for row in (row for row, is_bad in zip(rows, bad, strict=True) if is_bad):
-                self._keep(self._asked[row], logits[row])
+            self._look({row: rows[row] for row, is_bad in zip(numbers, bad, strict=True) if is_bad}, logits)
         return logits
 
-    def _keep(self, request: Asked, row: Tensor) -> None:
-        if self._config.parallel_config.rank:
-            return  # the first worker's logits are everybody's
+    def _look(self, rows: Mapping[int, Asked], logits: Tensor) -> None:
+        for row, request in rows.items():
+            try:
+                mended = self._file().meet(request, logits[row])
+            except Exception as error:  # whatever it is: nobody's answer may depend on who watches
+                self._idle = f"{type(error).__name__}: {error}"
+                self._warn(f"stopped watching: {self._idle}")
+                self._asked.clear()
+                return
+            if mended is not None:
+                logits[row] = mended
+
+    def _warn(self, what: str) -> None:
+        """Once: who sends requests shall not fill a log."""
+        if not self._warned:
+            logging.getLogger(__name__).warning("qprec: %s.", what)
+        self._warned = True
+
+    def _file(self) -> Any:
         if self._trips is None:
-            model = self._config.model_config
-            folder, commit = locate(str(model.model), model.revision)
-            checkpoint = open_checkpoint(folder, str(model.model), commit)
-            self._trips = Trips(checkpoint, str(model.model), short_name(model.dtype), trip_file())
-        held = {"nan": torch.isnan(row), "inf": torch.isposinf(row), "-inf": torch.isneginf(row)}
-        counts = {name: float(each.sum()) for name, each in held.items()}
-        self._trips.add(request, {**counts, "elements": float(row.numel())})
+            from qwen_precision.vllm.trips import trips_of  # heavy, and needed by who fails alone
 
-
-def _asked(params: Any, prompt: list[int] | None, made: list[int]) -> Asked | None:
-    wants = ASK in (params.extra_args or {}) and prompt is not None  # embeddings have no ids to run again
-    return Asked(list(prompt or []), made) if wants else None
+            self._trips = trips_of(self._config)
+        return self._trips

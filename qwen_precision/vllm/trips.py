@@ -1,23 +1,30 @@
 """The trip file: requests whose logits were not finite, as a generation's record that `report` and `probe` take."""
 
+import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from qwen_precision.model import Checkpoint, environment, model_part
-from qwen_precision.record import Choice, Continuation, Generation, Prompt, Run, Stretch, Trip, save
-from qwen_precision.settings import GuardSettings, as_text
+from qwen_precision.errors import QprecError
+from qwen_precision.model import Checkpoint, environment, locate, model_part, open_checkpoint
+from qwen_precision.record import BadKind, Choice, Continuation, Generation, Kind, Prompt, Run, Stretch, Trip, save
+from qwen_precision.settings import GuardSettings, Watch, as_text
+from qwen_precision.torch_dtypes import short_name
 from qwen_precision.version import __version__
+from qwen_precision.vllm.asked import Asked, Met
 from qwen_precision.vllm.live import engine_version, row_of_ids
+from qwen_precision.watcher import bound, clamped, look, may_repair
 
 MOST_REQUESTS = 64
 """So many failing requests are kept, the first …"""
 MOST_STEPS = 16
 """… and of each so many steps: what follows is printed from NaN, and tells nothing new."""
-_WATCHES = {"act": False, "float32_logits": False, "clamp": False, "epsilon": False, "recover": False}
+_WATCHES = {"float32_logits": False, "epsilon": False, "recover": False}
 
 
 def trip_file() -> Path:
@@ -28,49 +35,72 @@ def trip_file() -> Path:
     return Path(os.environ.get("QPREC_TRIPS") or "qprec-trips.json")
 
 
-@dataclass
-class Asked:
-    """A request that asked to be watched."""
-
-    prompt: list[int]
-    made: list[int]
-    """The engine's own list of what it generated: it grows."""
-    trips: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    """Step, and what the row of logits held."""
-
-    @property
-    def step(self) -> int:
-        """The token that is about to be drawn, from 0."""
-        return len(self.made)
+def trips_of(config: Any) -> "Trips":
+    """Those of the engine that is configured so; of several workers, whose logits are the same, the first writes."""
+    model = config.model_config
+    folder, commit = locate(str(model.model), model.revision)
+    checkpoint = open_checkpoint(folder, str(model.model), commit)
+    path = None if config.parallel_config.rank else trip_file()
+    return Trips(checkpoint, str(model.model), short_name(model.dtype), path)
 
 
 class Trips:
-    """Writes the file anew with every trip.
+    """Looks closely at rows that are not finite, mends those that may be, and writes the file anew with every trip.
 
     Args:
         checkpoint, source: of the model.
         dtype: that vLLM runs it in.
-        path: of the file.
+        path: of the file; None to write none.
     """
 
-    def __init__(self, checkpoint: Checkpoint, source: str, dtype: str, path: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, source: str, dtype: str, path: Path | None) -> None:
         self._checkpoint, self._source, self._dtype, self._path = checkpoint, source, dtype, path
         self._failed: list[Asked] = []
+        self._guards = GuardSettings().clamp
 
-    def add(self, request: Asked, held: dict[str, float]) -> None:
-        """Keep a row of logits that was not finite.
+    def meet(self, request: Asked, row: Tensor) -> Tensor | None:
+        """Look at a row of logits that is not finite; what to put in its place, where that was asked for and may be.
 
         Args:
             request: whose it is.
-            held: how many of its elements are NaN, +inf (``inf``) and -inf, and how many there are (``elements``).
+            row: ``[vocabulary]``; not written into.
         """
+        seen = look(row, Watch())
+        if not request.guard or not may_repair(seen, self._guards, request.repairs):
+            self.add(request, Met(request.step, seen.numbers()))
+            return None
+        limit = bound(self._guards, row.dtype, request.temperature, request.penalty)
+        mended = clamped(row, limit)
+        self.add(request, Met(request.step, seen.numbers(), {**look(mended, Watch()).numbers(), "bound": limit}))
+        return mended
+
+    def add(self, request: Asked, met: Met) -> None:
+        """Keep a row of logits that was not finite."""
+        if not request.known:
+            logging.getLogger(__name__).warning(
+                "qprec: a request failed at step %d, and is not kept: scheduled ahead, vLLM tells what it generated "
+                "only to processors that are named (--logits-processors).",
+                met.step,
+            )
+            return
         if not any(each is request for each in self._failed):
             if len(self._failed) >= MOST_REQUESTS:
                 return
             self._failed.append(request)
-        if len(request.trips) < MOST_STEPS:
-            request.trips.append((request.step, held))
+        again = any(each.step == met.step for each in request.trips)  # of a prompt that is read in chunks
+        if not again and len(request.trips) < MOST_STEPS:
+            request.trips.append(met)
+            self._save()
+
+    def _save(self) -> None:
+        """A disk that is full ends the writing, and not the mending: of several workers only one writes."""
+        if self._path is None:
+            return
+        try:
             save(self.run(), self._path)
+        except (OSError, QprecError) as error:
+            logging.getLogger(__name__).warning("qprec: %s is not written any more: %s", self._path, error)
+            self._path = None
 
     def run(self) -> Run:
         """The record."""
@@ -108,9 +138,10 @@ class Trips:
         )
 
     def _generation(self) -> Generation:
+        guarded = any(each.guard for each in self._failed)
         return Generation(
             options={"engine": "vllm"},
-            guards=GuardSettings.model_validate(_WATCHES).model_dump(),
+            guards=GuardSettings.model_validate({**_WATCHES, "act": guarded, "clamp": guarded}).model_dump(),
             chat=False,
             base_model=None,
             rows=[self._continuation(row, each) for row, each in enumerate(self._failed)],
@@ -130,7 +161,7 @@ class Trips:
             ids=ids,
             tokens=[as_text(each, tokenizer) for each in ids],
             text=str(tokenizer.decode(ids, skip_special_tokens=True)),
-            clean_text=str(tokenizer.decode(ids[: request.trips[0][0]])),
+            clean_text=str(tokenizer.decode(ids[: request.trips[0].step])),
             stretches=[Stretch(start=0, dtype=self._dtype, rescaled=False)],
             top1=unknown,
             margin=unknown,
@@ -138,18 +169,28 @@ class Trips:
             finish="interrupted",  # it went on, and nothing more of it was kept
         )
 
-    def _trips(self, row: int, request: Asked) -> list[Trip]:
-        return [
-            Trip(
-                step=step,
-                row=row,
-                guard="watch",
-                kind="partly bad" if held["nan"] + held["inf"] + held["-inf"] < held["elements"] else "wholly bad",
-                dtype=self._dtype,
-                why=f"{held['nan']:,.0f} NaN and {held['inf']:,.0f} +inf among {held['elements']:,.0f} logits",
-                acted=False,
-                before=held,
-                after={},
-            )
-            for step, held in request.trips
-        ]
+    def _trips(self, row: int, request: Asked) -> Iterator[Trip]:
+        for met in request.trips:
+            held = met.before
+            bad = held["nan"] + held["inf"] + held["-inf"]
+            kind: BadKind = "partly bad" if bad < held["elements"] else "wholly bad"
+            why = f"{held['nan']:,.0f} NaN and {held['inf']:,.0f} +inf among {held['elements']:,.0f} logits"
+            yield self._trip(row, met, "watch", kind, why)
+            if met.after:
+                yield self._trip(
+                    row, met, "clamp", "repaired", f"NaN is out of the choice, +inf is {met.after['bound']:.6g}"
+                )
+
+    def _trip(self, row: int, met: Met, guard: str, kind: Kind, why: str) -> Trip:
+        acted = guard == "clamp"
+        return Trip(
+            step=met.step,
+            row=row,
+            guard=guard,
+            kind=kind,
+            dtype=self._dtype,
+            why=why,
+            acted=acted,
+            before=met.before,
+            after=met.after if acted else {},
+        )

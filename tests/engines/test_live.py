@@ -1,7 +1,5 @@
-"""The real vLLM, one fresh engine a question (a cache stays poisoned): ``make engines``."""
+"""The real vLLM, one fresh engine a question: ``make engines``."""
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -10,33 +8,15 @@ from typing import Any
 
 import pytest
 
+from engines.fresh import BAD, CLEAN, NEEDS_VLLM, Texts, serve
 from qwen_precision.judge import judge
 from qwen_precision.record import Run, load
+from qwen_precision.report import view
 from qwen_precision.settings import read_prompts
-from support.checkpoints import DEMO, ROOT
+from support.checkpoints import DEMO, ROOT, make_checkpoint
 from support.runs import run_probe
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make engines"),
-]
-
-BAD, CLEAN = "The capital of France is", "1"
-Texts = list[list[str]]
-
-
-def serve(folder: Path, model: Path, dtype: str, *rounds: list[str], record: str = "", ask: bool = False) -> Texts:
-    """Texts of a fresh engine, round by round."""
-    to = folder / f"{len(list(folder.iterdir()))}.texts.json"
-    asked: dict[str, Any] = {"model": str(model), "dtype": dtype, "rounds": rounds, "ask": ask, "to": str(to)}
-    asked["record"] = str(folder / record) if record else ""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "QPREC_TRIPS": str(folder / "trips.json")}
-    command = [sys.executable, str(Path(__file__).parent / "serve.py"), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    texts: Texts = json.loads(to.read_text(encoding="utf-8"))
-    return texts
+pytestmark = NEEDS_VLLM
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def watched(folder: Path) -> Texts:
     """A bad request, then a clean one, watched in every way there is."""
-    return serve(folder, DEMO, "float16", [BAD], [CLEAN], record="watched.json", ask=True)
+    return serve(folder, DEMO, "float16", [BAD], [CLEAN], record="watched.json", asks=["watch"])
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +39,7 @@ def plain(folder: Path) -> Texts:
 @pytest.fixture(scope="module")
 def fresh(folder: Path) -> Texts:
     """The clean request alone."""
-    return serve(folder, DEMO, "float16", [CLEAN])
+    return serve(folder, DEMO, "float16", [CLEAN], record="fresh.json")
 
 
 def first_place(run: Run) -> tuple[str, str]:
@@ -68,9 +48,12 @@ def first_place(run: Run) -> tuple[str, str]:
     return found.place.module, found.place.name
 
 
+ORIGIN = ("model.layers.3.mlp.down_proj", "down_proj output")
+
+
 def test_the_demo_fails_in_vllm_at_the_place_that_a_probe_names(watched: Texts, folder: Path) -> None:
     probed = run_probe(DEMO, [BAD], dtypes=["fp16"])
-    assert first_place(load(folder / "watched.json")) == first_place(probed)
+    assert first_place(load(folder / "watched.json")) == first_place(probed) == ORIGIN
     assert watched[0] == ["!!!!!!"]
 
 
@@ -82,10 +65,13 @@ def test_a_clean_request_behind_a_bad_one_fails_and_in_a_fresh_engine_it_does_no
     assert plain[1] != fresh[0]
 
 
-def test_where_a_clean_request_goes_bad_is_attention_that_was_given_nothing_bad(watched: Texts, folder: Path) -> None:
-    run = load(folder / "watched.json")
-    second = [each for each in judge(run).findings if each.origin and each.place.prompt == run.prompts[1].name]
-    assert second and all(each.place.name == "attention output" for each in second)
+def test_the_report_recognises_the_poisoned_cache(watched: Texts, fresh: Texts, folder: Path) -> None:
+    second = load(folder / "watched.json").prompts[1].name
+    shown = view([folder / "watched.json", folder / "fresh.json"], "never", None, False, [])
+    causes = {each.cause.kind for each in shown.reports[0].findings if each.origin and each.place.prompt == second}
+    assert causes == {"poisoned-cache"} and judge(load(folder / "fresh.json")).verdict == {"fp16": "ok"}
+    first = next(each for each in shown.reports[0].findings if each.origin)
+    assert (first.place.module, first.cause.kind) == (ORIGIN[0], "not-told"), "the bad request itself is no victim"
 
 
 def test_the_trip_file_leads_to_the_origin(watched: Texts, folder: Path) -> None:
@@ -94,10 +80,11 @@ def test_the_trip_file_leads_to_the_origin(watched: Texts, folder: Path) -> None
     specs = read_prompts(None, str(folder / "trips.json"))
     assert specs[0].rows is not None and trips.prompts[0].rows[0].ids == specs[0].rows[0].ids
     assert trips.prompts[0].rows[0].text == BAD
+    assert first_place(run_probe(DEMO, file=str(folder / "trips.json"), dtypes=["fp16"])) == ORIGIN
 
 
 def test_bfloat16_is_clean(folder: Path) -> None:
-    serve(folder, DEMO, "bfloat16", [BAD], [CLEAN], record="bf16.json", ask=True)
+    serve(folder, DEMO, "bfloat16", [BAD], [CLEAN], record="bf16.json", asks=["watch"])
     assert judge(load(folder / "bf16.json")).verdict == {"bf16": "ok"}
 
 
@@ -108,3 +95,27 @@ def test_the_rescued_folder_is_clean_says_what_fp32_says_and_poisons_nothing(fol
     texts = serve(folder, to, "float16", [BAD], [CLEAN], record="rescued.json")
     assert texts == serve(folder, DEMO, "float32", [BAD], [CLEAN])
     assert judge(load(folder / "rescued.json")).verdict == {"fp16": "ok"}
+
+
+def nan_logit(model: Any) -> None:
+    """One token's logit is NaN, whatever goes before: greedy decoding always takes it."""
+    model.lm_head.weight[300] = float("nan")
+
+
+def test_a_guarded_request_answers_as_if_nothing_were_bad_beside_two_that_are_not_guarded(tmp_path: Path) -> None:
+    shape = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    healthy = make_checkpoint(tmp_path / "healthy", **shape)
+    broken = make_checkpoint(tmp_path / "broken", edit=nan_logit, **shape)
+    [wanted] = serve(tmp_path, healthy, "float16", [CLEAN, CLEAN], tokens=3, asks=["guard", None])
+    [texts] = serve(tmp_path, broken, "float16", [CLEAN] * 3, tokens=3, asks=["guard", "watch", None])
+    assert wanted[0] == wanted[1], "a healthy row is left as it is"
+    assert texts[0] == wanted[0] and texts[1] == texts[2] != texts[0]
+    guarded, left = load(tmp_path / "trips.json").generation.rows, judge(load(tmp_path / "trips.json"))  # type: ignore[union-attr]
+    assert len(guarded) == 2 and [each.severity for each in left.findings[:2]] == ["error", "warning"]
+
+
+def test_every_worker_of_several_saves_what_it_saw(tmp_path: Path) -> None:
+    [texts] = serve(tmp_path, DEMO, "float16", [BAD], record="run.json", workers=2)
+    runs = [load(tmp_path / name) for name in ("run.json", "run.rank1.json")]
+    assert texts == ["!!!!!!"] and [first_place(run) for run in runs] == [ORIGIN, ORIGIN]
+    assert ["rank 0 of 2" in run.choices[0].reason for run in runs] == [True, False]

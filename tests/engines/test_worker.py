@@ -9,9 +9,10 @@ import torch
 
 from engines.pretend import BAD, Engine, Worker
 from qwen_precision.errors import QprecError
-from qwen_precision.judge import Finding, judge
+from qwen_precision.judge import Finding, judge, with_fresh_engines
 from qwen_precision.qwen3 import name_of
-from qwen_precision.record import Run, load
+from qwen_precision.record import Run, load, save
+from qwen_precision.report import view
 
 
 def watched(*forwards: dict[str, tuple[int, list[int]]], slots: dict[str, int] | None = None) -> Run:
@@ -119,3 +120,86 @@ def test_start_and_stop_come_in_turn_and_something_runs_between() -> None:
         worker.qprec_start()
     with pytest.raises(QprecError, match="no request ran"):
         worker.qprec_stop()
+
+
+# -- a cache that holds what another request left there ------------------------------------------------------------
+
+HELD = {"a": 0, "b": 0, "c": 0}
+
+
+def causes(run: Run) -> list[tuple[str, str | None]]:
+    """Of every origin: the request, and its cause."""
+    return [(str(each.place.prompt), each.cause.kind) for each in judge(run).findings if each.origin]
+
+
+def test_a_poisoned_cache_is_told_by_the_same_request_in_a_fresh_engine() -> None:
+    poisoned = watched({"a": (0, [BAD])}, {"b": (0, [1, 2])}, slots=HELD)
+    told = with_fresh_engines([poisoned, watched({"x": (0, [1, 2, 3])})])
+    assert ("request b", "poisoned-cache") in causes(told[0]) and ("request a", "not-told") in causes(told[0])
+    [found] = [each for each in judge(told[0]).findings if each.cause.kind == "poisoned-cache"]
+    assert "'request a' had failed in this engine before" in " ".join(found.cause.evidence)
+    assert "VLLM_RAISE_ON_LOGIT_NANS=1" in found.cause.advice and "No guard on rows" in found.cause.advice
+    assert judge(told[1]).findings == []
+
+
+def test_a_report_of_both_records_tells_it_redacted_too(tmp_path: Path) -> None:
+    save(watched({"a": (0, [BAD])}, {"b": (0, [1, 2])}, slots=HELD), tmp_path / "run.json")
+    save(watched({"x": (0, [1, 2])}), tmp_path / "fresh.json")
+    for redact in (False, True):
+        shown = view([tmp_path / "run.json", tmp_path / "fresh.json"], "never", None, redact, [])
+        assert "poisoned-cache" in [each.cause.kind for each in shown.reports[0].findings]
+        assert all(each.run.redacted is redact for each in shown.reports)
+
+
+def test_it_is_told_by_the_same_request_in_the_same_engine_before_the_cache_was_poisoned() -> None:
+    run = watched({"c": (0, [1, 2])}, {"a": (0, [BAD])}, {"b": (0, [1, 2])}, slots={**HELD, "c": 1})
+    assert ("request b", "poisoned-cache") in causes(run)
+
+
+@pytest.mark.parametrize(
+    "fresh",
+    [
+        [{"x": (0, [3, 2])}],  # another request
+        [{"x": (0, [BAD])}, {"y": (0, [1, 2])}],  # it fails there too: nothing says that that engine is a fresh one
+    ],
+)
+def test_without_the_same_request_clean_somewhere_it_stays_untold_and_the_way_to_tell_is_named(fresh: Any) -> None:
+    poisoned = watched({"a": (0, [BAD])}, {"b": (0, [1, 2])}, slots=HELD)
+    run = with_fresh_engines([poisoned, watched(*fresh, slots={"x": 0, "y": 0})])[0]
+    [found] = [each for each in judge(run).findings if each.place.prompt == "request b" and each.origin]
+    assert found.cause.kind == "not-told" and "in a fresh engine" in found.cause.advice
+
+
+def test_a_healthy_engine_and_one_in_which_only_the_request_itself_is_at_fault_have_no_poisoned_cache() -> None:
+    healthy = watched({"a": (0, [1])}, {"b": (0, [1, 2])}, slots=HELD)
+    own = watched({"a": (0, [1])}, {"b": (0, [BAD, 2])})
+    assert causes(healthy) == [] and ("request b", "poisoned-cache") not in causes(own)
+
+
+def test_records_of_the_workers_of_one_engine_are_no_fresh_engines_to_each_other() -> None:
+    poisoned = watched({"a": (0, [BAD])}, {"b": (0, [1, 2])}, slots=HELD)
+    other = watched({"b": (0, [1, 2])})
+    reason = "watched in its worker, rank 1 of 2"
+    other = other.model_copy(update={"choices": [each.model_copy(update={"reason": reason}) for each in other.choices]})
+    assert with_fresh_engines([poisoned, other])[0] is poisoned
+
+
+def test_what_poisoned_it_may_have_run_before_anybody_watched() -> None:
+    engine = Engine()
+    engine.run({"a": (0, [BAD])}, HELD)
+    worker = Worker(engine)
+    worker.qprec_start()
+    engine.run({"b": (0, [1, 2])}, HELD)
+    run = Run.model_validate(worker.qprec_stop())
+    [(_, kind), *_] = causes(run)
+    assert kind == "not-told" and "fresh engine" not in judge(run).findings[0].cause.advice, "nobody is suspected"
+    told = with_fresh_engines([run, watched({"x": (0, [1, 2])})])[0]
+    assert ("request b", "poisoned-cache") in causes(told)
+
+
+def test_an_operation_that_reads_no_cache_is_never_its_victim() -> None:
+    run, other = watched({"a": (0, [BAD])}), watched({"x": (0, [1])})
+    [prompt] = other.prompts
+    same = prompt.model_copy(update={"rows": run.prompts[0].rows})  # as if the same tokens had been clean there
+    told = with_fresh_engines([run, other.model_copy(update={"prompts": [same]})])[0]
+    assert causes(told)[0] == ("request a", "not-told") and told is run

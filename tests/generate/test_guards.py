@@ -8,10 +8,10 @@ import torch
 
 from qwen_precision.errors import UsageError
 from qwen_precision.generate.draw import Chooser, sampling_error
-from qwen_precision.generate.look import Look, bound, clamped, look, may_repair, nearly_uniform
 from qwen_precision.judge.degenerate import at_the_end, symptoms
 from qwen_precision.settings.config import configs_folder
 from qwen_precision.settings.guards import GUARDS, Clamp, Degenerate, GuardSettings, Watch, guard_profiles, load_guards
+from qwen_precision.watcher.look import Look, bound, clamped, look, may_repair, nearly_uniform
 
 NAN, INF = float("nan"), float("inf")
 

@@ -175,6 +175,7 @@ _BRIEFLY = {
     "as many first tokens": "after as many first tokens",
     "as many other tokens": "after as many others",
     "up to the token": "cut after {token}",
+    "fresh engine": "in a fresh engine",
     "as generated": "as generated",
     "generated alone": "generated alone",
     "prefilled whole": "prefilled whole",
