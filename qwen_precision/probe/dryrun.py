@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model import (
+    asked_once,
     build,
     choose_device,
     choose_memory,
@@ -40,7 +41,8 @@ def dry_run(
         QprecError: as ``prepare`` does, for what is not about weights.
     """
     if not is_here(source, revision):
-        yield from _from_afar(source, settings, specs, revision)
+        with asked_once():
+            yield from _from_afar(source, settings, specs, revision)
         return
     job = prepare(source, settings, specs, revision)
     yield "download", "none: it is on this machine"
