@@ -128,5 +128,5 @@ def _tell(model: str, settings: ProbeSettings, specs: list[PromptSpec], revision
         from qwen_precision.probe import dry_run as told  # torch
 
         progress(0, 0, "looking at the checkpoint")
-        lines = [f"{key:10}{safe(said, 400)}\n" for key, said in told(model, settings, specs, revision)]
+        lines = [f"{key:<9} {safe(said, 400)}\n" for key, said in told(model, settings, specs, revision)]
     terminal.result("".join(lines))

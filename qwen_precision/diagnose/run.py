@@ -46,7 +46,7 @@ def diagnose(
     texts = texts_of(settings.sweep_texts)
     if settings.sweep is not None:
         held_state(sweep_file)  # a file of the user's in its place is found out now
-    job = prepare(source, settings, specs, revision)
+    job = prepare(source, settings, specs, revision, progress)
     if target is not None:
         if job.checkpoint.only_read is not None:
             raise UsageError(f"--rescue-to {target.folder}: {unsupported(job.checkpoint)}.")

@@ -104,7 +104,7 @@ def generate(
     """
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    job = _prepare(source, settings, guards, specs, revision, probe_run)
+    job = _prepare(source, settings, guards, specs, revision, probe_run, progress)
     if len(job.prompt.rows) >= _MANY:
         tokens = sum(len(row.ids) for row in job.prompt.rows)
         announce(f"{len(job.prompt.rows):,} prompts, {tokens:,} tokens, go through the model as one batch")
@@ -140,10 +140,11 @@ def _prepare(
     specs: Sequence[PromptSpec],
     revision: str | None,
     probe_run: Path | None,
+    progress: Progress,
 ) -> _Job:
     device, device_choice = choose_device(settings.device)
     probed = load(probe_run) if probe_run else None
-    folder, commit = locate(source, revision)
+    folder, commit = locate(source, revision, progress)
     checkpoint = open_checkpoint(folder, source, commit)
     _check_rescale(guards, settings.dtype, checkpoint)
     with foreign_faults(folder):

@@ -5,6 +5,7 @@ May import: record, qwen3, settings.
 """
 
 from qwen_precision.model.encode import Encoded, encode
+from qwen_precision.model.fetching import asked_once
 from qwen_precision.model.files import model_part, weight_files
 from qwen_precision.model.folder import Checkpoint, open_checkpoint
 from qwen_precision.model.gate import check_values, fault, foreign_faults
@@ -53,6 +54,7 @@ __all__ = [
     "WeightCheck",
     "WeightStore",
     "arranged",
+    "asked_once",
     "attention_used",
     "build",
     "check_values",

@@ -3,14 +3,16 @@ as the limit of every size, and no name asked for that a checkpoint does not nee
 """
 
 import inspect
+import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from qwen_precision.errors import QprecError
 from qwen_precision.model.index import read_json
@@ -25,9 +27,11 @@ SMALL = (
 ).split()
 """Files beside the weights that something reads."""
 
+_HUB = "https://huggingface.co"
 _ANSWER = 10.0  # seconds that the hub may be silent
 _LISTING = 60.0  # seconds for the whole list
 _MOST_FILES = 100_000
+_MOST_LISTING = 64 << 20  # bytes: 100,000 files with hashes take half of it
 _MOST_SMALL = 256 << 20  # bytes of a file that the listing gives no size of
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -45,7 +49,7 @@ class Listing:
 
 def host() -> str:
     """Of the hub, for messages."""
-    return urlsplit(_endpoint() or "https://huggingface.co").netloc
+    return urlsplit(_endpoint() or _HUB).netloc
 
 
 def _endpoint() -> str | None:
@@ -69,23 +73,77 @@ def listing(source: str, revision: str | None) -> Listing:
     Raises:
         QprecError: the hub takes too long, or what it lists cannot be.
     """
-    from huggingface_hub import HfApi
+    key = (str(_endpoint()), source, revision)
+    if _kept is not None and key in _kept:
+        return _kept[key]
+    late = f"{source}: {host()} takes longer than {_LISTING:g} seconds to list its files; try again later."
+    found: Listing = _within(_LISTING, lambda: _listed(source, json.loads(_answer(source, revision))), late)
+    if _kept is not None:
+        _kept[key] = found
+    return found
 
-    api = HfApi(endpoint=_endpoint())
-    found = _within(
-        _LISTING,
-        lambda: api.model_info(source, revision=revision, files_metadata=True, timeout=_ANSWER),
-        f"{source}: {host()} takes longer than {_LISTING:g} seconds to list its files; try again later.",
-    )
-    if not isinstance(found.sha, str) or not _COMMIT.fullmatch(found.sha):
+
+def _listed(source: str, told: Any) -> Listing:
+    """What of the hub's answer is used, checked."""
+    commit, siblings = told["sha"], told.get("siblings") or []
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise QprecError(f"{source}: {host()} names no commit (40 hexadecimal digits); check HF_ENDPOINT.")
-    siblings = found.siblings or []
     if len(siblings) > _MOST_FILES:
         raise QprecError(f"{source}: {host()} lists {len(siblings):,} files; that is no checkpoint.")
-    names = {str(each.rfilename): each.size for each in siblings}
+    names = {str(each["rfilename"]): each.get("size") for each in siblings}
     sizes = {name: size if isinstance(size, int) and size > 0 else 0 for name, size in names.items()}
     top = {name: size for name, size in sizes.items() if Path(name).name == name}
-    return Listing(found.sha, top, {name: sizes[name] for name in sizes if _is_model(name)})
+    return Listing(commit, top, {name: sizes[name] for name in sizes if _is_model(name)})
+
+
+def _answer(source: str, revision: str | None) -> bytes:
+    """The listing as the hub sends it, counted while it comes: ``HfApi.model_info`` reads whatever has no end.
+
+    The library's session is asked, so that its token, proxies and errors are as for the files.
+    """
+    import huggingface_hub.utils as hub
+
+    library: Any = hub  # what it exports differs from version to version; these it has had since 0.34
+    library.validate_repo_id(source)
+    at = f"/revision/{quote(revision, safe='')}" if revision else ""
+    url = f"{_endpoint() or _HUB}/api/models/{source}{at}"
+    session = library.get_session()
+    asked: dict[str, Any] = {"headers": library.build_hf_headers(), "params": {"blobs": True}, "timeout": _ANSWER}
+    if callable(session.stream):  # httpx; before huggingface_hub 1.0 it was requests
+        with session.stream("GET", url, **asked) as response:
+            body = _counted(source, response.iter_bytes())
+        kept = {name: value for name, value in response.headers.items() if name.lower().startswith("x-")}
+        whole = type(response)(response.status_code, headers=kept, content=body, request=response.request)
+    else:
+        with session.get(url, stream=True, **asked) as whole:
+            body = _counted(source, whole.iter_content(1 << 16))
+            whole._content = body  # what came is kept by hand where it was counted
+    library.hf_raise_for_status(whole)
+    return body
+
+
+def _counted(source: str, pieces: Iterable[bytes]) -> bytes:
+    body = bytearray()
+    for piece in pieces:
+        body += piece
+        if len(body) > _MOST_LISTING:
+            raise QprecError(f"{source}: {host()} lists its files in more than {_MOST_LISTING >> 20} MiB; refused.")
+    return bytes(body)
+
+
+_kept: dict[tuple[str, str, str | None], Listing] | None = None
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """While this is open, the hub is asked once for what it lists, however often that is looked at."""
+    global _kept
+    outer = _kept
+    _kept = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _kept = outer
 
 
 def _is_model(name: str) -> bool:
@@ -218,7 +276,14 @@ def _within(seconds: float, call: Callable[[], Any], late: str) -> Any:
     def run() -> None:
         try:
             result.append(call())
-        except (TypeError, AttributeError, KeyError, RecursionError) as error:  # a list where an object should be
+        except (
+            TypeError,
+            AttributeError,
+            KeyError,
+            RecursionError,
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+        ) as error:  # a list where an object should be
             failed.append(QprecError(f"{host()} lists the files in a form that no hub has; check HF_ENDPOINT."))
             failed[0].__cause__ = error
         except BaseException as error:

@@ -14,17 +14,30 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.model.fetching import SINGLE, SMALL, cached, fetched, fetched_model, host, listing, names
+from qwen_precision.model.fetching import (
+    SINGLE,
+    SMALL,
+    asked_once,
+    cached,
+    fetched,
+    fetched_model,
+    host,
+    listing,
+    names,
+)
 from qwen_precision.model.foreign import file_in_words
 from qwen_precision.model.gguffile import is_gguf
 from qwen_precision.model.ggufheader import first_part, parts_of
+from qwen_precision.progress import Progress, silent
 
 DEMO = Path(__file__).parent.parent / "demo"
 """The checkpoint that ships in the package."""
 
 
-def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+def locate(source: str, revision: str | None = None, progress: Progress = silent) -> tuple[Path, str | None]:
     """The folder (or GGUF file) of a checkpoint and, for one from the hub, its commit.
+
+    While a hub is waited for, ``progress`` says which.
 
     A folder that exists wins over a hub id of the same spelling; ``./demo`` is a folder, ``demo`` the demo.
 
@@ -46,13 +59,17 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     if "://" in source or source.startswith(("huggingface.co/", "hf.co/")):
         raise UsageError(f"{source}: is a web address; give the id alone{_meant(source)}.")
     if on_hub:
-        return _download_gguf(on_hub, revision)
+        progress(0, 0, f"waiting for {host()}")
+        with asked_once():
+            return _download_gguf(on_hub, revision)
     if is_gguf(path):
         raise QprecError(f"{source}: no such file.")
     if _looks_local(source):
         expected = "give a checkpoint folder, a hub id (owner/name) or `demo`"
         raise QprecError(f"{source}: no such folder; {expected}{_meant(source)}")
-    return _download(source, revision)
+    progress(0, 0, f"waiting for {host()}")
+    with asked_once():
+        return _download(source, revision)
 
 
 def _meant(source: str) -> str:

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from qwen_precision.errors import QprecError, in_one_line
 from qwen_precision.model import (
     arranged,
+    asked_once,
     choose_device,
     choose_memory,
     download_bytes,
@@ -38,7 +39,8 @@ def dry_run(
         QprecError: as ``prepare`` does, for what is not about weights.
     """
     if not is_here(source, revision):
-        yield from _from_afar(source, settings, specs, revision)
+        with asked_once():
+            yield from _from_afar(source, settings, specs, revision)
         return
     job = prepare(source, settings, specs, revision)
     yield "download", "none: it is on this machine"

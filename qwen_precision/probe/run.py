@@ -99,13 +99,19 @@ def probe(
         QprecError: nothing could be measured. What dies later (Ctrl-C, memory, a broken shard) gives a Run
             with ``stopped`` set, holding all that was measured before.
     """
-    return measure(prepare(source, settings, specs, revision), progress, on_final)
+    return measure(prepare(source, settings, specs, revision, progress), progress, on_final)
 
 
-def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None = None) -> Job:
+def prepare(
+    source: str,
+    settings: ProbeSettings,
+    specs: Sequence[PromptSpec],
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Job:
     """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    folder, commit = locate(source, revision)
+    folder, commit = locate(source, revision, progress)
     checkpoint = open_checkpoint(folder, source, commit)
     with foreign_faults(folder):
         return _prepared(checkpoint, source, settings, specs)

@@ -169,8 +169,10 @@ class Exporter:
         """
         free = shutil.disk_usage(folder).free
         if free < self.bytes + _SPARE:
+            unit, size = ("GiB", 2**30) if self.bytes >= 2**30 else ("MiB", 2**20)
+            need = (self.bytes + _SPARE) / size
             raise QprecError(
-                f"--rescue-to: {self.bytes / 2**30:.1f} GiB are needed on this disk, {free / 2**30:.1f} GiB are free; "
+                f"--rescue-to: {need:.1f} {unit} are needed on this disk, {free / size:.1f} {unit} are free; "
                 "make room or choose another place."
             )
         try:

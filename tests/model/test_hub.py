@@ -13,7 +13,8 @@ from typing import ClassVar
 import pytest
 
 from qwen_precision.cli.app import main
-from qwen_precision.model.hub import download_bytes
+from qwen_precision.model.fetching import host
+from qwen_precision.model.hub import download_bytes, locate
 from support.checkpoints import DEMO
 from support.gguffiles import write_gguf
 
@@ -80,6 +81,14 @@ class Hub(BaseHTTPRequestHandler):
             self._send(200, LISTINGS[how].encode(), body)
         elif how.isdigit():
             self._send(int(how), b"no", body)
+        elif how == "long" and listing:
+            self._endless()
+        elif how == "round" and listing:
+            self._send(302, b"", body, {"Location": self.path})
+        elif how == "elsewhere" and listing:
+            self._send(302, b"", body, {"Location": "file:///etc/passwd"})
+        elif how == "moved" and weights:
+            self._send(302, b"", body, {"Location": self.path, "ETag": '"12345678"', "X-Repo-Commit": COMMIT})
         elif how == "endless" and weights and body:
             self._endless()
         elif how == "sizes" and weights:
@@ -121,7 +130,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def _file(self, folder: Path, name: str, body: bool) -> None:
         data = (folder / name).read_bytes() if (folder / name).is_file() else b"not asked for"
-        headers = {"ETag": f'"{hash(name) & 0xFFFFFFFF:08x}"', "X-Repo-Commit": COMMIT}
+        named = f"{hash(name) & 0xFFFFFFFF:08x}" * (8 if self.lie == "hash" else 1)
+        headers = {"ETag": f'"{named}"', "X-Repo-Commit": COMMIT}
         if body and self.cut_weights and name.endswith(".safetensors"):
             self._send(200, data, body, headers, cut=len(data) // 2)
         else:
@@ -250,6 +260,10 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: type[Hub], tmp_path: 
     ("how", "words"),
     [
         ("stall", "cannot be reached"),
+        ("long", "lists its files in more than 1 MiB"),
+        ("round", ""),
+        ("elsewhere", ""),
+        ("moved", ""),
         ("drip", "takes longer than"),
         ("reset", "cannot be reached"),
         *((name, "") for name in LISTINGS),
@@ -269,6 +283,7 @@ def test_a_hub_that_lies_or_stalls_gets_one_sentence_with_its_name(
     monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 3)))
     monkeypatch.setattr(fetching, "_ANSWER", 1.0)
     monkeypatch.setattr(fetching, "_LISTING", 2.0)
+    monkeypatch.setattr(fetching, "_MOST_LISTING", 1 << 20)
     hub.lie = how
     assert main(["probe", "owner/good", "--dtype", "bf16"]) == 3
     line = sentence(capsys)
@@ -280,6 +295,33 @@ def test_a_hub_that_lies_or_stalls_gets_one_sentence_with_its_name(
 def test_files_that_no_checkpoint_needs_are_not_asked_for(hub: type[Hub]) -> None:
     assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
     assert not [path for path in hub.requested if "another-" in path or "more-" in path]
+
+
+def test_a_hash_that_is_not_the_files_changes_nothing_of_what_is_measured(hub: type[Hub], tmp_path: Path) -> None:
+    hub.lie = "hash"
+    assert main(["probe", "owner/good", "--dtype", "fp16", "--no-explain"]) == 1
+    assert json.loads((tmp_path / "qprec-run.json").read_text())["model"]["revision"] == COMMIT
+
+
+@pytest.mark.parametrize(
+    "verb", [["probe", "--dtype", "bf16"], ["generate", "--dtype", "bf16"], ["probe", "--dry-run"]]
+)
+def test_the_hub_is_asked_for_its_list_once(verb: list[str], hub: type[Hub]) -> None:
+    assert main([*verb, "owner/good"]) == 0
+    assert sum(path.startswith("/api/") for path in hub.requested) == 1
+
+
+@pytest.mark.parametrize("source", ["owner/one", "owner/many/tiny-Q8_0.gguf"])
+@pytest.mark.parametrize("more", [["--dtype", "bf16"], ["--dry-run"]])
+def test_of_a_gguf_too_it_is_asked_for_its_list_once(ggufs: type[Hub], source: str, more: list[str]) -> None:
+    assert main(["probe", source, *more]) == 0
+    assert sum(path.startswith("/api/") for path in ggufs.requested) == 1
+
+
+def test_which_hub_is_waited_for_is_said_while_it_is(hub: type[Hub]) -> None:
+    told: list[str] = []
+    locate("owner/good", None, lambda done, total, what: told.append(f"{what}, {len(hub.requested)}"))
+    assert told == [f"waiting for {host()}, 0"] and "127.0.0.1" in host()
 
 
 def fetched(hub: type[Hub]) -> set[str]:
