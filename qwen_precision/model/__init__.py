@@ -35,6 +35,7 @@ from qwen_precision.model.skeleton import (
     path_of,
     run_layer,
 )
+from qwen_precision.model.stopwatch import Stopwatch
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore, read_tensor
 
@@ -47,6 +48,7 @@ __all__ = [
     "Models",
     "NoRoom",
     "Scratch",
+    "Stopwatch",
     "TensorInfo",
     "WeightCheck",
     "WeightStore",

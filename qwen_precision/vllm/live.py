@@ -143,6 +143,7 @@ class Live:
             weight_totals=[],
             scale_faults=[],
             seconds={},
+            logits=None,
             generation=None,
             rescue=None,
             explanation=None,

@@ -4,7 +4,8 @@ from typing import Any
 
 from qwen_precision.record.closeup import Closeup, Contribution, Massive, Operand, Source
 from qwen_precision.record.explanation import Control, ControlKind, Explanation, GreedyMatch, Sweep, Swept
-from qwen_precision.record.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
+from qwen_precision.record.generation import Continuation, Generation, Poison, SamplingError, Stretch, Trip
+from qwen_precision.record.logits import LogitsCost, Upcast
 from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
 from qwen_precision.settings.guards import GuardSettings
@@ -67,6 +68,45 @@ def an_event(site: int, **changes: Any) -> Event:
     )
 
 
+def an_upcast(**changes: Any) -> Upcast:
+    return Upcast(
+        **{
+            "tokens": 1,
+            "logprob_max": 0.0012,
+            "logprob_rms": 0.0012,
+            "loss": 2.3451,
+            "loss_in_dtype": 2.3438,
+            "bad": 0,
+            "zero": 0,
+            "rows": 2,
+            "mass_lost": 1.5e-5,
+            "ranks": 0,
+            "changed": 0,
+            "by_hand": -2.5e-4,
+            "by_hand_bad": 0,
+            "unshifted_bad": 2,
+            **changes,
+        }
+    )
+
+
+def a_cost(**changes: Any) -> LogitsCost:
+    """Of two tokens of Qwen3's vocabulary."""
+    return LogitsCost(
+        **{
+            "upcast": True,
+            "upcast_seconds": 0.0123,
+            "bytes": 607744,
+            "whole_prompt_bytes": 1215488,
+            "chunks": 1,
+            "steps": 3,
+            "vocabulary": 151936,
+            "held": 607744,
+            **changes,
+        }
+    )
+
+
 def a_pass(dtype: str, abs_max: list[float | None], events: list[Event] | None = None, **changes: Any) -> Pass:
     return Pass(
         **{
@@ -81,6 +121,7 @@ def a_pass(dtype: str, abs_max: list[float | None], events: list[Event] | None =
             "massive": [],
             "local_error": [],
             "logprob_error": [],
+            "upcast": [],
             **changes,
         }
     )
@@ -113,6 +154,7 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
             "weight_totals": [WeightTotals(dtype="fp16", elements=8_190_735_360, overflow=0, underflow=7, inexact=900)],
             "scale_faults": [],
             "seconds": {"read and cast": 1.5, "fp32": 6.0, "fp16": 4.0, "read": 2.25, "total": 12.5},
+            "logits": None,
             "generation": None,
             "rescue": None,
             "explanation": None,
@@ -325,6 +367,11 @@ def a_continuation(ids: list[int], tokens: list[str], **changes: Any) -> Continu
             "top1": [0.9] * count,
             "margin": [2.5] * count,
             "entropy": [0.4] * count,
+            "logprob": [-0.105] * count,
+            "logprob_error": [2.5e-5] * count,
+            "mass_lost": [1.5e-5] * count,
+            "ranks": [0] * count,
+            "changed": [0] * count,
             "finish": "eos",
             **changes,
         }
@@ -360,9 +407,7 @@ def a_generation(rows: list[Continuation], trips: list[Trip] | None = None, **ch
             "trips": trips or [],
             "error": None,
             "probe": None,
-            "logits": LogitsCost(
-                upcast=True, upcast_seconds=0.0123, bytes=607744, whole_prompt_bytes=1215488, chunks=1
-            ),
+            "logits": a_cost(held=303872),
             **changes,
         }
     )
