@@ -37,7 +37,7 @@ class Drawn:
     done: bool
     """Whether a stopping criterion is met with this token."""
     logprob: float = math.nan
-    """Of the token, in nats, before any filter; this and what follows is NaN where it was not watched or is not known."""
+    """Of the token, in nats, before any filter; this and what follows is NaN where nothing was watched."""
     rounded: tuple[float, float, float, float] = (math.nan,) * 4
     """What the dtype of the step makes of the softmax: error of that (nats), mass lost, changes of rank among the ten
     likeliest, whether the likeliest is another; NaN in float32."""
@@ -108,9 +108,7 @@ class Chooser:
         host = torch.stack(columns, dim=1).tolist()
         return longer, [_drawn(row) for row in host]
 
-    def _looked_at(
-        self, raw: Tensor, logs: Tensor | None, dtypes: Sequence[str]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _looked_at(self, raw: Tensor, logs: Tensor | None, dtypes: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Probability of the likeliest token, margin, entropy; the first is NaN for NaN, +inf, or all -inf.
 
         And what rounding does to the distributions: mass lost, changes of rank, whether the likeliest is another.

@@ -1,7 +1,6 @@
 """What is known of each row of a generation while it runs, on the host; and what the record gets of it."""
 
 import math
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,11 +90,6 @@ def continuation(state: RowState, given: str, trips: Sequence[Trip], tokenizer: 
         changed=counts(3),
         finish=state.finish or "interrupted",
     )
-
-
-def _is_known(drawn: Drawn) -> bool:
-    """Whether a step's softmax was looked at in its dtype; ranks of logits that are not finite mean nothing."""
-    return math.isfinite(drawn.rounded[1]) and math.isfinite(drawn.top1)
 
 
 def _is_known(drawn: Drawn) -> bool:

@@ -22,6 +22,7 @@ from qwen_precision.judge.findings import (
     rescue_exit_code,
 )
 from qwen_precision.judge.groups import Group, grouped
+from qwen_precision.judge.logits import Bought, Cost, Length, a_step, bought, cost, sized
 from qwen_precision.judge.meanings import CAUSES, Meaning
 from qwen_precision.judge.needs import (
     ANSWER,
@@ -44,14 +45,17 @@ __all__ = [
     "CHECKS",
     "FAR",
     "LOGITS",
+    "Bought",
     "Candidate",
     "Changes",
     "Columns",
+    "Cost",
     "EngineVerdict",
     "Finding",
     "Group",
     "Headroom",
     "HeadroomGain",
+    "Length",
     "Limits",
     "Meaning",
     "Needs",
@@ -60,13 +64,16 @@ __all__ = [
     "Report",
     "Subject",
     "Token",
+    "a_step",
     "answer_of",
     "asked",
     "at_the_end",
     "beyond",
+    "bought",
     "candidates",
     "changes",
     "closeup_of",
+    "cost",
     "exit_code_of",
     "grouped",
     "headroom_gains",
@@ -81,6 +88,7 @@ __all__ = [
     "rescue_exit_code",
     "run_up",
     "same_again",
+    "sized",
     "starts_at",
     "with_engines",
 ]

@@ -1,10 +1,10 @@
 """A softmax in a dtype against one in float32, on the very same logits.
 
-In the dtype means what the kernels of a graphics card do, and so the least error that any code in the dtype has: sums in
-float32, every result rounded once (torch's ``PersistentSoftmax.cuh`` and ``NLLLoss2d.cu`` with ``acc_type``). Its CPU
-kernels round in between, too: those of ``log_softmax`` the logarithm of the sum, those of ``nll_loss`` partial sums of the
-tokens. What is called by hand is ``exp(x - max)`` over its sum, every step a tensor of the dtype, as an export or a kernel
-without wider sums does it; there a sum of more than 65,504 equal logits is infinite in fp16.
+In the dtype means what the kernels of a graphics card do, and so the least error that any code in the dtype has: sums
+in float32, every result rounded once (torch's ``PersistentSoftmax.cuh`` and ``NLLLoss2d.cu``, with ``acc_type``). Its
+CPU kernels round in between, too: those of ``log_softmax`` the logarithm of the sum, those of ``nll_loss`` partial sums
+over the tokens. What is called by hand is ``exp(x - max)`` over its sum, every step a tensor of the dtype, as an export
+or a kernel without wider results has it; there the sum of more than 65,504 equal logits is infinite in fp16.
 """
 
 from typing import NamedTuple
@@ -27,8 +27,8 @@ def of_tokens(logprobs: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: in which a log-softmax would have given them.
 
     Returns:
-        ``[batch, 7]``: tokens that are finite in float32, of these the largest error and its root mean square (nats), the
-        cross-entropy (nats a token), that in the dtype, tokens that are infinite in the dtype, and those whose
+        ``[batch, 7]``: tokens that are finite in float32, of these the largest error and its root mean square (nats),
+        the cross-entropy (nats a token), that in the dtype, tokens that are infinite in the dtype, and those whose
         probability is zero. On the device, in the widest format that it has.
     """
     fine = real & torch.isfinite(logprobs)
@@ -62,8 +62,9 @@ class Rounded(NamedTuple):
 def rounded_chances(chances: Tensor, values: Tensor, ids: Tensor) -> Rounded:
     """What is left of distributions that were rounded to a dtype.
 
-    A token's rank is how many tokens are strictly likelier, so two that became equal share one. As rounding turns no order
-    round, only that changes ranks. The likeliest token is of equal ones that with the lowest id, as ``argmax`` takes it.
+    A token's rank is how many tokens are strictly likelier, so two that became equal share one. As rounding turns no
+    order round, only that changes ranks. Of equal ones the likeliest token is that with the lowest id, as ``argmax``
+    takes it.
 
     Args:
         chances: ``[positions, vocabulary]`` probabilities in the dtype.
@@ -85,9 +86,9 @@ def of_positions(logits: Tensor) -> Tensor:
     """What a softmax in the dtype of ``[positions, vocabulary]`` logits does to whole distributions.
 
     Returns:
-        ``[positions, 6]`` float32 on the device: whether it is finite in float32 (all else means nothing where it is not),
-        the mass that is lost, how many of the ten likeliest change rank, whether the first does, the mass that is lost by
-        hand, and whether exp of the largest logit overflows.
+        ``[positions, 6]`` float32 on the device: whether it is finite in float32 (all else means nothing where it is
+        not), the mass that is lost, how many of the ten likeliest change rank, whether the likeliest is another, the
+        mass that is lost by hand, and whether exp of the largest logit overflows.
     """
     top = logits.amax(dim=-1, keepdim=True)
     rounded = rounded_chances(torch.softmax(logits, dim=-1), *largest(logits))

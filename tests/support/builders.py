@@ -168,9 +168,23 @@ HEALTHY = [1.5, 20.0, 300.0, 410.0, 420.0, 31.0]
 
 
 def healthy_run(**changes: Any) -> Run:
-    fp16 = a_pass("fp16", HEALTHY, layer_error=[1e-4, 5e-4, 6e-4], kl=[2e-6])
-    bf16 = a_pass("bf16", HEALTHY, layer_error=[8e-4, 4e-3, 5e-3], kl=[1.5e-4], top1=[6])
-    return a_run([a_pass("fp32", HEALTHY), fp16, bf16], **changes)
+    fp16 = a_pass("fp16", HEALTHY, layer_error=[1e-4, 5e-4, 6e-4], kl=[2e-6], upcast=[an_upcast()])
+    coarse = an_upcast(logprob_max=0.0037, logprob_rms=0.0037, loss=2.3478, loss_in_dtype=2.34375, mass_lost=-0.0019)
+    bf16 = a_pass("bf16", HEALTHY, layer_error=[8e-4, 4e-3, 5e-3], kl=[1.5e-4], top1=[6], upcast=[coarse])
+    return a_run([a_pass("fp32", HEALTHY), fp16, bf16], **{"logits": a_cost(), **changes})
+
+
+def advised_run(**changes: Any) -> Run:
+    """A long prompt that is finite everywhere, and whose softmax wants float32."""
+    finite = {"layer_error": [8e-4, 4e-3, 5e-3], "kl": [1.5e-4]}
+    coarse = an_upcast(tokens=8191, logprob_max=0.0625, logprob_rms=0.018, loss=11.9372, loss_in_dtype=11.9375)
+    worse = coarse.model_copy(
+        update={"loss_in_dtype": 11.875, "mass_lost": -0.013, "rows": 8, "ranks": 3, "changed": 2}
+    )
+    flat = an_upcast(tokens=8191, zero=4, mass_lost=1.2e-3, rows=8, by_hand=None, by_hand_bad=8)
+    passes = [a_pass("fp32", HEALTHY), a_pass("fp16", HEALTHY, upcast=[flat], **finite)]
+    held = a_cost(bytes=607744, whole_prompt_bytes=607744 * 8192, chunks=5, held=1073584000)
+    return a_run([*passes, a_pass("bf16", HEALTHY, upcast=[worse], **finite)], **{"logits": held, **changes})
 
 
 def divergent_run(**changes: Any) -> Run:
@@ -482,6 +496,7 @@ def interrupted_text_run() -> Run:
 
 RUNS = {
     "healthy": healthy_run,
+    "advised": advised_run,
     "one-overflow": overflowing_run,
     "rescued": rescued_run,
     "explained": explained_run,
