@@ -93,5 +93,5 @@ def continuation(state: RowState, given: str, trips: Sequence[Trip], tokenizer: 
 
 
 def _is_known(drawn: Drawn) -> bool:
-    """Whether a step's softmax was looked at in its dtype; ranks of logits that are not finite mean nothing."""
-    return math.isfinite(drawn.rounded[1]) and math.isfinite(drawn.top1)
+    """Whether a step's softmax was looked at in its dtype, and was finite."""
+    return math.isfinite(drawn.rounded[1])

@@ -16,7 +16,7 @@ from qwen_precision.record import Run, Upcast
 from qwen_precision.torch_dtypes import torch_dtype
 from support.checkpoints import make_checkpoint
 from support.families import make_family
-from support.plants import one_channel
+from support.plants import one_channel, residual_add
 from support.runs import run_probe
 
 pytestmark = pytest.mark.arithmetic
@@ -131,6 +131,13 @@ def test_logits_that_only_a_softmax_in_fp16_overflows_on_are_counted_and_fail_no
     assert fp16.bad > 0 == bf16.bad and math.isinf(float(fp16.loss_in_dtype or 0)) and math.isfinite(fp16.loss or 0)
     assert fp16.unshifted_bad == fp16.rows and bf16.unshifted_bad == bf16.rows > 0
     assert not any(event.nan or event.inf for each in run.passes for event in each.events)
+
+
+def test_of_a_stream_that_was_replaced_nothing_is_told(tmp_path: Path) -> None:
+    run = run_probe(make_checkpoint(tmp_path, edit=residual_add), TEXTS[:1])
+    (failing,) = (each for each in run.passes if each.dtype == "fp16")
+    assert failing.reseeded and failing.upcast == [None]
+    assert of(run, "bf16")[0].rows > 1
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS])
