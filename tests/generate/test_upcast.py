@@ -51,7 +51,7 @@ def test_the_first_step_has_no_cache_and_says_exactly_what_plain_transformers_do
     off = logs[row.ids[0]].bfloat16().double() - logs[row.ids[0]]
     assert row.logprob_error[0] == pytest.approx(off.item(), abs=1e-5) and row.logprob_error[0] != 0
     lost = 1 - logs.exp().bfloat16().double().sum().item()
-    assert row.mass_lost[0] == pytest.approx(lost, abs=2e-5) and abs(lost) > 1e-4
+    assert row.mass_lost[0] == pytest.approx(lost, abs=2e-5) and abs(lost) > 5e-5
 
 
 def test_in_fp32_only_the_log_probability_is_told(healthy: Path) -> None:
