@@ -22,10 +22,9 @@ from qwen_precision.generate.recover import Recovery
 from qwen_precision.generate.repair import Repair, Step
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import RowState
-from qwen_precision.generate.stopwatch import Stopwatch
 from qwen_precision.generate.trips import Trips
 from qwen_precision.judge import at_the_end
-from qwen_precision.model import Lane, Models, decoding
+from qwen_precision.model import Lane, Models, Stopwatch, decoding
 from qwen_precision.progress import Progress
 from qwen_precision.record import FILTERED, LogitsCost, SamplingError, bad_trips, mended_steps
 from qwen_precision.settings import GuardSettings
@@ -99,7 +98,8 @@ class Session:
             state.moved(self._dtype)
         self.trips = Trips(self._guards.act)
         self.error: SamplingError | None = None
-        self._first: tuple[int, int] | None = None
+        self._first: tuple[int, int, int] | None = None
+        self._held = 0
         self._were_going: list[bool] = []
         self._eos = set(_listed(config.eos_token_id))
         self._watch = Stopwatch(ids.device)
@@ -123,13 +123,16 @@ class Session:
         """What the logits took so far; None before the first step. On a GPU this waits for it."""
         if self._first is None:
             return None
-        size, chunks = self._first
+        size, vocabulary, chunks = self._first
         return LogitsCost(
             upcast=self._guards.float32_logits.enabled,
             upcast_seconds=round(self._watch.seconds, 6),
             bytes=size,
             whole_prompt_bytes=size * self._prompt.shape[1],
             chunks=chunks,
+            steps=max(state.step for state in self.rows),
+            vocabulary=vocabulary,
+            held=self._held,
         )
 
     # -- one step ----------------------------------------------------------------------------------------------
@@ -139,14 +142,14 @@ class Session:
         self._progress(number, limit, f"token {number + 1} of at most {limit}")
         raw = self._logits(ids)
         dice = _dice(ids.device) if self.config.do_sample else None
-        longer, drawn = self._choose(ids, raw, self._going(ids))
+        longer, drawn = self._choose(ids, raw, self._going(ids), self._dtypes())
         step = Step(ids, raw, drawn, set(), {})
         while bad := [state for state in self._unfinished() if self._is_bad(step, state)]:
             if not self._mend(step, bad):
                 break
             if dice is not None:
                 _roll_back(dice, ids.device)
-            longer, step.drawn = self._choose(ids, step.raw, self._going(ids), step.forced)
+            longer, step.drawn = self._choose(ids, step.raw, self._going(ids), self._dtypes(), step.forced)
         if self.config.do_sample and self._refused(step):
             return longer
         for state in self._unfinished():
@@ -181,6 +184,10 @@ class Session:
     def _unfinished(self) -> list[RowState]:
         return [state for state in self.rows if state.finish is None]
 
+    def _dtypes(self) -> list[str]:
+        """Of each row, the dtype that it is computed in now."""
+        return [state.dtype for state in self.rows]
+
     def _going(self, ids: Tensor) -> Tensor:
         """``[batch]`` bool, rows that are not over; copied to the device only when that changes."""
         now = [state.finish is None for state in self.rows]
@@ -207,7 +214,9 @@ class Session:
         with self._watch:
             ready = [(lane, logits.to(torch.float32) if upcast else logits) for lane, logits in parts]
         if self._first is None:
-            self._first = ready[0][1].numel() * ready[0][1].element_size(), parts[0][0].chunks
+            first = ready[0][1]
+            self._first = first.numel() * first.element_size(), first.shape[-1], parts[0][0].chunks
+        self._held = max(self._held, *(lane.held for lane, _ in parts))
         if len(ready) == 1 and len(ready[0][0].rows) == len(self.rows):
             return ready[0][1]
         raw = ready[0][1].new_zeros((len(self.rows), ready[0][1].shape[-1]))

@@ -1,5 +1,6 @@
 """What is known of each row of a generation while it runs, on the host; and what the record gets of it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,12 @@ def continuation(state: RowState, given: str, trips: Sequence[Trip], tokenizer: 
     def column(value: Callable[[Drawn], float]) -> list[float | None]:
         return [rounded(value(each)) for each in state.drawn]
 
+    def known(value: Callable[[Drawn], float]) -> list[float | None]:
+        return [rounded(value(each)) if math.isfinite(value(each)) else None for each in state.drawn]
+
+    def counts(place: int) -> list[int | None]:
+        return [int(each.rounded[place]) if _is_known(each) else None for each in state.drawn]
+
     bad = [trip.step for trip in bad_trips(trips, state.row)]
     return Continuation(
         row=state.row,
@@ -76,5 +83,15 @@ def continuation(state: RowState, given: str, trips: Sequence[Trip], tokenizer: 
         top1=column(lambda each: each.top1),
         margin=column(lambda each: each.margin),
         entropy=column(lambda each: each.entropy),
+        logprob=known(lambda each: each.logprob),
+        logprob_error=known(lambda each: each.rounded[0]),
+        mass_lost=known(lambda each: each.rounded[1]),
+        ranks=counts(2),
+        changed=counts(3),
         finish=state.finish or "interrupted",
     )
+
+
+def _is_known(drawn: Drawn) -> bool:
+    """Whether a step's softmax was looked at in its dtype, and was finite."""
+    return math.isfinite(drawn.rounded[1])

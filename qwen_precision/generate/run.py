@@ -294,6 +294,7 @@ def _record(
         weight_totals=[],
         scale_faults=[],
         seconds={name: round(value, 3) for name, value in seconds.items()},
+        logits=None,
         generation=made,
         rescue=plan,
         explanation=None,

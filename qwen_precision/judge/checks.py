@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest
 from qwen_precision.judge import text
+from qwen_precision.judge.advice import advice
 from qwen_precision.judge.causes import advice_for, cause_of, reference_magnitude, weight_evidence
 from qwen_precision.judge.columns import Columns, Where, place_of, token_of
 from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
@@ -27,8 +28,9 @@ from qwen_precision.qwen3 import layer_of, row_of
 from qwen_precision.record import Event, Pass, Run, Weight
 from qwen_precision.settings import SEVERITIES
 
-Subject = Literal["prompt", "weights", "precision", "generation"]
-"""What a check is about: a pass over one prompt, the weights alone, a whole dtype against fp32, a generated text."""
+Subject = Literal["prompt", "weights", "precision", "logits", "generation"]
+"""What a check is about: a pass over one prompt, the weights alone, a whole dtype against fp32, the softmax of its
+logits, a generated text."""
 
 
 def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
@@ -382,6 +384,6 @@ CHECKS: dict[str, Check] = {
     "sampling-error": Check(text.sampling_error, ("sampling-error",), ("generation",)),
     "degenerate-text": Check(text.degenerate_text, ("degenerate-text",), ("generation",)),
     "masked-row": Check(text.masked_rows, ("masked-row",), ("generation",)),
-    "advice": Check(text.advice, ("advice",), ("generation",)),
+    "advice": Check(advice, ("advice",), ("logits", "generation")),
 }
 """A check is a row here: judging, the README and the cases of JUnit read it."""

@@ -1,4 +1,4 @@
-"""Judgement of a generation: bad logits, the sampling error, text that says nothing, pad rows, advice. Pure; no torch.
+"""Judgement of a generation: bad logits, the sampling error, text that says nothing, pad rows. Pure; no torch.
 
 Bad logits that a guard mended or recovered from are a warning: the text is what healthy logits support, but the dtype
 did fail. Left as they were, they are an error. A mere loop, with logits that were healthy, is told as an info.
@@ -259,14 +259,16 @@ def masked_rows(columns: Columns) -> Iterator[Finding]:
             )
 
 
-def advice(columns: Columns) -> Iterator[Finding]:
+def is_advised(run: Run) -> bool:
+    """Whether advice is wanted: a generation has a guard that can be switched off."""
+    return run.generation is None or _settings(run.generation).advice.enabled
+
+
+def bad_settings(columns: Columns) -> Iterator[Finding]:
     """Settings of a generation that are known to make it worse; never more than an info."""
     made = columns.run.generation
-    if made is None:
-        return
-    limits = _settings(made).advice
-    if limits.enabled:
-        for name, cause, remedy in _bad_settings(columns.run, made, limits):
+    if made is not None and is_advised(columns.run):
+        for name, cause, remedy in _bad_settings(columns.run, made, _settings(made).advice):
             yield _finding(columns.run, "advice", "info", columns.run.dtypes[0], cause, remedy, name=name, op="setting")
 
 

@@ -36,6 +36,7 @@ from qwen_precision.model.skeleton import (
     path_of,
     run_layer,
 )
+from qwen_precision.model.stopwatch import Stopwatch
 from qwen_precision.model.way import arranged, is_layerwise
 from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.model.weights import WeightStore, read_tensor
@@ -50,6 +51,7 @@ __all__ = [
     "NoRoom",
     "NotLayerwise",
     "Scratch",
+    "Stopwatch",
     "TensorInfo",
     "WeightCheck",
     "WeightStore",

@@ -85,6 +85,9 @@ class Lane:
         self._padded = not bool((self._mask == 1).all())
         self.cache: Any = DynamicCache(config=model.config)
         self.chunks = 0
+        self.held = 0
+        """Bytes of the largest tensor of logits that the model gave: of the last position, or of a whole chunk where it
+        cannot be asked for that alone."""
         self._told: set[int] = set()
         self._keep = only_the_last(model)
 
@@ -113,12 +116,13 @@ class Lane:
         """The logits after the last of these ids; the cache holds what was before them."""
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
         try:
-            last: Tensor = self._model(**given, use_cache=True, return_dict=True, **self._keep).logits[:, -1]
+            logits: Tensor = self._model(**given, use_cache=True, return_dict=True, **self._keep).logits
+            self.held = max(self.held, logits.numel() * logits.element_size())
         except Exception as error:  # whatever a family does that counts or keeps its cache another way
             if out_of_memory(error):
                 raise
             raise not_decoded(self._model, error) from error
-        return last
+        return logits[:, -1]
 
     def poisoned(self, row: int) -> Poison | None:
         """Where the row's cache is first not finite; None if it is finite, or that was told before: it stays bad."""

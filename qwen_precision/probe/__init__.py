@@ -8,6 +8,7 @@ from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.dryrun import dry_run
 from qwen_precision.probe.run import Job, encoded, job_for, measure, prepare, probe, vocabulary_rows
 from qwen_precision.probe.shadow import Shadow
+from qwen_precision.probe.softmax import largest, rounded_chances
 from qwen_precision.probe.task import Task
 from qwen_precision.probe.whole import forward
 
@@ -20,8 +21,10 @@ __all__ = [
     "encoded",
     "forward",
     "job_for",
+    "largest",
     "measure",
     "prepare",
     "probe",
+    "rounded_chances",
     "vocabulary_rows",
 ]

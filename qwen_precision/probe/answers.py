@@ -1,4 +1,5 @@
-"""What the logits of every stream say: the likeliest next tokens, and how far their distribution is from fp32's."""
+"""What the logits of every stream say: the likeliest next tokens, how far their distribution is from fp32's, and what a
+softmax in float32 is worth."""
 
 import math
 
@@ -9,6 +10,7 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.model import Encoded
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.logprobs import LogProbs
+from qwen_precision.probe.upcasts import Costs, Upcasts
 from qwen_precision.record import rounded
 from qwen_precision.torch_dtypes import widened
 
@@ -23,7 +25,7 @@ class Answers:
 
     def __init__(self, prompts: list[Encoded], collector: Collector) -> None:
         self._prompts, self._collector = prompts, collector
-        self._logprobs = LogProbs(prompts)
+        self._logprobs, self._upcasts, self._costs = LogProbs(prompts), Upcasts(prompts), Costs(prompts)
         self._best: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._last: dict[tuple[str, int], list[Tensor]] = {}
 
@@ -37,9 +39,11 @@ class Answers:
             start: first row of the vocabulary.
         """
         self._logprobs.add(key, logits, begin, start)
+        self._upcasts.add(key, logits, begin, start)
+        self._costs.saw(key, logits, begin)
         if begin + logits.shape[1] == self._prompts[key[1]].ids.shape[1]:
             self._best[key] = _better(self._best.get(key), logits[:, -1], start)
-            self._last.setdefault(key, []).append(logits[:, -1].float())
+            self._last.setdefault(key, []).append(self._costs.upcast(key, logits[:, -1]))
 
     def close(self) -> dict[tuple[str, int], Tensor]:
         """Write everything down; gives ``[batch, vocabulary]`` logits of the last position, by stream."""
@@ -52,6 +56,10 @@ class Answers:
         self._diverge(ends)
         for key, errors in self._logprobs.errors().items():
             self._collector.column(*key).logprob_error = errors
+        for key, rows in self._upcasts.close(self._logprobs).items():
+            self._collector.column(*key).upcast = rows
+        if ends:
+            self._collector.logits = self._costs.close(next(iter(ends.values())).shape[-1])
         return ends
 
     def _diverge(self, last: dict[tuple[str, int], Tensor]) -> None:

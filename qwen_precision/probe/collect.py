@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.qwen3 import layer_of
-from qwen_precision.record import Event, Massive, Pass, Reseed, Site, rounded
+from qwen_precision.record import Event, LogitsCost, Massive, Pass, Reseed, Site, Upcast, rounded
 from qwen_precision.torch_dtypes import short_name
 from qwen_precision.watcher import Located, Reading
 
@@ -23,6 +23,7 @@ class _Column:
     massive: list[Massive] = field(default_factory=list)
     local_error: list[float | None] = field(default_factory=list)
     logprob_error: list[float | None] = field(default_factory=list)
+    upcast: list[Upcast | None] = field(default_factory=list)
     parts: int = 0
 
 
@@ -35,6 +36,8 @@ class Collector:
         self.casts: dict[int, int] = {}
         self.unsteady: set[str] = set()
         """Dtypes in which a part that was run again did something else."""
+        self.logits: LogitsCost | None = None
+        """What the logits took; None until all are there."""
         self._columns: dict[tuple[str, int], _Column] = {}
 
     def column(self, dtype: str, prompt: int) -> _Column:
@@ -90,6 +93,7 @@ class Collector:
                 massive=column.massive,
                 local_error=column.local_error,
                 logprob_error=column.logprob_error,
+                upcast=column.upcast,
             )
             for (dtype, prompt), column in self._columns.items()
         ]

@@ -52,13 +52,17 @@ class LogProbs:
             held = self._chosen[key][:, place.start : place.start + width]
             held.copy_(torch.where(here, found, held))
 
+    def of(self, key: tuple[str, int]) -> Tensor:
+        """``[batch, tokens]`` float32: at each token the log-probability of the next one, in nats; NaN at the last."""
+        return self._chosen[key] - self._total[key]
+
     def errors(self) -> dict[tuple[str, int], list[float | None]]:
         """By stream and row: root mean square difference from the reference, in nats; None where not finite."""
         found = {}
         for dtype, prompt in self._total:
             if dtype == REFERENCE or (REFERENCE, prompt) not in self._total:
                 continue
-            ours, wanted = (self._chosen[k] - self._total[k] for k in ((dtype, prompt), (REFERENCE, prompt)))
+            ours, wanted = (self.of(key) for key in ((dtype, prompt), (REFERENCE, prompt)))
             mask = self._prompts[prompt].mask.bool()
             both = mask[:, :-1] & mask[:, 1:]
             square = torch.where(both, widened((ours - wanted)[:, :-1]).square(), 0.0)

@@ -314,6 +314,7 @@ def _record(job: Job, stopped: str | None) -> Run:
         weight_totals=job.check.totals(),
         scale_faults=job.check.scale_faults(),
         seconds={name: round(value, 3) for name, value in job.seconds.items()},
+        logits=job.collector.logits,
         generation=None,
         rescue=None,
         explanation=None,

@@ -309,6 +309,6 @@ class Shadow:
             column = self.collector.column(name, prompt)
             for row in stream.reseeded_rows & set(range(len(column.top1))):
                 column.top1[row] = None  # what follows a re-seeded stream is not what this dtype would print
-                for measured in (column.kl, column.logprob_error):
+                for measured in (column.kl, column.logprob_error, column.upcast):
                     if row < len(measured):
                         measured[row] = None

@@ -25,7 +25,6 @@ from qwen_precision.record.generation import (
     Finish,
     Generation,
     Kind,
-    LogitsCost,
     Poison,
     ProbeSummary,
     SamplingError,
@@ -35,6 +34,7 @@ from qwen_precision.record.generation import (
     failing_step,
     mended_steps,
 )
+from qwen_precision.record.logits import LogitsCost, Upcast
 from qwen_precision.record.parts import Site, in_words, rounded
 from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import (
@@ -100,6 +100,7 @@ __all__ = [
     "Sweep",
     "Swept",
     "Trip",
+    "Upcast",
     "Weight",
     "WeightFile",
     "WeightTotals",

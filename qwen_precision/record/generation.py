@@ -1,13 +1,14 @@
 """What a generation leaves in the record: tokens, what the logits were like at each step, and every intervention.
 
 Columns only, as everywhere in the record. Steps count generated tokens from 0; rows index the one prompt of the
-run. A column (``top1``, ``margin``, ``entropy``) has one number a step, null where nothing was watched.
+run. A column (``top1``, ``margin``, ``entropy``, …) has one number a step, null where nothing was watched.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
+from qwen_precision.record.logits import LogitsCost
 from qwen_precision.record.parts import Count, Many, Number, Part
 
 BadKind = Literal["wholly bad", "partly bad", "flat", "all filtered", "overflowed"]
@@ -126,6 +127,16 @@ class Continuation(Part):
     """Logit of the likeliest token minus that of the second: the natural logarithm of their odds."""
     entropy: Many[Number | None]
     """In nats, before any filter."""
+    logprob: Many[Number | None]
+    """Log-probability of the token that was chosen, in nats, before any filter and by a softmax in float32."""
+    logprob_error: Many[Number | None]
+    """What it is more than that, rounded to the dtype of the step; this and what follows is null in float32."""
+    mass_lost: Many[Number | None]
+    """1 less the sum of all probabilities, each rounded to the dtype of the step."""
+    ranks: Many[int | None]
+    """Of the ten likeliest tokens, those that have then another number of strictly likelier ones."""
+    changed: Many[int | None]
+    """1 where the likeliest token (of equal ones the lowest id) is then another, else 0."""
     finish: Finish
 
 
@@ -135,19 +146,6 @@ class SamplingError(Part):
     step: Count
     rows: Many[int]
     message: str
-
-
-class LogitsCost(Part):
-    """What the logits took, and what they would take if the whole prompt's were materialised."""
-
-    upcast: bool
-    upcast_seconds: Number
-    bytes: Count
-    """``[batch, 1, vocabulary]`` as it was computed with."""
-    whole_prompt_bytes: Count
-    """``[batch, prompt, vocabulary]`` in the same format."""
-    chunks: Count
-    """Pieces that the prompt was prefilled in."""
 
 
 class ProbeSummary(Part):

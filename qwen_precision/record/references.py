@@ -87,8 +87,9 @@ def _generation(run: Run) -> Iterator[str]:
         return
     rows = len(run.prompts[0].rows) if run.prompts else 0
     for number, each in enumerate(made.rows):
-        columns = (each.tokens, each.top1, each.margin, each.entropy)
-        if not 0 <= each.row < rows or any(len(column) != len(each.ids) for column in columns):
+        numbers = (each.top1, each.margin, each.entropy, each.logprob, each.logprob_error, each.mass_lost)
+        lengths = {len(each.tokens), *map(len, numbers), len(each.ranks), len(each.changed)}
+        if not 0 <= each.row < rows or lengths != {len(each.ids)}:
             yield f"generation.rows.{number}"
         if any(stretch.dtype not in run.dtypes for stretch in each.stretches):
             yield f"generation.rows.{number}.stretches"

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field
 from qwen_precision.record.closeup import Closeup, Massive
 from qwen_precision.record.explanation import Explanation, Sweep
 from qwen_precision.record.generation import Generation
+from qwen_precision.record.logits import LogitsCost, Upcast
 from qwen_precision.record.parts import Column, Count, Many, Number, Part, Site
 from qwen_precision.record.rescue import Rescue
 
@@ -168,6 +169,9 @@ class Pass(Part):
     reference's, each token given those before it."""
     kl: Many[Number | None]
     """Of each row, the Kullback-Leibler divergence (nats) of the next token's distribution from the reference's."""
+    upcast: Many[Upcast | None]
+    """Of each row, what its softmax is worth in float32; null where the stream was not the dtype's own, empty in
+    float32 itself, without logits, and in older records."""
 
     @property
     def failed(self) -> bool:
@@ -283,6 +287,8 @@ class Run(Part):
     """Of quantised weights; empty where all scales are sound, and where nothing is quantised."""
     seconds: dict[str, float]
     """Wall time by part: reading, arithmetic of each dtype, everything."""
+    logits: LogitsCost | None
+    """What the logits of a probe took; null without any, and in a generation, which has its own."""
     generation: Generation | None
     """What was generated; null in a probe."""
     rescue: Rescue | None

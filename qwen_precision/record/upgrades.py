@@ -44,13 +44,16 @@ def _not_rescaled(row: Any) -> Any:
 def _harm_came_in(data: Record) -> Record:
     """Schema 4 holds whether an overflow made a difference, an extreme element in exact arithmetic, where a control
     failed, steps of a generation that are made again, what is wrong with the scales of quantised weights, which files
-    the weights were in, whether its texts were taken out, and whether q and k of a rescaled model have norms."""
+    the weights were in, whether its texts were taken out, whether q and k of a rescaled model have norms, and what the
+    softmax is worth in float32."""
     data = {
         **data,
         "scale_faults": [],
         "redacted": _looks_redacted(data.get("prompts")),
         "model": _with(data.get("model"), files=[]),
         "rescue": _with_qk_norm(data.get("rescue")),
+        "generation": _not_upcast(data.get("generation")),
+        "logits": None,
     }
     prompts, passes, why = data.get("prompts"), data.get("passes"), data.get("explanation")
     if isinstance(prompts, list):
@@ -59,7 +62,21 @@ def _harm_came_in(data: Record) -> Record:
         data = {**data, "explanation": {**why, "controls": [_with(each, began=None) for each in why["controls"]]}}
     if not isinstance(passes, list):
         return data
-    return {**data, "passes": [_events(each, _with_harm) for each in passes]}
+    return {**data, "passes": [_with(_events(each, _with_harm), upcast=[]) for each in passes]}
+
+
+def _not_upcast(made: Any) -> Any:
+    """A generation in which nobody looked at what a softmax in float32 is worth."""
+    if not isinstance(made, dict):
+        return made
+    rows = [_with(row, **_unknown(row)) for row in _list(made.get("rows"))]
+    cost = _with(made.get("logits"), steps=None, vocabulary=None, held=None)
+    return {**made, "rows": rows if isinstance(made.get("rows"), list) else made.get("rows"), "logits": cost}
+
+
+def _unknown(row: Any) -> Record:
+    steps = len(_list(row.get("ids"))) if isinstance(row, dict) else 0
+    return {name: [None] * steps for name in ("logprob", "logprob_error", "mass_lost", "ranks", "changed")}
 
 
 def _with_qk_norm(rescue: Any) -> Any:

@@ -7,7 +7,7 @@ from qwen_precision.judge import Group, HeadroomGain, Precision, Report, grouped
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
-from qwen_precision.render.words import engines, why
+from qwen_precision.render.words import engines, logits, why
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words.answer import Answer, answer
 from qwen_precision.render.words.changes import change_lines
@@ -76,7 +76,7 @@ def render_html(view: View) -> str:
         lstrip_blocks=True,
     )
     words = {"not_seen": not_seen, "facts": facts, "why": why, "went": went, "time_words": time_words}
-    engine.globals.update(**words, engines=engines, counted=COUNTED)
+    engine.globals.update(**words, engines=engines, logits=logits, counted=COUNTED)
     engine.filters.update(
         inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room, count=count
     )

@@ -7,10 +7,13 @@ from typing import Any
 
 from qwen_precision.judge import (
     Changes,
+    Cost,
     EngineVerdict,
     Finding,
     Report,
+    bought,
     closeup_of,
+    cost,
     headroom_gains,
     massive_channels,
     precision,
@@ -52,6 +55,7 @@ def _report(report: Report) -> dict[str, Any]:
         "model": report.run.model.model_dump(),
         "findings": [_finding(report, finding) for finding in report.findings],
         **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),
+        **_logits(report),
         **_why(report),
         **_computed(report.run),
         **({"engines": [_engine(each) for each in report.engines]} if report.engines else {}),
@@ -90,6 +94,24 @@ def _engine(each: EngineVerdict) -> dict[str, Any]:
         "missing": each.missing,
         "rule": each.rule.model_dump() if each.rule is not None else None,
     }
+
+
+def _logits(report: Report) -> dict[str, Any]:
+    """What a softmax in float32 is worth by dtype, and bytes of logits by length; nothing where none were seen."""
+    found, taken = bought(report.run), cost(report.run)
+    if not found and taken is None:
+        return {}
+    return {
+        "logits": {
+            "upcast": {dtype: {**asdict(each), "loss_error": each.loss_error} for dtype, each in found.items()},
+            "cost": _cost(taken) if taken is not None else None,
+        }
+    }
+
+
+def _cost(taken: Cost) -> dict[str, Any]:
+    told = {name: getattr(taken, name) for name in ("vocabulary", "dtype", "held", "pieces", "seconds")}
+    return {**told, "lengths": [each._asdict() for each in taken.lengths]}
 
 
 def _why(report: Report) -> dict[str, Any]:

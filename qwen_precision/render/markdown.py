@@ -7,7 +7,7 @@ issue link.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
@@ -16,7 +16,7 @@ from qwen_precision.qwen3 import name_of
 from qwen_precision.render.repro.script import render_repro
 from qwen_precision.render.text import count, number, ranges, room, safe
 from qwen_precision.render.view import View, one
-from qwen_precision.render.words import engines, why
+from qwen_precision.render.words import engines, logits, why
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
@@ -98,6 +98,7 @@ def _sections(report: Report) -> Iterator[_Section]:
         (78, "control runs", _folded("Control runs", _controls(report))),
         (75, "triggers", _folded("Triggers", _triggers(report))),
         (65, "precision", _folded("Precision against fp32", _precision(report))),
+        (62, "logits", _folded("Float32 logits: what they buy, what they cost", _logits(report))),
         (40, "headroom", _folded("Headroom, tightest operation of each layer", _headroom(report))),
         (50, "prompts", _folded("Prompts and token ids", _prompts(report))),
         (45, "choices", _folded("Choices and weight files", _choices(report))),
@@ -307,6 +308,26 @@ def _precision(report: Report) -> str:
     head += "log-probability error |\n|---|---|---|---|---|\n"
     closer = why.nearer(report)
     return head + "\n".join([*rows, *(["", escaped(closer)] if closer else [])]) if rows else ""
+
+
+def _logits(report: Report) -> str:
+    """What a softmax in float32 is worth, and what logits take."""
+    parts = ["\n".join(f"- {escaped(line, 600)}" for line in logits.saved(report))]
+    rows = logits.rows(report)
+    if rows:
+        parts.append(_table(list(logits.COLUMNS), rows))
+    lengths = logits.lengths(report)
+    if lengths:
+        parts.append(_table(["logits of", "float32", logits.narrow(report), "(log scale)"], lengths))
+    parts.append("\n".join(escaped(line, 600) for line in logits.notes(report)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(head: list[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(each if each == "---" else escaped(each) for each in line) + " |" for line in lines
+    )
 
 
 def _rescue(report: Report) -> str:

@@ -1,4 +1,5 @@
-"""Pictures of a report: largest magnitude by layer, and by operation, error by layer, entropy and margin by step.
+"""Pictures of a report: largest magnitude by layer, and by operation, error by layer, entropy and margin by step,
+bytes of logits by length.
 
 SVG for the HTML page (its text takes the page's colour), SVG and PNG by themselves. Matplotlib is imported when a
 picture is drawn, so that a table costs nothing. The same report gives the same bytes.
@@ -10,7 +11,7 @@ import math
 from typing import Any
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge import Report, precision
+from qwen_precision.judge import Cost, Report, cost, precision, sized
 from qwen_precision.qwen3 import name_of
 from qwen_precision.record import Generation
 from qwen_precision.render import canvas as on
@@ -56,6 +57,11 @@ def pictures(report: Report) -> list[tuple[str, str]]:
             error_growth(report),
         ),
         ("Entropy and margin by step; a cross above marks logits that could not be used.", steps(report)),
+        (
+            "Bytes of logits by length of the prompt: of all its positions, as a forward gives them unasked, and of "
+            "the last alone. A ring is this run's prompt, a square what was held at once.",
+            logits_by_length(report),
+        ),
     ]
     texts = [(caption, on.as_svg(made)) for caption, made in drawn if made is not None]
     return [(caption, text[text.index("<svg") :]) for caption, text in texts]
@@ -177,6 +183,47 @@ def _unusable(drawn: Canvas, axes: Any, made: Generation) -> None:
 
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def logits_by_length(report: Report) -> Canvas | None:
+    """Bytes of logits over tokens, in float32, in the narrowest dtype, and of the last position alone."""
+    taken = cost(report.run)
+    if taken is None:
+        return None
+    drawn = on.canvas()
+    (axes,) = drawn.axes
+    ends = [1, taken.longer[-1].tokens]
+    lines = [("float32", on.DTYPES_IN["fp32"], taken.longer[0].float32 / taken.longer[0].tokens)]
+    if taken.dtype != "fp32":
+        lines.append((taken.dtype, on.DTYPES_IN[taken.dtype], taken.longer[0].narrow / taken.longer[0].tokens))
+    for name, colour, each in lines:
+        axes.plot(ends, [each * end for end in ends], color=colour, label=f"all positions, {name}")
+    axes.plot(ends, [lines[0][2]] * 2, color=on.QUIET, linestyle="--", label="last position, float32")
+    for length in taken.longer:
+        drawn.point(axes, length.tokens, length.float32, f"{length.name}: {sized(length.float32)} in float32")
+        drawn.point(axes, length.tokens, length.narrow, f"{length.name}: {sized(length.narrow)} in {taken.dtype}")
+    _our_own(drawn, axes, taken)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = [10.0**power for power in range(3, 13, 3)]
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    axes.yaxis.set_major_formatter(lambda value, _: sized(int(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    on.label(axes, "tokens of the prompt (log scale)", "bytes of logits (log scale)")
+    axes.legend(frameon=False, labelcolor=on.GREY)
+    return drawn
+
+
+def _our_own(drawn: Canvas, axes: Any, taken: Cost) -> None:
+    """Where the run's own prompt is, with all rows of its batch, and what was held of it."""
+    whole = taken.whole
+    tokens = whole.rows * whole.tokens
+    axes.plot([tokens], [whole.float32], marker="o", ms=9, mfc="none", color=on.DTYPES_IN["fp32"], linestyle="")
+    drawn.point(axes, tokens, whole.float32, f"this prompt, {tokens:,} tokens: {sized(whole.float32)} in float32")
+    if taken.held is not None:
+        axes.plot([tokens], [taken.held], marker="s", ms=6, mfc="none", color=on.QUIET, linestyle="")
+        drawn.point(axes, tokens, taken.held, f"held at once here: {sized(taken.held)}")
 
 
 def _empty() -> Canvas:

@@ -98,6 +98,7 @@ def report_schema() -> dict[str, Any]:
         "model": {"type": "object"},
         "findings": {"type": "array", "items": {"$ref": "#/$defs/finding"}},
         "precision": {"type": "object"},
+        "logits": {"type": "object", "required": ["upcast", "cost"]},
         "massive": {"type": "array"},
         "explanation": {"type": "object", "required": ["budget", "controls", "left_out", "hashes", "continuations"]},
         "arithmetic": {"enum": list(ARITHMETIC[1:])},

@@ -35,7 +35,7 @@ class _Block(NamedTuple):
 
 
 _WORTH = {"Starts": 90, "Where": 90, "Why": 80, "Also": 60, "Done": 55, "Tried": 45, "Not it": 35, "More": 65, "or": 25}
-_WORTH |= {"Share": 30, "Rescued": 85, "Note": 46, "Rescue": 85, "Go on": 50, "Engine": 88, "Engines": 48}
+_WORTH |= {"Share": 30, "Rescued": 85, "Note": 46, "Rescue": 85, "Go on": 50, "Engine": 88, "Engines": 48, "Logits": 20}
 """Of a fact or a step, by its label; 75 for any other. What hangs below one is worth as much."""
 _ROOM = 40
 

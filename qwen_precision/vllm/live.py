@@ -151,6 +151,7 @@ class Live:
             weight_totals=[],
             scale_faults=[],
             seconds={},
+            logits=None,
             generation=None,
             rescue=None,
             explanation=None,

@@ -131,6 +131,7 @@ class Trips:
             weight_totals=[],
             scale_faults=[],
             seconds={},
+            logits=None,
             generation=self._generation(),
             rescue=None,
             explanation=None,
@@ -166,6 +167,11 @@ class Trips:
             top1=unknown,
             margin=unknown,
             entropy=unknown,
+            logprob=unknown,
+            logprob_error=unknown,
+            mass_lost=unknown,
+            ranks=[None] * len(ids),
+            changed=[None] * len(ids),
             finish="interrupted",  # it went on, and nothing more of it was kept
         )
 

@@ -5,16 +5,15 @@ from typing import Any
 import pytest
 
 from qwen_precision.judge.nextcommand import _LONGEST_PROMPT, next_probe
-from qwen_precision.record.generation import LogitsCost
 from qwen_precision.record.run import Prompt
-from support.builders import a_continuation, a_generation, a_prompt, a_trip, generated
+from support.builders import a_continuation, a_cost, a_generation, a_prompt, a_trip, generated
 
 
 def read_from(
     text: str = "Hello there", given: str | None = None, rows: int = 1, row: int = 0, step: int = 0, chunks: int = 1
 ) -> str:
     """The option by which the probe of a row that failed at a step is given its prompt."""
-    cost = LogitsCost(upcast=True, upcast_seconds=0.01, bytes=1, whole_prompt_bytes=1, chunks=chunks)
+    cost = a_cost(chunks=chunks)
     failed = a_continuation([9707], ["!"], input=text, row=row)
     made = a_generation([failed], [a_trip(step, row=row)], logits=cost)
     prompt = Prompt(name="prompt", rows=[a_prompt(text=given or text).rows[0]] * rows, failed=None)

@@ -4,7 +4,8 @@ from typing import Any
 
 from qwen_precision.record.closeup import Closeup, Contribution, Massive, Operand, Source
 from qwen_precision.record.explanation import Control, ControlKind, Explanation, GreedyMatch, Sweep, Swept
-from qwen_precision.record.generation import Continuation, Generation, LogitsCost, Poison, SamplingError, Stretch, Trip
+from qwen_precision.record.generation import Continuation, Generation, Poison, SamplingError, Stretch, Trip
+from qwen_precision.record.logits import LogitsCost, Upcast
 from qwen_precision.record.rescue import Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import Choice, Event, Model, Pass, Prompt, Row, Run, Site, WeightTotals
 from qwen_precision.settings.guards import GuardSettings
@@ -67,6 +68,45 @@ def an_event(site: int, **changes: Any) -> Event:
     )
 
 
+def an_upcast(**changes: Any) -> Upcast:
+    return Upcast(
+        **{
+            "tokens": 1,
+            "logprob_max": 0.0012,
+            "logprob_rms": 0.0012,
+            "loss": 2.3451,
+            "loss_in_dtype": 2.3438,
+            "bad": 0,
+            "zero": 0,
+            "rows": 2,
+            "mass_lost": 1.5e-5,
+            "ranks": 0,
+            "changed": 0,
+            "by_hand": -2.5e-4,
+            "by_hand_bad": 0,
+            "unshifted_bad": 2,
+            **changes,
+        }
+    )
+
+
+def a_cost(**changes: Any) -> LogitsCost:
+    """Of two tokens of Qwen3's vocabulary."""
+    return LogitsCost(
+        **{
+            "upcast": True,
+            "upcast_seconds": 0.0123,
+            "bytes": 607744,
+            "whole_prompt_bytes": 1215488,
+            "chunks": 1,
+            "steps": 3,
+            "vocabulary": 151936,
+            "held": 607744,
+            **changes,
+        }
+    )
+
+
 def a_pass(dtype: str, abs_max: list[float | None], events: list[Event] | None = None, **changes: Any) -> Pass:
     return Pass(
         **{
@@ -81,6 +121,7 @@ def a_pass(dtype: str, abs_max: list[float | None], events: list[Event] | None =
             "massive": [],
             "local_error": [],
             "logprob_error": [],
+            "upcast": [],
             **changes,
         }
     )
@@ -113,6 +154,7 @@ def a_run(passes: list[Pass], **changes: Any) -> Run:
             "weight_totals": [WeightTotals(dtype="fp16", elements=8_190_735_360, overflow=0, underflow=7, inexact=900)],
             "scale_faults": [],
             "seconds": {"read and cast": 1.5, "fp32": 6.0, "fp16": 4.0, "read": 2.25, "total": 12.5},
+            "logits": None,
             "generation": None,
             "rescue": None,
             "explanation": None,
@@ -126,9 +168,23 @@ HEALTHY = [1.5, 20.0, 300.0, 410.0, 420.0, 31.0]
 
 
 def healthy_run(**changes: Any) -> Run:
-    fp16 = a_pass("fp16", HEALTHY, layer_error=[1e-4, 5e-4, 6e-4], kl=[2e-6])
-    bf16 = a_pass("bf16", HEALTHY, layer_error=[8e-4, 4e-3, 5e-3], kl=[1.5e-4], top1=[6])
-    return a_run([a_pass("fp32", HEALTHY), fp16, bf16], **changes)
+    fp16 = a_pass("fp16", HEALTHY, layer_error=[1e-4, 5e-4, 6e-4], kl=[2e-6], upcast=[an_upcast()])
+    coarse = an_upcast(logprob_max=0.0037, logprob_rms=0.0037, loss=2.3478, loss_in_dtype=2.34375, mass_lost=-0.0019)
+    bf16 = a_pass("bf16", HEALTHY, layer_error=[8e-4, 4e-3, 5e-3], kl=[1.5e-4], top1=[6], upcast=[coarse])
+    return a_run([a_pass("fp32", HEALTHY), fp16, bf16], **{"logits": a_cost(), **changes})
+
+
+def advised_run(**changes: Any) -> Run:
+    """A long prompt that is finite everywhere, and whose softmax wants float32."""
+    finite = {"layer_error": [8e-4, 4e-3, 5e-3], "kl": [1.5e-4]}
+    coarse = an_upcast(tokens=8191, logprob_max=0.0625, logprob_rms=0.018, loss=11.9372, loss_in_dtype=11.9375)
+    worse = coarse.model_copy(
+        update={"loss_in_dtype": 11.875, "mass_lost": -0.013, "rows": 8, "ranks": 3, "changed": 2}
+    )
+    flat = an_upcast(tokens=8191, zero=4, mass_lost=1.2e-3, rows=8, by_hand=None, by_hand_bad=8)
+    passes = [a_pass("fp32", HEALTHY), a_pass("fp16", HEALTHY, upcast=[flat], **finite)]
+    held = a_cost(bytes=607744, whole_prompt_bytes=607744 * 8192, chunks=5, held=1073584000)
+    return a_run([*passes, a_pass("bf16", HEALTHY, upcast=[worse], **finite)], **{"logits": held, **changes})
 
 
 def divergent_run(**changes: Any) -> Run:
@@ -325,6 +381,11 @@ def a_continuation(ids: list[int], tokens: list[str], **changes: Any) -> Continu
             "top1": [0.9] * count,
             "margin": [2.5] * count,
             "entropy": [0.4] * count,
+            "logprob": [-0.105] * count,
+            "logprob_error": [2.5e-5] * count,
+            "mass_lost": [1.5e-5] * count,
+            "ranks": [0] * count,
+            "changed": [0] * count,
             "finish": "eos",
             **changes,
         }
@@ -360,9 +421,7 @@ def a_generation(rows: list[Continuation], trips: list[Trip] | None = None, **ch
             "trips": trips or [],
             "error": None,
             "probe": None,
-            "logits": LogitsCost(
-                upcast=True, upcast_seconds=0.0123, bytes=607744, whole_prompt_bytes=1215488, chunks=1
-            ),
+            "logits": a_cost(held=303872),
             **changes,
         }
     )
@@ -437,6 +496,7 @@ def interrupted_text_run() -> Run:
 
 RUNS = {
     "healthy": healthy_run,
+    "advised": advised_run,
     "one-overflow": overflowing_run,
     "rescued": rescued_run,
     "explained": explained_run,

@@ -61,6 +61,8 @@ def store(name: str, run: Run) -> None:
     if run.generation is not None and run.generation.logits is not None:
         timeless = run.generation.logits.model_copy(update={"upcast_seconds": 0.0})
         changes["generation"] = run.generation.model_copy(update={"logits": timeless})
+    if run.logits is not None:
+        changes["logits"] = run.logits.model_copy(update={"upcast_seconds": 0.0})
     save(run.model_copy(update=changes), stored(name))
 
 

@@ -58,7 +58,7 @@ def _how(row: Continuation) -> str:
 
 
 def trips(made: Generation) -> Iterator[RenderableType]:
-    """What the guards saw and did, in order; and what the logits took."""
+    """What the guards saw and did, in order."""
     if made.trips:
         yield Text("\nTrips", style="bold")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -82,14 +82,6 @@ def trips(made: Generation) -> Iterator[RenderableType]:
         rest = len(made.trips) - min(len(shown), _TRIPS)
         if rest > 0:
             yield Text(f"… and {count(rest, 'more trip')}: {_by_guard(made.trips)} in all.", style="dim")
-    cost = made.logits
-    if cost is not None:
-        yield Text(
-            f"\nLogits: {_bytes(cost.bytes)} a step{' in float32' if cost.upcast else ''}, upcasting took "
-            f"{cost.upcast_seconds * 1e3:.3g} ms in all; the whole prompt's would have been "
-            f"{_bytes(cost.whole_prompt_bytes)}. Prompt prefilled in {count(cost.chunks, 'chunk')}.",
-            style="dim",
-        )
 
 
 def _worth_showing(all_of_them: list[Trip]) -> list[Trip]:
@@ -109,10 +101,3 @@ def _by_guard(all_of_them: list[Trip]) -> str:
     for trip in all_of_them:
         counts[trip.guard] = counts.get(trip.guard, 0) + 1
     return ", ".join(f"{safe(name)} {number_:,}" for name, number_ in counts.items())
-
-
-def _bytes(value: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value} bytes"

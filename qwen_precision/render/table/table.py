@@ -20,6 +20,7 @@ from qwen_precision.record import Run
 from qwen_precision.render.console import VERDICT, printed, room_style
 from qwen_precision.render.table.engines import engine_parts
 from qwen_precision.render.table.generation import summary, texts, trips
+from qwen_precision.render.table.logits import logits_parts
 from qwen_precision.render.table.precision import precision_parts
 from qwen_precision.render.table.rescue import rescue_parts
 from qwen_precision.render.table.why import why_parts
@@ -93,6 +94,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield from engine_parts(report)
     yield from rescue_parts(report)
     yield from precision_parts(report)
+    yield from logits_parts(report)
     yield from why_parts(report)
     yield from _weights(report)
     for line in (*not_seen(report), COUNTED):

@@ -12,7 +12,7 @@ from qwen_precision.dtypes import DTYPES, narrowest
 from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.qwen3 import name_of, placed
 from qwen_precision.render.text import count, number, quoted, room
-from qwen_precision.render.words import engines
+from qwen_precision.render.words import engines, logits
 from qwen_precision.render.words.finding import how_far, inside, tried, why
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.steps import Step, steps
@@ -84,6 +84,7 @@ def answer(report: Report, record: str = "") -> Answer:
             *_by_engine(report),
             *_rescued(report),
             *_notes(report),
+            *_logits(report),
         ],
         dtype=dtype,
         rooms=_rooms(report, dtype) if dtype is not None and not (first and _is_damage(first.first)) else [],
@@ -276,9 +277,23 @@ def _notes(report: Report) -> Iterator[Fact]:
         for each in report.run.choices
         if each.what not in _EXPECTED and each.reason != "asked for"
     ]
-    notes += [each.cause.sentence.rstrip(".") for each in report.findings if each.kind == "advice"]
+    notes += [
+        each.cause.sentence.rstrip(".")
+        for each in report.findings
+        if each.kind == "advice" and each.place.op == "setting"
+    ]
     if notes:
         yield Fact("Note", "; ".join(notes))
+
+
+def _logits(report: Report) -> Iterator[Fact]:
+    """What is advised about them, where anything is."""
+    advised = [each for each in report.findings if each.kind == "advice" and each.place.op != "setting"]
+    softmax = {each.dtype for each in advised if each.place.op == "softmax"}
+    said = [line for line in logits.saved(report) if line.partition(":")[0] in softmax]
+    said += [each.cause.sentence.rstrip(".") for each in advised if each.place.op == "memory"]
+    if said:
+        yield Fact("Logits", "; ".join(said))
 
 
 def _rescued(report: Report) -> Iterator[Fact]:

@@ -1,0 +1,111 @@
+"""Advice: what the numbers of a run say of its settings and of float32 logits. Never more than an info; no torch.
+
+Given only where a number says so: a softmax in a 16-bit dtype that is off by no more than the limits, or logits that
+take less than ``MUCH``, are shown, and nothing is advised about them.
+"""
+
+import math
+from collections.abc import Iterator
+
+from qwen_precision.judge.columns import Columns
+from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place
+from qwen_precision.judge.logits import Bought, Cost, a_step, bought, cost, sized
+from qwen_precision.judge.text import bad_settings, is_advised
+
+MUCH = 1 << 30
+"""Bytes of a prompt's logits from which on they are worth avoiding: a probe computes no more of them at once, and in
+float32 it is what 1,766 tokens of Qwen3's vocabulary take."""
+
+
+def advice(columns: Columns) -> Iterator[Finding]:
+    """Settings that are known to make it worse; where logits are worth float32, and where they take too much memory."""
+    yield from bad_settings(columns)
+    if not is_advised(columns.run):
+        return
+    taken = cost(columns.run)
+    for dtype, found in bought(columns.run).items():
+        yield from _training(columns, dtype, found, taken)
+        yield from _next_token(columns, dtype, found, taken)
+    if taken is not None:
+        yield from _long(columns, taken)
+
+
+def _training(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -> Iterator[Finding]:
+    """The loss of training is off where its softmax is not in float32."""
+    off = found.loss_error
+    if not (off is not None and off > columns.limits.loss) and not found.zero and not found.bad:
+        return
+    said = []
+    if off is not None and found.loss is not None and found.loss_in_dtype is not None and off > columns.limits.loss:
+        pair = f"{found.loss_in_dtype:.5g} in place of {found.loss:.5g}"
+        said.append(f"the loss of a prompt is off by {off:.2g} nats a token ({pair})")
+    if found.bad:
+        said.append(f"the log-probability of {_of(found.bad, found.tokens, 'token')} is infinite")
+    if found.zero:
+        said.append(f"the probability of {_of(found.zero, found.tokens, 'token')} is zero, its logarithm -inf")
+    memory = f" On this prompt they take {sized(taken.whole.float32)}." if taken is not None else ""
+    do = (
+        f"To train or fine-tune in {dtype}, keep the logits of the loss in float32 (transformers' own losses do: "
+        f"logits.float() before cross_entropy).{memory} A fused loss (cut-cross-entropy, Liger Kernel) has its softmax "
+        "in float32 and never holds all of them."
+    )
+    yield _finding(dtype, "loss", f"With its softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found))
+
+
+def _next_token(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -> Iterator[Finding]:
+    """What is sampled is another distribution where the softmax is not in float32."""
+    mass = found.mass_lost or 0.0
+    said = []
+    if found.changed:
+        said.append(f"{_of(found.changed, found.rows, 'next token')} change{'s' if found.changed == 1 else ''}")
+    if abs(mass) > columns.limits.mass:
+        said.append(f"probabilities sum to {1 - mass:.4g}")
+    if not said:
+        return
+    price = f" {a_step(taken)}" if taken is not None else ""
+    do = f"Upcast the last position's logits before the softmax, as transformers' generate does.{price}"
+    yield _finding(
+        dtype, "next token", f"With the softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found)
+    )
+
+
+def _long(columns: Columns, taken: Cost) -> Iterator[Finding]:
+    """All logits of a long prompt are memory for nothing: only the last position's are sampled from."""
+    whole, last = taken.whole, taken.last
+    if whole.float32 < MUCH:
+        return
+    rows = f"{whole.rows} rows of " if whole.rows > 1 else ""
+    said = (
+        f"The logits of {rows}{whole.tokens:,} tokens take {sized(whole.float32)} in float32 and "
+        f"{sized(whole.narrow)} in {taken.dtype}; of the last position alone they take {sized(last.float32)}."
+    )
+    do = (
+        "For text, ask for the last position alone (logits_to_keep=1; transformers' generate does): "
+        f"{sized(whole.float32 - last.float32)} less in float32, {sized(whole.narrow - last.narrow)} in {taken.dtype}. "
+        "Prefill in chunks (guard float32_logits), or use "
+        "an engine made for long prompts (vLLM, SGLang)."
+    )
+    facts = tuple(f"{each.name}: {sized(each.float32)} in float32" for each in taken.longer)
+    held = (f"held at most here: {sized(taken.held)}",) if taken.held is not None else ()
+    yield _finding(taken.dtype, "long prompt", said, do, (*held, *facts), "memory")
+
+
+def _evidence(columns: Columns, found: Bought) -> tuple[str, ...]:
+    limits = columns.limits
+    facts = [f"of the very same logits, on {found.tokens:,} tokens and {found.rows:,} next tokens"]
+    if found.logprob_rms is not None and found.logprob_max is not None:
+        facts.append(f"log-probability error {found.logprob_rms:.2g} nats RMS, {found.logprob_max:.2g} at most")
+    if found.loss_error is not None and math.isfinite(found.loss_error):
+        facts.append(f"loss error {found.loss_error:.2g} nats (limit {limits.loss:g})")
+    if found.mass_lost is not None:
+        facts.append(f"probability mass lost {found.mass_lost:.2g} (limit {limits.mass:g})")
+    return tuple(facts)
+
+
+def _finding(dtype: str, name: str, said: str, do: str, facts: tuple[str, ...], op: str = "softmax") -> Finding:
+    place = Place(layer=None, module="lm_head", op=op, name=f"logits, {name}")
+    return Finding("advice", "info", dtype, place, Magnitude(), Cause(None, said, facts, do), origin=False)
+
+
+def _of(count: int, whole: int, thing: str) -> str:
+    return f"{count:,} of {whole:,} {thing}{'' if whole == 1 else 's'}"
