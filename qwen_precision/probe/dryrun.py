@@ -16,6 +16,7 @@ from qwen_precision.model import (
     download_bytes,
     gguf_on_hub,
     is_here,
+    layers_of,
     without_weights,
 )
 from qwen_precision.probe.run import prepare, working_bytes
@@ -26,6 +27,8 @@ from qwen_precision.torch_dtypes import torch_dtype
 
 _TOKENS = 128
 """Of a prompt whose tokens cannot be counted, because its tokenizer is not here."""
+_WATCHED = 1e-3
+"""Seconds that a layer takes for a prompt beside its products: every operation is watched. Of many short ones most."""
 _READ = 0.5e9
 """Bytes a second that a disk gives, at the least."""
 
@@ -47,7 +50,8 @@ def dry_run(
     yield from ((each.what, f"{each.value} ({each.reason})") for each in job.choices)
     tokens = sum(len(row.ids) for prompt in job.prompts for row in prompt.rows)
     yield "prompts", f"{len(job.prompts)}, {tokens:,} tokens"
-    yield "time", _time(job.checkpoint.parameters, job.checkpoint.weight_bytes, tokens, job.passes, job.device)
+    runs = len(job.prompts) * len(layers_of(job.model)[1])
+    yield "time", _time(job.checkpoint.parameters, job.checkpoint.weight_bytes, tokens, runs, job.passes, job.device)
 
 
 def _from_afar(
@@ -66,7 +70,8 @@ def _from_afar(
     tokens = sum(_TOKENS * len(spec.texts()) for spec in specs)
     parameters = sum(each.numel() for each in model.parameters())
     yield "prompts", f"{len(specs)}, taken as {_TOKENS} tokens each"
-    yield "time", _time(parameters, weights, tokens, settings.dtypes, device)
+    runs = len(specs) * len(layers_of(model)[1])
+    yield "time", _time(parameters, weights, tokens, runs, settings.dtypes, device)
 
 
 def _memory(
@@ -83,13 +88,13 @@ def _memory(
     return model, choose_memory(settings.memory, device, weights, working_bytes(model))[1]
 
 
-def _time(parameters: int, weights: int, tokens: int, dtypes: Sequence[str], device: torch.device) -> str:
-    """Two operations a parameter and token, at the speed of one product made now; and the reading."""
-    parts = {dtype: 2 * parameters * tokens / _speed(dtype, device) for dtype in dtypes}
+def _time(parameters: int, weights: int, tokens: int, runs: int, dtypes: Sequence[str], device: torch.device) -> str:
+    """Two operations a parameter and token, at the speed of one product made now; what a layer costs; the reading."""
+    parts = {dtype: 2 * parameters * tokens / _speed(dtype, device) + runs * _WATCHED for dtype in dtypes}
     reading = weights / _READ
     each = ", ".join(f"{dtype} {seconds:.0f} s" for dtype, seconds in parts.items())
     total = lasting(sum(parts.values()) + reading)
-    return f"roughly {total} of arithmetic and reading ({each}); controls after a failure add to it"
+    return f"roughly {total} of computing and reading ({each}); controls after a failure add to it"
 
 
 def _speed(dtype: str, device: torch.device) -> float:

@@ -74,3 +74,14 @@ def test_an_empty_text_among_prompts_is_named_by_its_number(capsys: Capture) -> 
     Path("some.yaml").write_text("- hello\n- {batch: []}\n")
     assert main(["probe", "demo", "--prompts", "some.yaml"]) == 2
     assert "prompt 2: is empty; a batch needs at least one text." in sentence(capsys)
+
+
+def test_a_dry_run_counts_what_each_prompt_costs_beside_its_tokens(capsys: Capture) -> None:
+    def seconds() -> int:
+        assert main(["probe", "demo", "--prompts", "many.txt", "--dtype", "fp16", "--dry-run"]) == 0
+        return int(re.findall(r"roughly (\d+) s", capsys.readouterr().out)[0])
+
+    write_prompts(2000)
+    many = seconds()
+    Path("many.txt").write_text("- " + "\n- ".join(["1 is a number " * 30] * 70))  # as many tokens
+    assert many >= seconds() + 20
