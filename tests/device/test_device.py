@@ -45,6 +45,8 @@ def same(ours: Run, wanted: Run, exact: bool) -> None:
             if each["generation"]:
                 each["generation"]["logits"].pop("upcast_seconds")
                 each["generation"]["probe"] = None  # the command names the device
+            if each["logits"]:
+                each["logits"].pop("upcast_seconds")
         assert repr(one) == repr(other)  # NaN is what it is
     assert places(ours) == places(wanted)
 
@@ -54,6 +56,7 @@ def places(run: Run) -> list[tuple[Any, ...]]:
     return [
         (each.kind, each.severity, each.dtype, each.cause.kind, each.place.module, each.place.op, each.place.prompt)
         for each in judge(run).findings
+        if each.kind != "advice"  # a card's sums may take a loss to the other side of a limit
     ]
 
 
