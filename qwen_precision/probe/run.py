@@ -51,6 +51,9 @@ from qwen_precision.version import __version__
 SLICE_BYTES = 256 * 1024 * 1024
 """Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""
 
+OUT_OF_MEMORY = "out of memory"
+"""How the reason begins, of a run that stopped for it."""
+
 
 @dataclass
 class Job:
@@ -217,7 +220,7 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
         return str(error)
     except Exception as error:
         if out_of_memory(error):
-            return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
+            return f"{OUT_OF_MEMORY} on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
         if is_ours(error):
             raise
         return fault(job.checkpoint.folder, error)

@@ -35,6 +35,7 @@ from qwen_precision.record.generation import (
     failing_step,
     mended_steps,
 )
+from qwen_precision.record.joined import WORST, joined, unmeasured, worst_first
 from qwen_precision.record.parts import Site, in_words, rounded
 from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import (
@@ -60,6 +61,7 @@ __all__ = [
     "MOST_POWER",
     "NOT_FINITE",
     "REPLAYS",
+    "WORST",
     "BadKind",
     "Choice",
     "Closeup",
@@ -107,6 +109,7 @@ __all__ = [
     "failing_step",
     "in_words",
     "is_record",
+    "joined",
     "load",
     "mended_steps",
     "parse",
@@ -114,4 +117,6 @@ __all__ = [
     "rounded",
     "save",
     "to_json",
+    "unmeasured",
+    "worst_first",
 ]

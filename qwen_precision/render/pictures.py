@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge import Report, precision
+from qwen_precision.judge import Report
 from qwen_precision.qwen3 import name_of
 from qwen_precision.record import Generation
 from qwen_precision.render import canvas as on
@@ -121,7 +121,7 @@ def _scale(drawn: Canvas, image: Any, limit: float) -> None:
 
 def error_growth(report: Report) -> Canvas | None:
     """Relative error by layer, a line a dtype."""
-    found = {dtype: each.layers for dtype, each in precision(report.run).items() if any(each.layers)}
+    found = {dtype: each.layers for dtype, each in report.precision.items() if any(each.layers)}
     if not found:
         return None
     drawn = on.canvas()
