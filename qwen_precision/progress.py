@@ -9,6 +9,19 @@ Announce = Callable[[str], None]
 """Called with a sentence before what the user did not ask for by name."""
 
 
+def lasting(seconds: float) -> str:
+    """How long something takes, as roughly as it is known."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.0f} h" if seconds < 172800 else f"{seconds / 86400:,.0f} days"
+
+
+def untold(sentence: str) -> None:
+    """Announces to nobody."""
+
+
 def silent(done: int, total: int, what: str) -> None:
     """Tells nobody."""
 

@@ -93,7 +93,7 @@ def generate(
     with terminal.streaming() if stream else terminal.progress() as (progress, on_token):
         from qwen_precision.generate import generate as decode  # torch
 
-        run = decode(model, settings, chosen, specs, revision, probe_run, progress, on_token)
+        run = decode(model, settings, chosen, specs, revision, probe_run, progress, on_token, terminal.note)
     outcome.keep(run, wanted)
     if text and run.generation is not None:
         terminal.result("".join(f"{row.text}\n" for row in run.generation.rows))

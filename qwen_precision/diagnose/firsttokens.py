@@ -23,7 +23,7 @@ from qwen_precision.files import Unreadable, read_small, write_atomically
 from qwen_precision.probe import Job
 from qwen_precision.progress import Progress
 from qwen_precision.record import WORST, Sweep, Swept, in_words, rounded, worst_first
-from qwen_precision.settings import as_text
+from qwen_precision.settings import as_text, first_ids
 
 AT_ONCE = 2048
 """Tokens that go through a layer together."""
@@ -104,7 +104,7 @@ def _rows(job: Job, limit: int | None, texts: Sequence[str]) -> list[list[int]]:
     if texts:
         context = getattr(job.checkpoint.text_config, "max_position_embeddings", None)
         cut = min(filter(None, (job.settings.max_tokens, context)), default=None)
-        rows = [list(job.checkpoint.tokenizer(text)["input_ids"])[:cut] for text in texts]
+        rows = [first_ids(text, job.checkpoint.tokenizer, True, cut)[:cut] for text in texts]
         return sorted((row for row in rows if row), key=len)
     vocabulary = int(job.checkpoint.text_config.vocab_size)
     count = vocabulary if limit is None else min(limit, vocabulary)

@@ -52,7 +52,7 @@ def diagnose(
             raise UsageError(f"--rescue-to {target.folder}: {unsupported(job.checkpoint)}.")
         check_folder(target.folder, job.checkpoint.folder, target.force)
     before = Finals()
-    measured = judge(measure(job, progress, before if target is not None else None))
+    measured = judge(measure(job, progress, before if target is not None else None, announce))
     run = measured.run
     on_measured(run)
     if wanted(measured):

@@ -14,7 +14,7 @@ from qwen_precision.errors import QprecError
 from qwen_precision.judge import judge
 from qwen_precision.model import locate
 from qwen_precision.probe import OUT_OF_MEMORY, measure, prepare
-from qwen_precision.progress import Announce, Progress, said
+from qwen_precision.progress import Announce, Progress, said, untold
 from qwen_precision.record import Run, joined
 from qwen_precision.settings import Corpus, ProbeSettings, PromptSpec, Rank, texts_of
 
@@ -143,7 +143,7 @@ class _Work:
             half = len(specs) // 2
             del job, measured
             return joined([self._probed(source, specs[:half]), self._probed(source, specs[half:])])
-        run = explained(job, judge(_whole(measured, self.told)), measured, self._shown(), _unsaid)
+        run = explained(job, judge(_whole(measured, self.told)), measured, self._shown(), untold)
         return _whole(run, self.told)
 
     def _swept(self, source: str, specs: list[PromptSpec], block: Block) -> Run:
@@ -151,7 +151,7 @@ class _Work:
         run = _whole(measure(job, self._shown()), self.told)
         dtype = next((name for name in run.dtypes if name != REFERENCE), REFERENCE)
         limit, part = self.settings.sweep_limit, (block.first, block.count)
-        found = first_tokens(job, dtype, limit, self.texts, None, self._shown(), _unsaid, part)
+        found = first_tokens(job, dtype, limit, self.texts, None, self._shown(), untold, part)
         return run.model_copy(update={"sweep": found})
 
     def _shown(self) -> Progress:
@@ -178,7 +178,3 @@ def _on_card(settings: ProbeSettings, rank: Rank) -> ProbeSettings:
     if rank.local is None or settings.device not in ("auto", "cuda") or not cards():
         return settings
     return settings.model_copy(update={"device": f"cuda:{rank.local % cards()}"})
-
-
-def _unsaid(sentence: str) -> None:
-    """What is announced of one run is not, of hundreds."""

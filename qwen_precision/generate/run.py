@@ -15,6 +15,7 @@ import transformers
 from qwen_precision.dtypes import DTYPES, RESCUED
 from qwen_precision.errors import QprecError, UsageError, in_one_line, is_ours
 from qwen_precision.generate.decode import Decoder, Session
+from qwen_precision.generate.pace import paced
 from qwen_precision.generate.rescaler import Rescaler
 from qwen_precision.generate.rows import continuation
 from qwen_precision.generate.sampling import generation_config, looks_like_a_base_model, options
@@ -34,7 +35,7 @@ from qwen_precision.model import (
     open_checkpoint,
     out_of_memory,
 )
-from qwen_precision.progress import Progress, silent
+from qwen_precision.progress import Announce, Progress, silent, untold
 from qwen_precision.qwen3 import name_of, placed
 from qwen_precision.record import Choice, Generation, ProbeSummary, Prompt, Rescue, Run, load
 from qwen_precision.rescue import unsupported
@@ -51,6 +52,10 @@ from qwen_precision.version import __version__
 
 OnToken = Callable[[Any, int, int], None]
 """Called with the tokenizer, the row and the id of each token that was accepted."""
+
+
+_MANY = 100
+"""Prompts from which on it is said how many they are: each holds memory for as long as the batch lives."""
 
 
 @dataclass
@@ -78,6 +83,7 @@ def generate(
     probe_run: Path | None = None,
     progress: Progress = silent,
     on_token: OnToken = lambda tokenizer, row, token: None,
+    announce: Announce = untold,
 ) -> Run:
     """Generate with the guards on.
 
@@ -90,6 +96,7 @@ def generate(
         probe_run: the record of a probe of the same checkpoint, for advice.
         progress: called with (steps done, steps at most, what is being done).
         on_token: called with each token as it is accepted.
+        announce: called with how much it is and how long it will take, where that is long.
 
     Raises:
         QprecError: nothing could be generated. What dies later (Ctrl-C, memory) gives a Run with ``stopped`` set,
@@ -98,6 +105,9 @@ def generate(
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     started = time.perf_counter()
     job = _prepare(source, settings, guards, specs, revision, probe_run)
+    if len(job.prompt.rows) >= _MANY:
+        tokens = sum(len(row.ids) for row in job.prompt.rows)
+        announce(f"{len(job.prompt.rows):,} prompts, {tokens:,} tokens, go through the model as one batch")
 
     def tell(what: str) -> None:
         progress(0, 0, what)
@@ -114,7 +124,7 @@ def generate(
         rescaler,
         settings.dtype,
         guards,
-        progress,
+        paced(progress, announce, len(job.prompt.rows)),
         lambda row, token: on_token(job.checkpoint.tokenizer, row, token),
     )
     stopped = _run(job, model, decoder)

@@ -118,24 +118,19 @@ def advice_for(run: Run, dtype: str, magnitude: float | None, limit: float) -> s
 
 def _measured(case: _Case) -> list[str]:
     """What the passes themselves show."""
-    failing, clean = _by_outcome(case.columns, case.run_pass.dtype)
+    failing, clean = case.columns.by_outcome(case.run_pass.dtype)
     counted = case.columns.failing(case.run_pass.dtype)
     if counted is not None:
         return [f"{counted[0]:,} of {counted[1]:,} prompts fail"] if counted[0] < counted[1] else []
     if not (failing and clean):
         return []
-    return [f"{len(failing)} of {len(failing) + len(clean)} prompts fail; clean: {_listed(clean)}"]
+    return [f"{len(failing)} of {len(failing) + len(clean)} prompts fail; clean: {_listed(case, clean)}"]
 
 
-def _by_outcome(columns: Columns, dtype: str) -> tuple[list[str], list[str]]:
-    """Names of the prompts on which a dtype failed, and of the others."""
-    bad = {each.prompt for each in columns.passes(dtype) if each.failed}
-    names = {each.prompt: columns.run.prompts[each.prompt].name for each in columns.passes(dtype)}
-    return [names[n] for n in names if n in bad], [names[n] for n in names if n not in bad]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _listed(case: _Case, prompts: list[int]) -> str:
+    """Names of a few prompts."""
+    more = f" and {len(prompts) - 4} more" if len(prompts) > 4 else ""
+    return ", ".join(repr(case.columns.run.prompts[number].name) for number in prompts[:4]) + more
 
 
 def _tried(case: _Case) -> tuple[Tried, ...]:
@@ -312,7 +307,7 @@ def _token(case: _Case) -> _Found:
             return None
         why = f"without it {_what_is(rest)}"
     elif len(set(_row_ids(case))) == 1 and others:
-        why = f"prompts without it are clean ({_listed(others)})"
+        why = f"prompts without it are clean ({_listed(case, others)})"
     else:
         return None
     shown = f"token {token.id}" + (f" ({token.text!r})" if token.text else "")
@@ -323,13 +318,10 @@ def _token(case: _Case) -> _Found:
     )
 
 
-def _without(case: _Case, token: int | None) -> list[str]:
+def _without(case: _Case, token: int | None) -> list[int]:
     """Clean prompts, where none of them has a token: it may do nothing where it stands among others."""
-    clean = set(_by_outcome(case.columns, case.run_pass.dtype)[1])
-    prompts = [prompt for prompt in case.columns.run.prompts if prompt.name in clean]
-    if any(token in row.ids for prompt in prompts for row in prompt.rows):
-        return []
-    return [prompt.name for prompt in prompts]
+    dtype = case.run_pass.dtype
+    return [] if token in case.columns.clean_ids(dtype) else case.columns.by_outcome(dtype)[1]
 
 
 def _place(case: _Case) -> int | None:

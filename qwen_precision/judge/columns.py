@@ -53,6 +53,11 @@ class Columns:
             for each in run.passes
             if each.dtype == REFERENCE
         }
+        self._passes: dict[str, list[Pass]] = {}
+        for each in run.passes:
+            self._passes.setdefault(each.dtype, []).append(each)
+        self._outcome: dict[str, tuple[list[int], list[int]]] = {}
+        self._clean_ids: dict[str, set[int]] = {}
         self._headroom: dict[str, list[Headroom]] = {}
         self._columns: dict[tuple[str, int], Array] = {}
         self._known: dict[tuple[str, int], Array] = {}
@@ -70,7 +75,21 @@ class Columns:
 
     def passes(self, dtype: str) -> list[Pass]:
         """All passes of a dtype, prompt by prompt."""
-        return [each for each in self.run.passes if each.dtype == dtype]
+        return self._passes.get(dtype, [])
+
+    def by_outcome(self, dtype: str) -> tuple[list[int], list[int]]:
+        """Prompts on which a dtype failed, and the others; found once, for every finding asks."""
+        if dtype not in self._outcome:
+            told = [(each.prompt, each.failed) for each in self.passes(dtype)]
+            self._outcome[dtype] = [n for n, failed in told if failed], [n for n, failed in told if not failed]
+        return self._outcome[dtype]
+
+    def clean_ids(self, dtype: str) -> set[int]:
+        """All token ids of the prompts on which a dtype did not fail."""
+        if dtype not in self._clean_ids:
+            rows = (row for number in self.by_outcome(dtype)[1] for row in self.run.prompts[number].rows)
+            self._clean_ids[dtype] = {token for row in rows for token in row.ids}
+        return self._clean_ids[dtype]
 
     def limit(self, dtype: str, site: int) -> float:
         """The largest finite number of the format the site computes in."""

@@ -20,6 +20,7 @@ from qwen_precision.model import (
     without_weights,
 )
 from qwen_precision.probe.run import prepare, working_bytes
+from qwen_precision.progress import lasting
 from qwen_precision.record import Choice
 from qwen_precision.settings import ProbeSettings, PromptSpec
 from qwen_precision.torch_dtypes import torch_dtype
@@ -88,12 +89,8 @@ def _time(parameters: int, weights: int, tokens: int, dtypes: Sequence[str], dev
     parts = {dtype: 2 * parameters * tokens / _speed(dtype, device) for dtype in dtypes}
     reading = weights / _READ
     each = ", ".join(f"{dtype} {seconds:.0f} s" for dtype, seconds in parts.items())
-    total = _rounded(sum(parts.values()) + reading)
+    total = lasting(sum(parts.values()) + reading)
     return f"roughly {total} of arithmetic and reading ({each}); controls after a failure add to it"
-
-
-def _rounded(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _speed(dtype: str, device: torch.device) -> float:

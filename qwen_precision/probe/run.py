@@ -43,7 +43,7 @@ from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.whole import Whole
-from qwen_precision.progress import Progress, silent
+from qwen_precision.progress import Announce, Progress, silent, untold
 from qwen_precision.record import Choice, Prompt, Run
 from qwen_precision.settings import ProbeSettings, PromptSpec, tokenise
 from qwen_precision.version import __version__
@@ -102,6 +102,7 @@ def probe(
 
 def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None = None) -> Job:
     """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     folder, commit = locate(source, revision)
     checkpoint = open_checkpoint(folder, source, commit)
     with foreign_faults(folder):
@@ -152,14 +153,16 @@ def job_for(
     return Job(source, checkpoint, model, settings, device, resident, whole, prompts, choices, passes, check)
 
 
-def measure(job: Job, progress: Progress = silent, on_final: FinalHook | None = None) -> Run:
-    """Run a job. What it found is not judged here."""
+def measure(
+    job: Job, progress: Progress = silent, on_final: FinalHook | None = None, announce: Announce = untold
+) -> Run:
+    """Run a job. What it found is not judged here; ``announce`` is told how long many prompts will take."""
     started = time.perf_counter()
     hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qprec-hash")
     with hashing as beside, exact_float32(job.device) as choices:
         beside.submit(weight_files, job.checkpoint)  # loading leaves cores idle; the record finds the hashes made
         job.choices.extend(choices)
-        stopped = _run(job, progress, on_final)
+        stopped = _run(job, progress, on_final, announce)
     job.seconds["total"] = time.perf_counter() - started
     return _record(job, stopped)
 
@@ -207,11 +210,11 @@ def _notes(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[Choice]:
 _BARE = Choice(what="lm_head", value="not run", reason="the checkpoint has none: a bare model")
 
 
-def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None:
+def _run(job: Job, progress: Progress, on_final: FinalHook | None, announce: Announce) -> str | None:
     """Run all passes; gives why they stopped early, or None."""
     near = max(job.settings.near_overflow, job.settings.rescue_margin)  # a plan asks where the extreme is
     task = Task(job.passes, near, vocabulary_rows(job), job.settings.arithmetic, job.settings.explain is True)
-    passes = (_as_a_whole if job.whole else _layer_by_layer)(job, task, progress, on_final)
+    passes = (_as_a_whole if job.whole else _layer_by_layer)(job, task, progress, on_final, announce)
     try:
         passes.run()
     except KeyboardInterrupt:
@@ -231,17 +234,17 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None) -> str | None
     return None
 
 
-def _layer_by_layer(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Shadow:
+def _layer_by_layer(job: Job, task: Task, progress: Progress, on_final: FinalHook | None, announce: Announce) -> Shadow:
     store = WeightStore(job.checkpoint, job.model, job.device, job.resident, job.check)
     unused = store.unused(job.model)
     if unused:
         value = unused[0] + (f" and {len(unused) - 1} more" if len(unused) > 1 else "")
         job.choices.append(Choice(what="tensors not used", value=value, reason="config.json asks for no such tensor"))
     move_buffers(job.model, job.device)
-    return Shadow(job.model, store, encoded(job), task, job.collector, progress, on_final)
+    return Shadow(job.model, store, encoded(job), task, job.collector, progress, on_final, announce)
 
 
-def _as_a_whole(job: Job, task: Task, progress: Progress, on_final: FinalHook | None) -> Whole:
+def _as_a_whole(job: Job, task: Task, progress: Progress, on_final: FinalHook | None, announce: Announce) -> Whole:
     models = Models(job.checkpoint, job.device, job.settings.attention, headless=True)
     models.check()
     kept = {name for name, _ in job.model.named_buffers()}  # limits may be infinite there, and are no weights
@@ -249,7 +252,7 @@ def _as_a_whole(job: Job, task: Task, progress: Progress, on_final: FinalHook | 
         progress(number, len(job.checkpoint.tensors), "checking the weights")
         if name not in kept:
             models.look(name, job.check)
-    return Whole(models, encoded(job), task, job.collector, progress, on_final)
+    return Whole(models, encoded(job), task, job.collector, progress, on_final, announce)
 
 
 def encoded(job: Job) -> list[Encoded]:

@@ -32,11 +32,12 @@ from qwen_precision.model import (
     run_layer,
 )
 from qwen_precision.probe.collect import Collector
+from qwen_precision.probe.foretold import foretell
 from qwen_precision.probe.head import Head
 from qwen_precision.probe.hidden import MASSIVE, as_error, distance, massive, massive_numbers
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import Section, WatchedRun
-from qwen_precision.progress import Progress, silent
+from qwen_precision.progress import Announce, Progress, silent, untold
 from qwen_precision.record import Reseed
 from qwen_precision.torch_dtypes import torch_dtype, widened
 from qwen_precision.watcher import Reading, Watcher, attached, computing
@@ -65,6 +66,7 @@ class Shadow:
         collector: takes the readings; holds what was measured also when the run dies.
         progress: called with (steps done, steps in all, what is being done).
         on_final: see ``task.FinalHook``.
+        announce: called with how long it will take, where the prompts are many.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Shadow:
         collector: Collector,
         progress: Progress = silent,
         on_final: FinalHook | None = None,
+        announce: Announce = untold,
     ) -> None:
         self.model, self.store, self.prompts, self.task = model, store, prompts, task
-        self.collector, self.progress, self.on_final = collector, progress, on_final
+        self.collector, self.progress, self.on_final, self.announce = collector, progress, on_final, announce
         self.watcher = Watcher()
         self.measure = WatchedRun(self.watcher, collector, task)
         self.scratch = Scratch()
@@ -146,6 +149,8 @@ class Shadow:
             started = time.perf_counter()
             self.scratch.place(layer, sources, torch_dtype(name))
             placed = time.perf_counter()
+            if index == 0 and name == self.task.dtypes[0]:
+                foretell(self.prompts, self.task.dtypes, len(self._layers), partial(self._try, name), self.announce)
             readings, numbers = self._run_prompts(name, index)
             for prompt, (error, *bounds) in enumerate(numbers):
                 ran[name, prompt] = readings[prompt]
@@ -157,6 +162,12 @@ class Shadow:
             self.seconds[name] += time.perf_counter() - placed
         self._look_closely(index, sources, ran)
         self.scratch.release()
+
+    def _try(self, name: str, prompt: int) -> None:
+        """The first layer on a prompt, for the time it takes: nothing of it is kept."""
+        stream = self._streams[name, prompt]
+        stream.given = stream.hidden
+        self.measure.rehearse(self._section(name, prompt, 0))
 
     def _run_prompts(self, name: str, index: int) -> tuple[list[list[Reading]], list[list[float]]]:
         """One layer on every prompt; then all that is to be known of them, in one transfer.

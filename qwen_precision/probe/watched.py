@@ -98,6 +98,11 @@ class WatchedRun:
             out = section.forward()
         return out, self.watcher.set_aside()
 
+    def rehearse(self, section: Section) -> None:
+        """Run a part and wait for its readings, which nobody takes."""
+        _, aside = self.start(section)
+        bring([aside])
+
     def finish(
         self, started: Sequence[tuple[Section, Aside]], more: Sequence[Tensor] = ()
     ) -> tuple[list[list[Reading]], list[list[float]]]:

@@ -21,10 +21,11 @@ from qwen_precision.errors import QprecError
 from qwen_precision.model import Encoded, Models, NoRoom, layers_of, positions_of
 from qwen_precision.probe.answers import Answers
 from qwen_precision.probe.collect import Collector
+from qwen_precision.probe.foretold import foretell
 from qwen_precision.probe.hidden import as_error, distance, massive, massive_numbers
 from qwen_precision.probe.task import FinalHook, Task
 from qwen_precision.probe.watched import Section, WatchedRun
-from qwen_precision.progress import Progress, silent
+from qwen_precision.progress import Announce, Progress, silent, untold
 from qwen_precision.watcher import Reading, Watcher, attached
 
 _HELD = 1 << 30
@@ -36,7 +37,7 @@ class Whole:
 
     Args:
         models: loads the checkpoint.
-        prompts, task, collector, progress, on_final: as for ``Shadow``; the vocabulary is always taken whole.
+        prompts, task, collector, progress, on_final, announce: as for ``Shadow``; the vocabulary is always taken whole.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Whole:
         collector: Collector,
         progress: Progress = silent,
         on_final: FinalHook | None = None,
+        announce: Announce = untold,
     ) -> None:
         self._models, self._prompts, self._task, self._collector = models, prompts, task, collector
-        self._progress, self._on_final = progress, on_final
+        self._progress, self._on_final, self._announce = progress, on_final, announce
         self._watcher = Watcher()
         self._measure = WatchedRun(self._watcher, collector, task, strict=True)
         self._answers = Answers(prompts, collector)
@@ -64,6 +66,8 @@ class Whole:
             for place, name in enumerate(self._task.dtypes):
                 model = self._loaded(name)
                 with self._running(name, model):
+                    if not place:
+                        self._foretell(model, name)
                     for prompt in range(len(self._prompts)):
                         self._progress(place * len(self._prompts) + prompt, steps, f"{name}, the whole model")
                         self._once(model, name, prompt)
@@ -81,6 +85,12 @@ class Whole:
         return self._models.without_head
 
     # -- the parts ----------------------------------------------------------------------------------------
+
+    def _foretell(self, model: nn.Module, name: str) -> None:
+        def once(prompt: int) -> None:
+            self._measure.rehearse(self._section(model, name, prompt))
+
+        foretell(self._prompts, self._task.dtypes, 1, once, self._announce)
 
     def _loaded(self, name: str) -> nn.Module:
         """The model in a dtype; the others are let go where it does not fit beside them."""

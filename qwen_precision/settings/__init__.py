@@ -23,6 +23,7 @@ from qwen_precision.settings.config import (
 )
 from qwen_precision.settings.corpus import BLOCK_PROMPTS, Corpus, PromptBlock
 from qwen_precision.settings.engines import ALL, EVIDENCE, VALUES, Engine, Option, Rule, engine_names, load_engines
+from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.guards import ON_FAILURE, Advice, Clamp, Degenerate, GuardSettings, Watch, load_guards
 from qwen_precision.settings.levels import FAIL_ON, FAILING, SEVERITIES
 from qwen_precision.settings.prompts import (
@@ -75,6 +76,7 @@ __all__ = [
     "at_step",
     "configs_folder",
     "engine_names",
+    "first_ids",
     "flag_of",
     "has_template",
     "in_template",

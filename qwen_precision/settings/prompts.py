@@ -26,6 +26,7 @@ from qwen_precision.record import (
     load,
 )
 from qwen_precision.settings.config import MAX_TEXT_BYTES, configs_folder, read_yaml
+from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
 EXPECTED = (
@@ -318,8 +319,9 @@ def tokenise(
             left_out[spec.name] = "the tokenizer has no chat template"
             continue
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
+        most = cut or (context + 1 if context else None)  # one more tells that it is too long
         try:
-            rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer)]
+            rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer, most)]
         except TemplateFault as error:
             left_out[spec.name] = f"the checkpoint's chat template {error}"
             continue
@@ -366,15 +368,12 @@ def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
     return text if spec.chat is None else in_template([{"role": "user", "content": text}], tokenizer, answer=True)
 
 
-def _ids(spec: PromptSpec, tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """Text and token ids of each row."""
+def _ids(spec: PromptSpec, tokenizer: Any, most: int | None) -> list[tuple[str, list[int]]]:
+    """Text and token ids of each row; of a long text no more than are asked for."""
     if spec.given_ids is not None:
         return list(zip(spec.texts(), spec.given_ids, strict=True))
     plain = not spec.templated
-    return [
-        (text, list(tokenizer(rendered(spec, text, tokenizer), add_special_tokens=plain)["input_ids"]))
-        for text in spec.texts()
-    ]
+    return [(text, first_ids(rendered(spec, text, tokenizer), tokenizer, plain, most)) for text in spec.texts()]
 
 
 def text_of(ids: list[int], tokenizer: Any) -> str:
@@ -397,7 +396,8 @@ def _check(spec: PromptSpec, ids: list[int], vocabulary: int, context: int | Non
         raise UsageError(f"prompt {name!r}: gives no tokens; use a longer text.")
     if context is not None and len(ids) > context:
         remedy = f"shorten it or add {cut_with} {context}" if cut_with else "shorten it"
-        raise UsageError(f"prompt {name!r}: has {len(ids)} tokens, the model's context is {context}; {remedy}.")
+        count = f"more than {context}" if len(ids) == context + 1 else len(ids)
+        raise UsageError(f"prompt {name!r}: has {count} tokens, the model's context is {context}; {remedy}.")
     if spec.ids is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise UsageError(f"prompt {name!r}: holds the token id {wrong}; this model's are 0 to {vocabulary - 1}.")

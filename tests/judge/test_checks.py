@@ -7,8 +7,18 @@ import pytest
 from qwen_precision.judge.checks import CHECKS, judge
 from qwen_precision.judge.findings import Limits, Token
 from qwen_precision.record.closeup import Closeup
-from qwen_precision.record.run import Reseed, Site, Weight
-from support.builders import HEALTHY, SITES, a_pass, a_run, an_event, healthy_run, overflowing_run, stopped_run
+from qwen_precision.record.run import Pass, Reseed, Site, Weight
+from support.builders import (
+    HEALTHY,
+    SITES,
+    a_pass,
+    a_prompt,
+    a_run,
+    an_event,
+    healthy_run,
+    overflowing_run,
+    stopped_run,
+)
 
 
 def test_there_are_checks_and_each_says_what_it_does() -> None:
@@ -212,3 +222,24 @@ def test_headroom_is_listed_smallest_first() -> None:
     rows = judge(healthy_run()).headroom["fp16"]
     assert [row.headroom for row in rows] == sorted(row.headroom for row in rows)
     assert rows[0].headroom == pytest.approx(65504 / 420) and len(rows) == len(SITES)
+
+
+def test_judging_asks_each_pass_a_few_times_however_many_prompts_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    failed = Pass.failed.fget
+    assert failed is not None
+    monkeypatch.setattr(Pass, "failed", property(lambda self: asked.append(self.prompt) or failed(self)))
+
+    def of(prompts: int) -> int:
+        asked.clear()
+        bad = [*HEALTHY[:4], math.inf, 1.0]
+        passes = [
+            a_pass(dtype, values, events, prompt=number)
+            for number in range(prompts)
+            for dtype, values, events in (("fp32", [*HEALTHY[:4], 8e4, 1.0], []), ("fp16", bad, [an_event(4)]))
+        ]
+        names = [a_prompt(f"prompt {number}") for number in range(prompts)]
+        assert judge(a_run(passes, dtypes=["fp16"], prompts=names)).findings
+        return len(asked)
+
+    assert of(200) == 10 * of(20) > 0
