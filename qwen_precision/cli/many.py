@@ -17,6 +17,8 @@ from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.settings import BLOCK_PROMPTS, Corpus, ProbeSettings, Rank, texts_of
 
 _STDIN = "-"
+_TORCHRUN = "qwen_precision.diagnose.launch"
+"""torchrun, as it is started here."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,14 @@ def run(asked: Asked, path: Path, jobs: str | None, shown: Shown, dry: bool, wor
         raise typer.Exit
     folder.prepare()
     folder.keep(plan)
-    if count > 1:
-        _launch(count, words)
-    else:
-        _measure(asked, plan, corpus, folder)
+    try:
+        if count > 1:
+            _launch(count, words)
+        else:
+            _measure(asked, plan, corpus, folder)
+    except KeyboardInterrupt as error:
+        terminal.error(f"interrupted; the same command goes on from what is in {path}.")
+        raise typer.Exit(3) from error
     view = reporting.view([path], settings.fail_on, None, False, [])
     if not terminal.quiet():
         terminal.result(str(terminal.render(view, name)))
@@ -164,7 +170,7 @@ def _jobs(asked: str | None, rank: Rank) -> int:
 def _launch(count: int, words: Sequence[str]) -> None:
     """The same command under torchrun, as so many ranks; it returns when all have ended."""
     kept = _without(words, "--jobs")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, "-m", _TORCHRUN, "--standalone", "--nproc-per-node", str(count)]
     terminal.note(f"{count} ranks under torchrun")
     child = subprocess.Popen([*command, "-m", "qwen_precision", *kept], start_new_session=True)
     try:
