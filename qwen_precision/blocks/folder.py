@@ -96,7 +96,7 @@ class Folder:
         path = self.record(key)
         if not path.is_file():
             return False
-        if read_summary(path, whole=False) is not None:
+        if read_summary(path) is not None:
             return True
         found = summarised(path, share)
         if found is None:

@@ -12,8 +12,8 @@ from qwen_precision.diagnose.firsttokens import first_tokens
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.judge import judge
-from qwen_precision.model import locate
-from qwen_precision.probe import OUT_OF_MEMORY, measure, prepare
+from qwen_precision.model import Checkpoint, locate
+from qwen_precision.probe import OUT_OF_MEMORY, Job, measure, opened, prepared
 from qwen_precision.progress import Announce, Progress, said, untold
 from qwen_precision.record import Run, joined
 from qwen_precision.settings import Corpus, ProbeSettings, PromptSpec, Rank, texts_of
@@ -74,6 +74,7 @@ def measured_share(
         try:
             path, _ = locate(source, plan.revision)
             weights = weights_id(path)
+            work.checkpoint = None
         except QprecError as error:
             done.note(error, len(blocks), announce)
             continue
@@ -116,6 +117,8 @@ class _Work:
     progress: Progress
     announce: Announce
     told: str = ""
+    checkpoint: Checkpoint | None = None
+    """Of the block before, opened; its tokenizer takes a second to read."""
 
     def measured(self, source: str, block: Block) -> Run:
         """The run of a block.
@@ -137,7 +140,7 @@ class _Work:
     def _probed(self, source: str, specs: list[PromptSpec]) -> Run:
         """All prompts together, or the two halves where they need more memory than there is."""
         settings = self.settings.model_copy(update={"sweep": None, "sweep_limit": None, "sweep_texts": None})
-        job = prepare(source, settings, specs, self.plan.revision)
+        job = self._job(source, settings, specs)
         measured = measure(job, self._shown())
         if (measured.stopped or "").startswith(OUT_OF_MEMORY) and len(specs) > 1:
             half = len(specs) // 2
@@ -147,12 +150,17 @@ class _Work:
         return _whole(run, self.told)
 
     def _swept(self, source: str, specs: list[PromptSpec], block: Block) -> Run:
-        job = prepare(source, self.settings.model_copy(update={"explain": False}), specs, self.plan.revision)
+        job = self._job(source, self.settings.model_copy(update={"explain": False}), specs)
         run = _whole(measure(job, self._shown()), self.told)
         dtype = next((name for name in run.dtypes if name != REFERENCE), REFERENCE)
         limit, part = self.settings.sweep_limit, (block.first, block.count)
         found = first_tokens(job, dtype, limit, self.texts, None, self._shown(), untold, part)
         return run.model_copy(update={"sweep": found})
+
+    def _job(self, source: str, settings: ProbeSettings, specs: list[PromptSpec]) -> Job:
+        if self.checkpoint is None:
+            self.checkpoint = opened(source, self.plan.revision)
+        return prepared(self.checkpoint, source, settings, specs)
 
     def _shown(self) -> Progress:
         return said(self.told, self.progress)

@@ -6,7 +6,18 @@ May import: record, qwen3, settings, judge, model, watcher.
 
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.dryrun import dry_run
-from qwen_precision.probe.run import OUT_OF_MEMORY, Job, encoded, job_for, measure, prepare, probe, vocabulary_rows
+from qwen_precision.probe.run import (
+    OUT_OF_MEMORY,
+    Job,
+    encoded,
+    job_for,
+    measure,
+    opened,
+    prepare,
+    prepared,
+    probe,
+    vocabulary_rows,
+)
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.probe.task import Task
 from qwen_precision.probe.whole import forward
@@ -22,7 +33,9 @@ __all__ = [
     "forward",
     "job_for",
     "measure",
+    "opened",
     "prepare",
+    "prepared",
     "probe",
     "vocabulary_rows",
 ]

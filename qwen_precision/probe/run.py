@@ -102,10 +102,19 @@ def probe(
 
 def prepare(source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None = None) -> Job:
     """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
+    return prepared(opened(source, revision), source, settings, specs)
+
+
+def opened(source: str, revision: str | None = None) -> Checkpoint:
+    """A checkpoint, found or fetched, and checked. Several jobs can be made of it; raises as ``probe`` does."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     folder, commit = locate(source, revision)
-    checkpoint = open_checkpoint(folder, source, commit)
-    with foreign_faults(folder):
+    return open_checkpoint(folder, source, commit)
+
+
+def prepared(checkpoint: Checkpoint, source: str, settings: ProbeSettings, specs: Sequence[PromptSpec]) -> Job:
+    """``prepare`` with a checkpoint that is open already."""
+    with foreign_faults(checkpoint.folder):
         return _prepared(checkpoint, source, settings, specs)
 
 

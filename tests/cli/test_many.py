@@ -9,7 +9,7 @@ import pytest
 from qwen_precision.blocks import Folder
 from qwen_precision.cli import main
 from qwen_precision.diagnose import share as sharing
-from qwen_precision.probe import prepare
+from qwen_precision.probe import prepared
 from qwen_precision.record.file import load
 from qwen_precision.render import FORMATS
 from qwen_precision.report.view import BUNDLE
@@ -65,9 +65,9 @@ def test_what_is_there_is_not_measured_again_unless_it_is_forced(
 
     def counted(*arguments: Any) -> Any:
         count.append(arguments)
-        return prepare(*arguments)
+        return prepared(*arguments)
 
-    monkeypatch.setattr(sharing, "prepare", counted)
+    monkeypatch.setattr(sharing, "prepared", counted)
     assert measured(out, *words) == 0 and len(count) == 3
     before = {path: path.read_bytes() for path in out.iterdir()}
     assert measured(out, *words) == 0 and len(count) == 3
@@ -87,9 +87,9 @@ def test_an_interrupt_costs_the_block_it_meets_and_the_same_command_goes_on(
         count.append(arguments)
         if len(count) == 2:
             raise KeyboardInterrupt
-        return prepare(*arguments)
+        return prepared(*arguments)
 
-    monkeypatch.setattr(sharing, "prepare", interrupted)
+    monkeypatch.setattr(sharing, "prepared", interrupted)
     assert measured(tmp_path / "runs", *words) == 3
     assert len(records(tmp_path / "runs")) == 1 and "interrupted" in capsys.readouterr().err
     assert measured(tmp_path / "runs", *words) == 0
