@@ -33,6 +33,8 @@ EXPECTED = (
     "a YAML list of texts (or name/text, name/chat, name/batch), the same as JSONL (a row a line), "
     "a text file with a prompt a line, or a saved run (.json)"
 )
+_HALF = "\\ud"
+"""How half a character would be spelled in JSON."""
 ROWS = {".jsonl", ".ndjson"}
 """Suffixes of files with a JSON value a line."""
 
@@ -254,7 +256,7 @@ def line_of(line: str, number: int) -> PromptSpec:
     return PromptSpec(name=f"line {number}", text=line)
 
 
-def row_of(line: str | bytes, number: int, path: Path) -> PromptSpec:
+def row_of(line: str, number: int, path: Path) -> PromptSpec:
     """The prompt that a line of a JSONL file is: a text, or an object as in a YAML list.
 
     Raises:
@@ -262,7 +264,7 @@ def row_of(line: str | bytes, number: int, path: Path) -> PromptSpec:
     """
     try:
         item = json.loads(line)
-        whole = is_whole(json.dumps(item, ensure_ascii=False))
+        whole = _HALF not in line.lower() or is_whole(json.dumps(item, ensure_ascii=False))
     except (ValueError, RecursionError):
         whole = False
     if not whole or not isinstance(item, (str, dict)):
