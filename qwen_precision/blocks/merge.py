@@ -190,7 +190,10 @@ def _report(wanted: _Wanted, tally: Tally) -> Report:
     stopped = f"not seen: {len(missing)} of {len(blocks)} blocks ({', '.join(words)})" if missing else None
     standing = _standing(tally)
     runs = list(_opened(tally, standing[:_OPENED]))
-    run = without_block(joined(runs)) if runs else _unseen(wanted)
+    try:
+        run = without_block(joined(runs)) if runs else _unseen(wanted)
+    except ValueError as error:
+        raise QprecError(f"{standing[0][1]}: does not belong to the records beside it ({error}); remove it.") from error
     corpus = Corpus(
         prompts=len(set(tally.prompts)),
         blocks=len(blocks),
@@ -224,7 +227,8 @@ def _opened(tally: Tally, standing: list[tuple[int, str, int]]) -> Iterator[Run]
 def _unseen(wanted: _Wanted) -> Run:
     """A run of a checkpoint of which nothing was measured."""
     plan = wanted.plans[0]
-    dtypes = [each for each in plan.settings.get("dtypes") or () if each in DTYPES]
+    asked = plan.settings.get("dtypes")
+    dtypes = [each for each in asked if each in DTYPES] if isinstance(asked, list) else []
     model = Model(
         source=wanted.source,
         revision=plan.revision,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwen_precision.blocks.plan import Block, Plan
+from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
 from qwen_precision.files import Unreadable, read_small, write_atomically
 from qwen_precision.judge import Report, Sums, outcomes, standing_for, sums
@@ -22,6 +23,7 @@ SUFFIX = ".summary"
 """Of a summary, in place of the record's ``.json``."""
 _MOST = 16 << 20
 _END = 16 << 10
+_MOST_RANKS = 1 << 20
 _NUMBER = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
@@ -171,4 +173,5 @@ def _ends(first: bytes, last: bytes) -> str:
 def _is_sound(summary: Summary) -> bool:
     count = len(summary.names)
     lengths = {len(summary.prompts), *map(len, summary.rows.values())}
-    return lengths == {count} and all(each[2] < count for each in summary.standing)
+    known = {*summary.rows, *summary.sums} <= set(DTYPES) and summary.share[0] < summary.share[1] <= _MOST_RANKS
+    return known and lengths == {count} and all(each[2] < count for each in summary.standing)

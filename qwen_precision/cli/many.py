@@ -172,7 +172,9 @@ def _launch(count: int, words: Sequence[str]) -> None:
     kept = _without(words, "--jobs")
     command = [sys.executable, "-m", _TORCHRUN, "--standalone", "--nproc-per-node", str(count)]
     terminal.note(f"{count} ranks under torchrun")
-    child = subprocess.Popen([*command, "-m", "qwen_precision", *kept], start_new_session=True)
+    threads = str(max(1, (os.cpu_count() or 1) // count))  # torchrun would give each rank one
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    child = subprocess.Popen([*command, "-m", "qwen_precision", *kept], start_new_session=True, env=environment)
     try:
         code = child.wait()
     except KeyboardInterrupt:

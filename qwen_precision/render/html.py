@@ -12,7 +12,7 @@ from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words.answer import Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
-from qwen_precision.render.words.corpus import across
+from qwen_precision.render.words.corpus import across, beside
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 from qwen_precision.render.words.time import time_words
@@ -95,4 +95,6 @@ def render_html(view: View) -> str:
         for report in view.reports
     ]
     lines = list(change_lines(view))
-    return engine.get_template("report.html.j2").render(pages=pages, changes=lines, most=_MOST)
+    return engine.get_template("report.html.j2").render(
+        pages=pages, beside=beside(view.reports), changes=lines, most=_MOST
+    )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen_precision.dtypes import DTYPES, REFERENCE, narrowest
+from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge import Report, grouped, headroom_gains, same_again
 from qwen_precision.qwen3 import name_of
 from qwen_precision.render.repro.script import render_repro
@@ -21,7 +21,7 @@ from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
-from qwen_precision.render.words.corpus import across, failing, in_all
+from qwen_precision.render.words.corpus import across, beside
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 from qwen_precision.render.words.time import time_words
@@ -151,20 +151,10 @@ def _across(report: Report) -> str:
 
 
 def _side_by_side(reports: tuple[Report, ...]) -> str:
-    """A row a checkpoint of a folder; none where nothing is merged."""
-    if len(reports) < 2 or all(report.corpus is None for report in reports):
-        return ""
-    dtypes = [name for name in DTYPES if any(name in report.verdict for report in reports)]
-    lines = [f"| checkpoint | {' | '.join(dtypes)} | least headroom | prompts that fail |"]
-    lines.append("|---" * (len(dtypes) + 3) + "|")
-    for report in reports:
-        narrow = narrowest(report.verdict) or ""
-        rows, fails = report.headroom.get(narrow) or [], failing(report, narrow)
-        words = " | ".join((report.verdict.get(name) or "-").upper() for name in dtypes)
-        least = room(rows[0].headroom) if rows else "-"
-        counted = f"{fails:,} of {in_all(report):,}" if fails is not None else "-"
-        lines.append(f"| {escaped(report.name)} | {words} | {least} | {counted} |")
-    return "\n".join(lines)
+    """A row a checkpoint of a folder."""
+    head, *rows = beside(reports) or [[]]
+    lines = [f"| {' | '.join(escaped(word) for word in row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if rows else ""
 
 
 def _engines(report: Report) -> str:

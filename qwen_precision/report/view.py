@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen_precision.blocks import Folder
 from qwen_precision.blocks import reports as folder_reports
 from qwen_precision.errors import UsageError
-from qwen_precision.judge import Report, changes, judge, with_engines
+from qwen_precision.judge import Corpus, Report, changes, judge, with_engines
 from qwen_precision.record import Run, parse, read
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
@@ -128,11 +128,19 @@ def _bare(report: Report) -> str:
     return report.name if report.corpus is None else re.split(r"[\\/]", report.name.rstrip("\\/"))[-1]
 
 
+def _placeless(report: Report) -> Corpus | None:
+    """What is said of all prompts, without the folder they lie in."""
+    corpus = report.corpus
+    return replace(corpus, record=Path(corpus.record).name) if corpus is not None else None
+
+
 def bundled(shown: View) -> bytes:
     """The zip of what is shown; paths are taken out of the runs, and the reports are of what is left."""
     runs = [without_paths(report.run) for report in shown.reports]
     clean: list[Report] = [
-        with_engines(judge(run, name=_bare(report), corpus=report.corpus), [each.engine for each in report.engines])
+        with_engines(
+            judge(run, name=_bare(report), corpus=_placeless(report)), [each.engine for each in report.engines]
+        )
         for run, report in zip(runs, shown.reports, strict=True)
     ]
     again = View(tuple(clean), shown.fail_on, shown.changes)

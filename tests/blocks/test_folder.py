@@ -12,6 +12,7 @@ import pytest
 
 from qwen_precision.blocks import Folder, for_block, reports
 from qwen_precision.blocks.summary import read_summary
+from qwen_precision.cli import main
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
 from qwen_precision.record.file import load
@@ -152,3 +153,32 @@ def test_a_folder_that_vanishes_and_a_full_disk_are_sentences_and_leave_nothing(
         folder.save("f" * 24, report, (0, 1))
     with pytest.raises(QprecError, match="cannot be read"):
         reports(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"rows":{"fp16"', '"rows":{"fp99"'),
+        ('"share":[0,1]', '"share":[1,1]'),
+        ('"share":[0,1]', '"share":[0,9999999999]'),
+        ('"standing":[["', '"standing":[["x",0.0,99],["'),
+        ('"names":["', '"names":["x","'),
+        ('"agree":', '"agree":"x"'),
+    ],
+)
+def test_a_summary_of_a_stranger_that_fits_nothing_is_left_alone(old: str, new: str, tmp_path: Path) -> None:
+    folder, key = one(tmp_path)
+    path = folder.record(key).with_suffix(".summary")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert read_summary(folder.record(key)) is None
+    (report,) = reports(folder)
+    assert report.corpus is not None and report.corpus.prompts == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtypes": 5}, {"dtypes": ["fp99"]}])
+def test_a_plan_of_a_stranger_is_shown_as_far_as_it_makes_sense(settings: dict[str, object], tmp_path: Path) -> None:
+    plan = made_up(tmp_path / "runs", [10.0, 20.0])
+    Folder(tmp_path / "runs").keep(plan.model_copy(update={"sources": ["\x1b[2J"], "settings": settings}))
+    assert sorted(len(report.verdict) for report in reports(Folder(tmp_path / "runs"))) == [0, 1]
+    assert main(["report", str(tmp_path / "runs"), "-q"]) in (0, 3)

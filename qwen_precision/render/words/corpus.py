@@ -1,9 +1,9 @@
 """What a report over a folder of records says of all its prompts: who fails and where, how near the others are."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from qwen_precision.dtypes import DTYPES
+from qwen_precision.dtypes import DTYPES, narrowest
 from qwen_precision.judge import Across, Report
 from qwen_precision.render.text import count, quoted, room
 
@@ -39,6 +39,21 @@ def across(report: Report) -> Iterator[tuple[str, str]]:
     if corpus.left_out:
         said = count(corpus.left_out, "more prompt")
         yield "shown", f"findings and rooms of layers leave {said} out that are worst in something"
+
+
+def beside(reports: Sequence[Report]) -> list[list[str]]:
+    """Several checkpoints of a folder, a row each below a row of headings; nothing where nothing is merged."""
+    if len(reports) < 2 or all(report.corpus is None for report in reports):
+        return []
+    dtypes = [name for name in DTYPES if any(name in report.verdict for report in reports)]
+    rows = [["checkpoint", *dtypes, "least headroom", "prompts that fail"]]
+    for report in reports:
+        narrow = narrowest(report.verdict) or ""
+        rooms, fails = report.headroom.get(narrow) or [], failing(report, narrow)
+        least = room(rooms[0].headroom) if rooms else "-"
+        counted = f"{fails:,} of {in_all(report):,}" if fails is not None else "-"
+        rows.append([report.name, *((report.verdict.get(name) or "-").upper() for name in dtypes), least, counted])
+    return rows
 
 
 def spread(report: Report, dtype: str | None) -> str:
