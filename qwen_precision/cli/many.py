@@ -14,6 +14,7 @@ from qwen_precision import report as reporting
 from qwen_precision.blocks import Folder, Plan, plan_for
 from qwen_precision.cli import terminal
 from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.render import count
 from qwen_precision.settings import BLOCK_PROMPTS, Corpus, ProbeSettings, Rank, texts_of
 
 _STDIN = "-"
@@ -106,7 +107,7 @@ def run(asked: Asked, path: Path, jobs: str | None, shown: Shown, dry: bool, wor
     source = settings.prompts if not asked.texts or asked.prompts else None
     if (rank.of > 1 or jobs) and _STDIN in (source, *asked.texts):
         raise UsageError("-: only one of several ranks could read standard input; give a file with --prompts.")
-    count = _jobs(jobs, rank)
+    jobs_asked = _jobs(jobs, rank)
     corpus = Corpus(asked.texts, source, asked.block or BLOCK_PROMPTS, settings.max_tokens)
     plan = plan_for(asked.models, asked.revision, settings, corpus, texts_of(settings.sweep_texts))
     folder = Folder(path)
@@ -116,8 +117,8 @@ def run(asked: Asked, path: Path, jobs: str | None, shown: Shown, dry: bool, wor
     folder.prepare()
     folder.keep(plan)
     try:
-        if count > 1:
-            _launch(count, words)
+        if jobs_asked > 1:
+            _launch(jobs_asked, words)
         else:
             _measure(asked, plan, corpus, folder)
     except KeyboardInterrupt as error:
@@ -138,7 +139,7 @@ def _measure(asked: Asked, plan: Plan, corpus: Corpus, folder: Folder) -> None:
         done = measured_share(plan, corpus, asked.settings, rank, folder, asked.force, progress, terminal.note)
     held = f", {done.busy} held by another process" if done.busy else ""
     failed = f", {done.failed} could not be measured" if done.failed else ""
-    terminal.note(f"{rank.said}: {done.measured} blocks measured, {done.there} were there{held}{failed}")
+    terminal.note(f"{rank.said}: {count(done.measured, 'block')} measured, {done.there} were there{held}{failed}")
     if done.errors and not done.measured and not done.there and rank.of == 1:
         raise done.errors[0]
     if rank.of > 1:
@@ -167,12 +168,12 @@ def _jobs(asked: str | None, rank: Rank) -> int:
     return int(asked)
 
 
-def _launch(count: int, words: Sequence[str]) -> None:
+def _launch(ranks: int, words: Sequence[str]) -> None:
     """The same command under torchrun, as so many ranks; it returns when all have ended."""
     kept = _without(words, "--jobs")
-    command = [sys.executable, "-m", _TORCHRUN, "--standalone", "--nproc-per-node", str(count)]
-    terminal.note(f"{count} ranks under torchrun")
-    threads = str(max(1, (os.cpu_count() or 1) // count))  # torchrun would give each rank one
+    command = [sys.executable, "-m", _TORCHRUN, "--standalone", "--nproc-per-node", str(ranks)]
+    terminal.note(f"{ranks} ranks under torchrun")
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))  # torchrun would give each rank one
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     child = subprocess.Popen([*command, "-m", "qwen_precision", *kept], start_new_session=True, env=environment)
     try:
@@ -208,13 +209,13 @@ def _told(plan: Plan, rank: Rank, folder: Folder) -> str:
     tokens = sum(block.tokens for block in plan.blocks if block.kind == "prompts")
     prompts = [block for block in plan.blocks if block.kind == "prompts"]
     parts = len(plan.blocks) - len(prompts)
-    said = f"{rank.said}: {len(mine):,} of {len(plan.sources) * len(plan.blocks):,} blocks"
+    said = f"{rank.said}: {len(mine):,} of {count(len(plan.sources) * len(plan.blocks), 'block')}"
     there = len(folder.records()) if folder.path.is_dir() else 0
     lines = {
         "models": ", ".join(plan.sources[:4]) + (f" and {len(plan.sources) - 4} more" if len(plan.sources) > 4 else ""),
-        "prompts": f"{plan.prompts:,} in {len(prompts):,} blocks, about {tokens:,} tokens",
+        "prompts": f"{plan.prompts:,} in {count(len(prompts), 'block')}, about {tokens:,} tokens",
         **({"sweep": f"{parts} parts"} if parts else {}),
         "share": f"{said}; first {mine[0].source}, {mine[0].block.said}" if mine else f"{said}: nothing to do",
-        "there": f"{there:,} records in {folder.path}",
+        "there": f"{count(there, 'record')} in {folder.path}",
     }
     return "".join(f"{key:10}{said}\n" for key, said in lines.items())

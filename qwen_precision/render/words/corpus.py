@@ -58,8 +58,8 @@ def beside(reports: Sequence[Report]) -> list[list[str]]:
 
 def spread(report: Report, dtype: str | None) -> str:
     """The spread of headroom in a dtype, in a sentence; empty where there is none to tell."""
-    found = report.corpus.across if report.corpus is not None else ()
-    return next((_quantiles(each) for each in found if each.dtype == dtype and len(each.quantiles) > 1), "")
+    found = report.corpus.across if report.corpus is not None and report.corpus.prompts > 1 else ()
+    return next((_quantiles(each) for each in found if each.dtype == dtype and each.quantiles), "")
 
 
 def fails_at(report: Report, dtype: str) -> str:
