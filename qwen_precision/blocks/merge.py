@@ -158,9 +158,9 @@ def _outgrown(plan: Plan, plans: Iterable[Plan]) -> Iterator[str]:
     """Digest of the last block of a plan whose corpus has grown since: a fuller block stands in its place."""
     mine = [block for block in plan.blocks if block.kind == "prompts"]
     for other in plans:
-        theirs = [block for block in other.blocks if block.kind == "prompts"][: len(mine)]
-        same = len(theirs) == len(mine) and theirs[:-1] == mine[:-1] and set(plan.sources) <= set(other.sources)
-        if same and plan.settings_digest == other.settings_digest and theirs[-1].count > mine[-1].count:
+        same = plan.settings_digest == other.settings_digest and set(plan.sources) <= set(other.sources)
+        theirs = other.blocks[len(mine) - 1 : len(mine)] if same else []
+        if mine and any(block.kind == "prompts" and block.begins_with(mine[-1]) for block in theirs):
             yield mine[-1].digest
 
 
@@ -219,8 +219,12 @@ def _opened(tally: Tally, standing: list[tuple[int, str, int]]) -> Iterator[Run]
     wanted: dict[tuple[int, str], set[int]] = {}
     for first, path, prompt in standing:
         wanted.setdefault((first, path), set()).add(prompt)
-    sweeps = {(block.first, path) for block, path in tally.blocks.values() if block.kind == "sweep"}
-    for place in sorted({*wanted, *sweeps}):
+    parts = {
+        (block.first, block.count): (block.first, path)
+        for block, path in tally.blocks.values()
+        if block.kind == "sweep"
+    }
+    for place in sorted({*wanted, *parts.values()}):
         yield load(Path(place[1]), wanted.get(place, set()))
 
 

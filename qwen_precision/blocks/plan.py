@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from qwen_precision.errors import UsageError
-from qwen_precision.settings import SWEEPS, Corpus, ProbeSettings
+from qwen_precision.settings import PREFIX, SWEEPS, Corpus, ProbeSettings
 from qwen_precision.version import __version__
 
 _PARTS = 64
@@ -39,6 +39,13 @@ class Block(BaseModel):
     """Roughly what it costs."""
     digest: str = Field(max_length=64)
     """Of its prompts."""
+    prefixes: str = ""
+    """Of a block of prompts: see ``settings.PromptBlock``."""
+
+    def begins_with(self, other: "Block") -> bool:
+        """Whether the prompts of another block are its first ones, and not all of them."""
+        at = PREFIX * other.count
+        return other.count < self.count and self.prefixes[at - PREFIX : at] == other.digest[:PREFIX]
 
     @property
     def said(self) -> str:
@@ -134,7 +141,7 @@ def plan_for(
     if settings.sweep == SWEEPS[1]:
         raise UsageError(f"--sweep {settings.sweep}: is about one prompt; give a file with -o, not a folder.")
     blocks = [
-        Block(kind="prompts", first=each.first, count=each.count, tokens=each.tokens, digest=each.digest)
+        Block(kind="prompts", **{key: getattr(each, key) for key in ("first", "count", "tokens", "digest", "prefixes")})
         for each in corpus.blocks
     ]
     told = _that_matter(settings)
@@ -157,7 +164,7 @@ def _parts(settings: ProbeSettings, block: Block, texts: Sequence[str]) -> Itera
     known = len(texts) or settings.sweep_limit
     count = min(_PARTS, max(1, known // _LEAST)) if known else _PARTS
     for number in range(count):
-        told = [block.digest, "sweep", settings.sweep_limit, list(texts), number, count]
+        told = [block.prefixes[:PREFIX], "sweep", settings.sweep_limit, list(texts), number, count]
         yield Block(kind="sweep", first=number, count=count, tokens=_PART_TOKENS, digest=_hash(json.dumps(told))[:32])
 
 

@@ -21,7 +21,7 @@ from qwen_precision.settings.config import (
     load_target,
     read_yaml,
 )
-from qwen_precision.settings.corpus import BLOCK_PROMPTS, Corpus, PromptBlock
+from qwen_precision.settings.corpus import BLOCK_PROMPTS, PREFIX, Corpus, PromptBlock
 from qwen_precision.settings.engines import ALL, EVIDENCE, VALUES, Engine, Option, Rule, engine_names, load_engines
 from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.guards import ON_FAILURE, Advice, Clamp, Degenerate, GuardSettings, Watch, load_guards
@@ -51,6 +51,7 @@ __all__ = [
     "MAX_TEXT_BYTES",
     "MEMORY",
     "ON_FAILURE",
+    "PREFIX",
     "RESCUE_DTYPES",
     "SEVERITIES",
     "SWEEPS",

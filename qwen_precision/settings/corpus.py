@@ -15,6 +15,7 @@ from qwen_precision.settings.prompts import EXPECTED, ROWS, PromptSpec, line_of,
 
 BLOCK_PROMPTS = 64
 """Prompts of a block at most: weights are read once for all of them, and a rank that dies loses one block."""
+PREFIX = 8
 BLOCK_TOKENS = 16_384
 """Tokens of a block at most, as they are estimated: the hidden states of all its prompts are kept side by side."""
 _MOST_LINE = 4 << 20
@@ -34,6 +35,8 @@ class PromptBlock:
     """Roughly; tokens are not counted before there is a tokenizer."""
     digest: str
     """Of names and contents, in hexadecimal."""
+    prefixes: str
+    """The first ``PREFIX`` digits of the digest that its first prompt alone has, its first two, and so on."""
     place: tuple[int, int] = field(default=(0, 0), compare=False)
     """Byte at which the line of the first begins, and how many prompts of that line come before it."""
 
@@ -69,7 +72,7 @@ class Corpus:
             UsageError: the file is another than it was when it was listed.
         """
         found = [spec for _, spec in _few(self._walk(block.first, block.place), block.count)]
-        if _digest(found) != block.digest:
+        if _digests(found) != (block.digest, block.prefixes):
             raise UsageError(f"--prompts: {self._path} was changed while it was worked on; give the command again.")
         return found
 
@@ -83,13 +86,13 @@ class Corpus:
             names.add(hash(spec.name))
             size = _tokens(spec, self._cut)
             if held and (len(held) >= most or tokens + size > BLOCK_TOKENS):
-                yield PromptBlock(first, len(held), tokens, _digest(held), place)
+                yield PromptBlock(first, len(held), tokens, *_digests(held), place)
                 first, tokens, held = first + len(held), 0, []
             place = where if not held else place
             tokens += size
             held.append(spec)
         if held:
-            yield PromptBlock(first, len(held), tokens, _digest(held), place)
+            yield PromptBlock(first, len(held), tokens, *_digests(held), place)
 
     def _walk(self, number: int, place: tuple[int, int]) -> Iterator[tuple[tuple[int, int], PromptSpec]]:
         """Place and prompt, from the ``number``-th on, which lies there."""
@@ -154,8 +157,10 @@ def _tokens(spec: PromptSpec, cut: int | None) -> int:
     return longest * len(sizes)
 
 
-def _digest(specs: Sequence[PromptSpec]) -> str:
-    made = hashlib.sha256()
+def _digests(specs: Sequence[PromptSpec]) -> tuple[str, str]:
+    """Of all of them, and of the first few, however many these are."""
+    made, told = hashlib.sha256(), [""]
     for spec in specs:
         made.update(spec.model_dump_json(exclude_none=True).encode("utf-8", "replace") + b"\n")
-    return made.hexdigest()[:32]
+        told.append(made.hexdigest()[:32])
+    return told[-1], "".join(each[:PREFIX] for each in told[1:])

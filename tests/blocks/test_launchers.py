@@ -16,6 +16,7 @@ import yaml
 
 from qwen_precision.blocks import Folder, reports
 from qwen_precision.cli import main
+from qwen_precision.record import joined
 from qwen_precision.record.file import load
 from support.checkpoints import ROOT
 from support.folders import all_readings, measured, readings, records, write_texts
@@ -62,6 +63,26 @@ def test_two_ranks_under_torchrun_read_what_one_process_does(
     assert done.returncode == 0, done.stderr
     assert all(f"share {n} of 2 (RANK {n - 1} of 2): 3 blocks measured" in done.stderr for n in (1, 2))
     assert all_readings(Path("runs")) == alone
+
+
+def test_two_ranks_read_a_moe_streamed_and_sweep_as_one_process_does(
+    corpus: Path, healthy_moe: Path, tmp_path: Path
+) -> None:
+    more = ["--memory", "streamed", "--sweep", "first-token", "--sweep-limit", "32"]
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *probe(corpus), str(healthy_moe), *more]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for model in ("demo", str(healthy_moe)):
+        main(["probe", model, *WORDS[:3], "--prompts", str(corpus), *more, "-o", "one.json", "-q"])
+        one = load(Path("one.json"))
+        assert all_readings(Path("runs"), model) == readings(one)
+        both = joined([run for run in records(Path("runs"), model) if run.sweep is not None]).sweep
+        assert both is not None and one.sweep is not None
+        told = [
+            (each.tried, each.total, each.over, [(s.ids, s.magnitude, s.name, s.channel) for s in each.worst])
+            for each in (both, one.sweep)
+        ]
+        assert told[0] == told[1]
 
 
 def test_two_nodes_of_torchrun_are_two_ranks(corpus: Path, alone: dict[tuple[Any, ...], Any], tmp_path: Path) -> None:

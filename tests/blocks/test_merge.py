@@ -121,6 +121,12 @@ def test_a_corpus_that_has_grown_counts_its_last_block_once(tmp_path: Path) -> N
     assert (report.corpus.prompts, report.corpus.blocks) == (9, 5)
 
 
+def test_a_larger_corpus_of_other_prompts_takes_the_place_of_none(tmp_path: Path) -> None:
+    made_up(tmp_path / "runs", SIZES[:2], text="other")
+    report = merged(tmp_path, SIZES[:5], block=8)
+    assert report.corpus is not None and (report.corpus.prompts, report.corpus.blocks) == (7, 2)
+
+
 def test_another_corpus_in_the_same_folder_is_more_prompts(tmp_path: Path) -> None:
     report = merged(tmp_path, SIZES, block=4)
     assert report.corpus is not None and report.corpus.blocks == 3

@@ -28,9 +28,9 @@ def measured(out: Path, *words: str) -> int:
     return main(["probe", *words, "-o", f"{out}/", "-q"])
 
 
-def records(out: Path) -> list[Run]:
-    """All of a folder, in the order of the corpus."""
-    runs = [load(path) for path in Folder(out).records()]
+def records(out: Path, source: str | None = None) -> list[Run]:
+    """All of a folder, or those of a checkpoint, in the order of the corpus."""
+    runs = [run for run in map(load, Folder(out).records()) if source in (None, run.model.source)]
     return sorted(runs, key=lambda run: (run.sweep is not None, run.settings["block"]["block"]["first"]))
 
 
@@ -53,17 +53,22 @@ def readings(run: Run) -> dict[tuple[Any, ...], Any]:
     return found
 
 
-def all_readings(out: Path) -> dict[tuple[Any, ...], Any]:
+def all_readings(out: Path, source: str | None = None) -> dict[tuple[Any, ...], Any]:
     """Those of a folder, as if one process had measured all of its prompts."""
-    return readings(joined([run for run in records(out) if run.sweep is None]))
+    return readings(joined([run for run in records(out, source) if run.sweep is None]))
 
 
 def made_up(
-    out: Path, sizes: list[float], block: int = 2, sources: tuple[str, ...] = ("a",), skip: set[int] | None = None
+    out: Path,
+    sizes: list[float],
+    block: int = 2,
+    sources: tuple[str, ...] = ("a",),
+    skip: set[int] | None = None,
+    text: str = "text",
 ) -> Plan:
     """A folder in which prompt ``n`` reaches ``sizes[n]`` in fp32; blocks whose number is in ``skip`` are not there."""
     out.mkdir(exist_ok=True)
-    corpus = Corpus([f"text {n}" for n in range(len(sizes))], None, block)
+    corpus = Corpus([f"{text} {n}" for n in range(len(sizes))], None, block)
     plan = plan_for(sources, None, load_settings(None, {"dtypes": ["fp16"]}), corpus)
     folder = Folder(out)
     folder.prepare()
@@ -71,14 +76,14 @@ def made_up(
     for item in plan.items():
         part = sizes[item.block.first : item.block.first + item.block.count]
         if item.block.first // block not in (skip or set()):
-            run = _run_of(item.source, item.block.first, part)
+            run = _run_of(item.source, item.block.first, part, text)
             weights = f"weights of {item.source}"
             folder.save(plan.key(weights, item.block), judge(for_block(run, weights, plan, item.block)), (0, 1))
     return plan
 
 
-def _run_of(source: str, first: int, sizes: list[float]) -> Run:
-    prompts = [a_prompt(f"prompt {first + n + 1}", f"text {first + n}") for n in range(len(sizes))]
+def _run_of(source: str, first: int, sizes: list[float], text: str) -> Run:
+    prompts = [a_prompt(f"prompt {first + n + 1}", f"{text} {first + n}") for n in range(len(sizes))]
     passes = []
     for number, size in enumerate(sizes):
         column = [*HEALTHY[:4], size, HEALTHY[5]]
