@@ -57,7 +57,7 @@ real: $(REAL_STAMP) ## Gemma 3 270M (Gemma's terms) and SmolLM2 135M (Apache-2.0
 fuzz: $(STAMP) ## 14,500 hostile records, checkpoints, command lines and YAML files (an hour on two cores)
 	$(BIN)/python scripts/fuzz.py
 
-kill: $(STAMP) ## 1,000 signals at random moments of every command (half an hour on two cores)
+kill: $(STAMP) ## 1,000 signals at random moments of every command, 50 of one rank of two (half an hour on two cores)
 	$(BIN)/python scripts/kill.py
 
 $(ENGINES_STAMP): pyproject.toml constraints-engines.txt

@@ -19,9 +19,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_many
 import torch
 import transformers
 from make_checkpoint import DEMO, write
@@ -525,7 +527,7 @@ def export_once(folder: str, target: str) -> None:
     Exporter(opened, rescaling, "fp16", lambda done, total, what: None).write(Path(target))
 
 
-PARTS = {
+PARTS: dict[str, Callable[[], None]] = {
     "watch": watch_overhead,
     "generate": generating,
     "export": exporting,
@@ -536,6 +538,7 @@ PARTS = {
     "linear": linear,
     "arithmetic": arithmetics,
     "card": on_a_card,
+    **{name: partial(part, FOLDER) for name, part in bench_many.PARTS.items()},
 }
 
 

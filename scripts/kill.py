@@ -1,10 +1,13 @@
 """SIGKILL, SIGTERM and SIGINT at random moments of every command: old files stay whole, the next run leaves no litter.
 
-    python scripts/kill.py [--seed N] [--count 1000]
+    python scripts/kill.py [--seed N] [--count 1000] [--ranks 50]
 
 Each case is a fork of this process that is killed after a random share of the time the command takes. Then: what stood
 there before is whole or replaced whole; the exit code of a signal that is caught is 0 to 3; the same command again ends
 as it would have, with nothing hidden beside its output; a folder that is no finished export does not load.
+
+Of two ranks that measure into one folder, one is killed (SIGKILL): what they had measured is whole and is not measured
+again, and once both commands were given again the merged report is that of two ranks that nobody killed.
 """
 
 import argparse
@@ -20,6 +23,9 @@ from collections import Counter
 from pathlib import Path
 
 import fuzz
+
+from qwen_precision.render import FORMATS
+from qwen_precision.report import view
 
 COMMANDS: dict[str, list[str]] = {
     "probe": ["probe", "demo", *fuzz.PROBE, "-o", "run.json"],
@@ -80,6 +86,67 @@ def case(name: str, number: int, after: float, folder: Path, code: int) -> str |
     return f"left behind: {litter}" if litter else wrong_files(folder)
 
 
+PROMPTS = ["The capital of France is", "Hello", "def f(x):", "1, 2, 3, 4", "import os", "上海"]
+RANKS = ["probe", "demo", "--dtype", "fp16", "--no-explain", "--prompts", "corpus.txt", "--block", "1", "-o", "runs/"]
+
+
+def merged(folder: Path) -> object:
+    """The report of a folder's records, without the times at which it was made."""
+    shown = FORMATS["json"].render(view([folder / "runs"], "never", None, False, []))
+    found = json.loads(str(shown).replace(str(folder), ""))
+    return json.dumps(found, sort_keys=True)
+
+
+def ranks(after: float | None, victim: int, folder: Path) -> tuple[dict[str, bytes], list[int]]:
+    """Two ranks into one folder, of which one is killed after so many seconds; gives the records, and exit codes."""
+    (folder / "corpus.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    children = [started([*RANKS, "--shard", f"{number}/2"], folder) for number in (1, 2)]
+    if after is not None:
+        time.sleep(after)
+        os.kill(children[victim], signal.SIGKILL)
+    codes = [ended(child) for child in children]
+    places = sorted((folder / "runs").glob("*.json")) if (folder / "runs").is_dir() else []
+    return {path.name: path.read_bytes() for path in places if not path.name.startswith("plan-")}, codes
+
+
+def rank_case(after: float, victim: int, folder: Path, whole: object) -> str | None:
+    """Kill a rank, then give both commands again; gives what went wrong."""
+    there, codes = ranks(after, victim, folder)
+    if codes[1 - victim] != 0:
+        return f"the other rank ended with {codes[1 - victim]}"
+    for name, data in there.items():
+        try:
+            json.loads(data)
+        except ValueError:
+            return f"{name} is not whole"
+    now, codes = ranks(None, victim, folder)
+    if codes != [0, 0]:
+        return f"exit codes {codes} the second time"
+    again = [name for name, data in there.items() if now.get(name) != data]
+    if again:
+        return f"measured again: {again}"
+    litter = [name for name in os.listdir(folder / "runs") if name.startswith(".qprec-partial")]
+    if litter:
+        return f"left behind: {litter}"
+    return None if merged(folder) == whole else "another merged report"
+
+
+def killed_ranks(count: int, dice: random.Random) -> list[str]:
+    """So many cases; gives what went wrong in each."""
+    with tempfile.TemporaryDirectory() as made:
+        begin = time.monotonic()
+        ranks(None, 0, Path(made))
+        takes, whole = time.monotonic() - begin, merged(Path(made))
+    wrong = []
+    for _ in range(count):
+        after, victim = dice.random() * takes * 1.1, dice.randrange(2)
+        with tempfile.TemporaryDirectory() as made:
+            told = rank_case(after, victim, Path(made), whole)
+        if told is not None:
+            wrong.append(f"rank {victim}, SIGKILL after {after:.2f} s of {takes:.2f}: {told}")
+    return wrong
+
+
 def measured(name: str) -> tuple[float, int]:
     """Seconds and exit code of a command that nobody kills."""
     with tempfile.TemporaryDirectory() as made:
@@ -94,10 +161,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--ranks", type=int, default=50)
     asked = parser.parse_args()
     fuzz.warm()
     dice = random.Random(asked.seed)
-    takes = {name: measured(name) for name in COMMANDS}
+    takes = {name: measured(name) for name in COMMANDS} if asked.count else {}
     counts: Counter[str] = Counter()
     wrong = []
     for index in range(asked.count):
@@ -108,6 +176,8 @@ def main() -> int:
         counts[number.name] += 1
         if told is not None:
             wrong.append(f"{name}, {number.name} after {after:.2f} s: {told}")
+    wrong += killed_ranks(asked.ranks, dice)
+    counts["ranks killed"] += asked.ranks
     print(", ".join(f"{count:,} {name}" for name, count in counts.items()), f"seed {asked.seed}; {len(wrong)} wrong")
     print("\n".join(wrong))
     return int(bool(wrong))

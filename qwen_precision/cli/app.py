@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_place(args)
         with interruptible():
-            result = app(args=args, prog_name="qprec", standalone_mode=False)
+            result = app(args=args, prog_name="qprec", standalone_mode=False, obj=args)
         if result == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
     except QprecError as error:

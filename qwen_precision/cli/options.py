@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from qwen_precision.cli import terminal
 from qwen_precision.dtypes import DTYPE_ALIASES, DTYPES
 from qwen_precision.report import NAMES
-from qwen_precision.settings import ATTENTION, FAIL_ON, RESCUE_DTYPES, SWEEPS, flag_of
+from qwen_precision.settings import ATTENTION, BLOCK_PROMPTS, FAIL_ON, RESCUE_DTYPES, SWEEPS, flag_of
 
 
 def given(context: typer.Context, settings: type[BaseModel]) -> dict[str, Any]:
@@ -65,7 +65,9 @@ QuietOption = Annotated[
 ]
 PromptsOption = Annotated[
     str | None,
-    typer.Option(help="A file of prompts: YAML, one a line, or a saved run; - is standard input.", metavar="FILE"),
+    typer.Option(
+        help="A file of prompts: YAML, JSONL, one a line, or a saved run; - is standard input.", metavar="FILE"
+    ),
 ]
 FullOption = Annotated[bool, typer.Option("--full", help="Everything, in place of one screen.")]
 FormatOption = Annotated[
@@ -87,10 +89,28 @@ OutputOption = Annotated[
         help="Where to save the run (.json); with another suffix a report beside it; - prints and saves nothing.",
     ),
 ]
+PlaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Where to save the run (.json); with another suffix a report beside it; - prints and saves nothing. A "
+        "folder (runs/) takes a record a block: see Many.",
+    ),
+]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace what is there: a file that is not an older run, an earlier export.")
 ]
 
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="A hub id (owner/name), a checkpoint folder, a GGUF file (also owner/name/file.gguf), or the word demo; "
+        "several with -o FOLDER.",
+    ),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -113,6 +133,30 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit 
 
 FailOnOption = Annotated[
     str, typer.Option(help="What gives exit code 1.", metavar="|".join(FAIL_ON), callback=choice_from(FAIL_ON, "level"))
+]
+
+_MANY = "Many, with -o FOLDER"
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        help="This process's share, by hand; else by what torchrun, accelerate or Slurm set.",
+        metavar="I/N",
+        rich_help_panel=_MANY,
+    ),
+]
+JobsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="So many ranks on this machine, under torchrun; auto: one a card, without cards one.",
+        metavar="auto|N",
+        rich_help_panel=_MANY,
+    ),
+]
+BlockOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help=f"Prompts of a record at most. Default: {BLOCK_PROMPTS}.", metavar="N", rich_help_panel=_MANY
+    ),
 ]
 
 _WHY = "Why it failed"

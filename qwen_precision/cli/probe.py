@@ -1,11 +1,13 @@
 """``qprec probe``."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwen_precision.cli import options, outcome, terminal
+from qwen_precision.cli import many, options, outcome, terminal
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.render import safe
 from qwen_precision.settings import (
@@ -16,13 +18,14 @@ from qwen_precision.settings import (
     PromptSpec,
     load_settings,
     load_target,
+    rank_of,
     read_prompts,
 )
 
 
 def probe(
     context: typer.Context,
-    model: options.ModelArgument,
+    model: options.ModelsArgument,
     dtype: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,7 +68,7 @@ def probe(
         str | None, typer.Option(help="A YAML profile, by file or name. Flags win over it.", metavar="FILE")
     ] = None,
     revision: options.RevisionOption = None,
-    output: options.OutputOption = None,
+    output: options.PlaceOption = None,
     format: options.FormatOption = None,
     full: options.FullOption = False,
     quiet: options.QuietOption = False,
@@ -81,6 +84,9 @@ def probe(
             callback=options.choice_from(FAIL_ON, "level"),
         ),
     ] = None,
+    shard: options.ShardOption = None,
+    jobs: options.JobsOption = None,
+    block: options.BlockOption = None,
     explain: options.ExplainOption = None,
     budget: options.BudgetOption = None,
     sweep: options.SweepOption = None,
@@ -98,18 +104,27 @@ def probe(
     Where fp16 fails, it ends with the plan of an exact rescaling that makes it safe; --rescue-to carries it out.
     """
     settings = load_settings(config, options.given(context, ProbeSettings))
+    folder = many.folder_for(output)
+    if folder is not None:
+        many.check_alone(
+            {"--rescue-to": rescue_to, "--rescue-dtype": rescue_dtype, "--keep-unverified": keep_unverified}
+        )
+        asked = many.Asked(model, revision, settings, prompt or [], prompts, block, rank_of(shard, os.environ), force)
+        many.run(asked, folder, jobs, many.Shown(format, full), dry_run, context.obj or sys.argv[1:])
+    many.check_one(model, {"--shard": shard, "--jobs": jobs, "--block": block}, os.environ)
     specs = read_prompts(prompt, settings.prompts if not prompt or prompts else None)
-    wanted = outcome.output_for(output, format, "qprec-run.json", full, force, (model, settings.prompts, config))
+    place = Path(output) if output is not None else None
+    wanted = outcome.output_for(place, format, "qprec-run.json", full, force, (model[0], settings.prompts, config))
     record = wanted.record or Path("qprec-run.json")
     target = load_target(rescue_to, settings, record, rescue_dtype, force, keep_unverified)
     if dry_run:
-        _tell(model, settings, specs, revision)
+        _tell(model[0], settings, specs, revision)
         raise typer.Exit
     with terminal.progress() as (progress, _):
         from qwen_precision.diagnose import diagnose  # torch
 
         report = diagnose(
-            model,
+            model[0],
             settings,
             specs,
             revision,

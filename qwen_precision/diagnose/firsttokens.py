@@ -22,13 +22,11 @@ from qwen_precision.errors import QprecError
 from qwen_precision.files import Unreadable, read_small, write_atomically
 from qwen_precision.probe import Job
 from qwen_precision.progress import Progress
-from qwen_precision.record import Sweep, Swept, in_words, rounded
+from qwen_precision.record import WORST, Sweep, Swept, in_words, rounded, worst_first
 from qwen_precision.settings import as_text, first_ids
 
 AT_ONCE = 2048
 """Tokens that go through a layer together."""
-_WORST = 20
-"""Kept of a sweep."""
 _CONFIRMED = 8
 """Of those, run in the dtype itself, each by itself, where they were not yet."""
 _NEAR = 2.0
@@ -56,13 +54,18 @@ def first_tokens(
     state_file: Path | None,
     progress: Progress,
     announce: Callable[[str], None],
+    part: tuple[int, int] = (0, 1),
 ) -> Sweep:
     """Every id of the vocabulary (or ``limit`` of them, evenly spread) as the first token; or these texts.
+
+    ``part`` is which of how many equal parts of them is tried here.
 
     Raises:
         KeyboardInterrupt: it was interrupted; what was done is in ``state_file`` and is taken up by the same call.
     """
-    rows = _rows(job, limit, texts)
+    everything = _rows(job, limit, texts)
+    begin, end = (len(everything) * (part[0] + more) // part[1] for more in (0, 1))
+    rows = everything[begin:end]
     walk = walker(job, dtype)
     state = _taken_up(state_file, _key(job, dtype, rows), announce)
     state.layers = walk.depth
@@ -85,7 +88,7 @@ def first_tokens(
         kind="first-token",
         dtype=dtype,
         tried=state.done,
-        total=len(rows),
+        total=len(everything),
         layers=state.layers,
         over=state.over,
         worst=worst,
@@ -169,12 +172,7 @@ def _chunk(walk: Walker, job: Job, dtype: str, rows: list[list[int]], state: _St
         size = max(1, AT_ONCE // length)
         for start in range(0, len(equal), size):
             _lot(walk, job, dtype, equal[start : start + size], state)
-    state.worst = sorted(state.worst, key=_rank)[:_WORST]
-
-
-def _rank(each: Swept) -> tuple[bool, float]:
-    """What fails comes first, then what is largest."""
-    return not each.fails, -float(each.magnitude)
+    state.worst = sorted(state.worst, key=worst_first)[:WORST]
 
 
 def _lot(walk: Walker, job: Job, dtype: str, rows: list[list[int]], state: _State) -> None:
@@ -190,7 +188,7 @@ def _lot(walk: Walker, job: Job, dtype: str, rows: list[list[int]], state: _Stat
         fails = dict(zip(tried, outcome.tolist(), strict=True))
     state.over += sum(fails.values())
     ranked = sorted(range(len(rows)), key=lambda place: (not fails.get(place), -float(found.value[place])))
-    for place in ranked[:_WORST]:
+    for place in ranked[:WORST]:
         state.worst.append(
             Swept(
                 ids=rows[place],
@@ -218,4 +216,4 @@ def _confirmed(job: Job, dtype: str, state: _State, progress: Progress) -> list[
         if number in clean:
             worst[place] = worst[place].model_copy(update={"fails": not clean[number]})
             state.over += not clean[number]
-    return sorted(worst, key=_rank)
+    return sorted(worst, key=worst_first)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from qwen_precision.diagnose.explain import explained
 from qwen_precision.diagnose.firsttokens import held_state
-from qwen_precision.diagnose.triggers import swept, texts_of
+from qwen_precision.diagnose.triggers import swept
 from qwen_precision.errors import UsageError
 from qwen_precision.judge import Report, judge, with_engines
 from qwen_precision.probe import measure, prepare
 from qwen_precision.progress import Announce, Progress, silent
 from qwen_precision.record import Run
 from qwen_precision.rescue import Finals, check_folder, delivered, unsupported, wanted, with_plan
-from qwen_precision.settings import ProbeSettings, PromptSpec, Target
+from qwen_precision.settings import ProbeSettings, PromptSpec, Target, texts_of
 
 
 def diagnose(

@@ -7,13 +7,11 @@ from pathlib import Path
 from qwen_precision.diagnose.again import outcomes, run_again
 from qwen_precision.diagnose.firsttokens import first_tokens
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.files import read_text
+from qwen_precision.errors import QprecError
 from qwen_precision.judge import Report, asked
 from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress
 from qwen_precision.record import Choice, Run, Sweep
-from qwen_precision.settings import MAX_TEXT_BYTES
 
 
 def swept(
@@ -48,21 +46,6 @@ def swept(
     except QprecError as error:
         return run.model_copy(update={"unfinished": f"the sweep: {str(error).rstrip('.')}"})
     return run.model_copy(update={"sweep": found})
-
-
-def texts_of(file: str | None) -> list[str]:
-    """Texts to sweep over, a line each; none where there is no file.
-
-    Raises:
-        UsageError: it cannot be read, or is empty.
-    """
-    if file is None:
-        return []
-    text = read_text(Path(file), MAX_TEXT_BYTES, "--sweep-texts", "a text a line")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UsageError(f"--sweep-texts: {file} is empty; expected a text a line.")
-    return lines
 
 
 _SECTIONS = 7

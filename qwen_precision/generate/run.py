@@ -173,7 +173,7 @@ def _tokenised(
     if settings.chat:
         specs = [each for spec in specs for each in _turns(spec)]
     tokenizer = checkpoint.tokenizer
-    without = [spec.name for spec in specs if spec.chat is not None] if not has_template(tokenizer) else []
+    without = [spec.name for spec in specs if spec.templated] if not has_template(tokenizer) else []
     if without:
         remedy = "use --raw" if settings.chat else "give it as text"
         raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
@@ -187,12 +187,14 @@ def _tokenised(
 
 def _turns(spec: PromptSpec) -> list[PromptSpec]:
     """Its texts as chat turns, under its name; ids of a saved run have the template in them already."""
-    return [spec] if spec.rows is not None else [PromptSpec(name=spec.name, chat=text) for text in spec.texts()]
+    if spec.given_ids is not None or spec.messages is not None:
+        return [spec]
+    return [PromptSpec(name=spec.name, chat=text) for text in spec.texts()]
 
 
 def _inputs(spec: PromptSpec, made: Prompt, tokenizer: Any) -> list[str]:
     """The texts that were tokenised; where ids were given, or cut, what those left spell."""
-    if spec.rows is None and spec.max_tokens is None:
+    if spec.given_ids is None and spec.max_tokens is None:
         return [rendered(spec, text, tokenizer) for text in spec.texts()]
     return [str(tokenizer.decode(row.ids)) for row in made.rows]
 

@@ -8,9 +8,12 @@ from qwen_precision.judge.checks import CHECKS, Subject, judge
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.compare import Changes, changes
 from qwen_precision.judge.controls import Candidate, asked, candidates, starts_at
+from qwen_precision.judge.corpus import SHARES, outcomes, standing_for
 from qwen_precision.judge.degenerate import at_the_end
 from qwen_precision.judge.engines import with_engines
 from qwen_precision.judge.findings import (
+    Across,
+    Corpus,
     EngineVerdict,
     Finding,
     Headroom,
@@ -37,7 +40,7 @@ from qwen_precision.judge.needs import (
 )
 from qwen_precision.judge.nextcommand import next_command, next_rescue, next_sweep, quoted_for_a_shell, same_again
 from qwen_precision.judge.poisoned import with_fresh_engines
-from qwen_precision.judge.precision import Precision, precision
+from qwen_precision.judge.precision import Precision, Sums, sums
 from qwen_precision.judge.surroundings import closeup_of, massive_channels, run_up
 
 __all__ = [
@@ -46,10 +49,13 @@ __all__ = [
     "CHECKS",
     "FAR",
     "LOGITS",
+    "SHARES",
+    "Across",
     "Bought",
     "Candidate",
     "Changes",
     "Columns",
+    "Corpus",
     "Cost",
     "EngineVerdict",
     "Finding",
@@ -64,6 +70,7 @@ __all__ = [
     "Precision",
     "Report",
     "Subject",
+    "Sums",
     "Token",
     "a_step",
     "answer_of",
@@ -84,13 +91,15 @@ __all__ = [
     "next_command",
     "next_rescue",
     "next_sweep",
-    "precision",
+    "outcomes",
     "quoted_for_a_shell",
     "rescue_exit_code",
     "run_up",
     "same_again",
     "sized",
+    "standing_for",
     "starts_at",
+    "sums",
     "with_engines",
     "with_fresh_engines",
 ]

@@ -120,6 +120,9 @@ def advice_for(run: Run, dtype: str, magnitude: float | None, limit: float) -> s
 def _measured(case: _Case) -> list[str]:
     """What the passes themselves show."""
     failing, clean = case.columns.by_outcome(case.run_pass.dtype)
+    counted = case.columns.failing(case.run_pass.dtype)
+    if counted is not None:
+        return [f"{counted[0]:,} of {counted[1]:,} prompts fail"] if counted[0] < counted[1] else []
     if not (failing and clean):
         return []
     return [f"{len(failing)} of {len(failing) + len(clean)} prompts fail; clean: {_listed(case, clean)}"]

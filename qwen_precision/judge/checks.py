@@ -19,8 +19,18 @@ from qwen_precision.judge import text
 from qwen_precision.judge.advice import advice
 from qwen_precision.judge.causes import advice_for, cause_of, reference_magnitude, weight_evidence
 from qwen_precision.judge.columns import Columns, Where, place_of, token_of
-from qwen_precision.judge.findings import Cause, Finding, Headroom, Limits, Magnitude, Place, Report, Spread, limits_of
-from qwen_precision.judge.precision import precision
+from qwen_precision.judge.findings import (
+    Cause,
+    Corpus,
+    Finding,
+    Headroom,
+    Limits,
+    Magnitude,
+    Place,
+    Report,
+    Spread,
+    limits_of,
+)
 from qwen_precision.judge.replays import unseen_failure
 from qwen_precision.judge.scales import scales
 from qwen_precision.judge.unwatched import unwatched
@@ -33,20 +43,21 @@ Subject = Literal["prompt", "weights", "precision", "logits", "generation"]
 logits, a generated text."""
 
 
-def judge(run: Run, limits: Limits | None = None, name: str = "") -> Report:
+def judge(run: Run, limits: Limits | None = None, name: str = "", corpus: Corpus | None = None) -> Report:
     """Judge a Run.
 
     Args:
         run: the columns.
         limits: from where on something is worth a finding; None for those that the run was made with.
         name: of its file, where it is shown beside others.
+        corpus: of what more prompts it stands for.
     """
-    columns = Columns(run, limits or limits_of(run.settings))
+    columns = Columns(run, limits or limits_of(run.settings), corpus)
     findings = [finding for check in CHECKS.values() for finding in check.find(columns)]
     findings.sort(key=partial(_order, columns))
     headroom = {dtype: columns.headroom(dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
-    return Report(verdict, findings, headroom, run.stopped, run, name)
+    return Report(verdict, findings, headroom, run.stopped, run, name, corpus=corpus)
 
 
 def _order(columns: Columns, finding: Finding) -> tuple[int, bool, float]:
@@ -338,9 +349,10 @@ def _counted(finding: Finding, columns: Columns) -> Finding:
 def _divergence(columns: Columns) -> Iterator[Finding]:
     """Finite everywhere, but the next token, its distribution and log-probabilities are too far from fp32's."""
     limits = columns.limits
-    for dtype, found in precision(columns.run).items():
-        if any(each.failed for each in columns.passes(dtype)):
+    for dtype, sums in columns.sums.items():
+        if sums.failed:
             continue
+        found = sums.precision
         kl, logprob = found.kl or 0.0, found.logprob or 0.0
         if found.agree < found.rows and kl > limits.kl and logprob > limits.logprob:
             cause = Cause(

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest, overflows_from
-from qwen_precision.judge.findings import Headroom, Limits, Place, Token
+from qwen_precision.judge.findings import Corpus, Headroom, Limits, Place, Token
+from qwen_precision.judge.precision import Sums, sums
 from qwen_precision.qwen3 import has_qk_norm, name_of, row_of
 from qwen_precision.record import Event, Pass, Run, Site
 
@@ -26,10 +28,17 @@ _NOTHING = -1.0  # stands for null in an array; magnitudes are not negative
 
 
 class Columns:
-    """Columns of a Run by dtype and prompt, and what headroom means for each site."""
+    """Columns of a Run by dtype and prompt, and what headroom means for each site.
 
-    def __init__(self, run: Run, limits: Limits) -> None:
+    Args:
+        run: the columns.
+        limits: from where on something is worth a finding.
+        corpus: of what more prompts the run's stand for.
+    """
+
+    def __init__(self, run: Run, limits: Limits, corpus: Corpus | None = None) -> None:
         self.run, self.limits = run, limits
+        self._corpus = corpus
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
         self.sparse = {site.layer for site in run.sites if ".experts" in site.module}
         """Layers that have experts."""
@@ -52,6 +61,17 @@ class Columns:
         self._headroom: dict[str, list[Headroom]] = {}
         self._columns: dict[tuple[str, int], Array] = {}
         self._known: dict[tuple[str, int], Array] = {}
+
+    @cached_property
+    def sums(self) -> Mapping[str, Sums]:
+        """By dtype: what its precision is made of."""
+        return self._corpus.sums if self._corpus is not None else sums(self.run)
+
+    def failing(self, dtype: str) -> tuple[int, int] | None:
+        """How many prompts fail, of how many; None where the run holds all of them."""
+        across = self._corpus.across if self._corpus is not None else ()
+        found = next((each for each in across if each.dtype == dtype), None)
+        return (found.failing, self._corpus.prompts) if found is not None and self._corpus is not None else None
 
     def passes(self, dtype: str) -> list[Pass]:
         """All passes of a dtype, prompt by prompt."""
@@ -220,14 +240,18 @@ class Columns:
             self._headroom[dtype] = self._least(dtype)
         return self._headroom[dtype]
 
-    def _least(self, dtype: str) -> list[Headroom]:
+    def rooms(self, dtype: str) -> tuple[list[Pass], Array, Array]:
+        """Passes of a dtype, ``[passes, sites]`` magnitudes and headroom; NaN where a site has none in the dtype."""
         passes, values, ran = self.judged(dtype)
-        some = np.flatnonzero(ran.any(axis=0))
-        if not len(some):
-            return []
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             room = np.where(np.isfinite(values), np.where(values == 0, math.inf, largest(dtype) / values), 0.0)
-        room = np.where(ran, room, math.nan)
+        return passes, values, np.where(ran, room, math.nan)
+
+    def _least(self, dtype: str) -> list[Headroom]:
+        passes, values, room = self.rooms(dtype)
+        some = np.flatnonzero(~np.isnan(room).all(axis=0))
+        if not len(some):
+            return []
         first = np.nanargmin(room[:, some], axis=0)
         order = np.argsort(room[first, some], kind="stable")
         sites, rows = some[order], first[order]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from qwen_precision.judge.precision import Precision, Sums, sums
 from qwen_precision.record import Run
 from qwen_precision.settings import Engine, Rule
 
@@ -174,6 +175,39 @@ class Headroom(NamedTuple):
     prompt: int
 
 
+class Across(NamedTuple):
+    """What came of all prompts in a dtype."""
+
+    dtype: str
+    failing: int
+    places: tuple[tuple[str, int], ...]
+    """Where they fail first, and how many of them; the place of most of them first."""
+    quantiles: tuple[tuple[float, float], ...]
+    """Shares of the prompts, and the headroom that so many of them do not exceed."""
+    worst: tuple[tuple[str, float], ...]
+    """Names of the prompts with the least headroom, and what they have; those that fail first."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How a report over a folder of records came about."""
+
+    prompts: int
+    """That were seen; the run of the report holds those that are worst somewhere."""
+    blocks: int
+    """Of the plan."""
+    missing: tuple[str, ...]
+    """Blocks of the plan that were not seen, in words."""
+    missing_blocks: int
+    across: tuple[Across, ...]
+    record: str
+    """Path of the record with the prompt that fails first, else of one with a prompt that is worst in something."""
+    sums: dict[str, Sums]
+    """By dtype: what the precision of all of them is made of."""
+    left_out: int = 0
+    """Prompts that are worst somewhere, and were too many to be opened again."""
+
+
 @dataclass(frozen=True)
 class Report:
     """A judged Run."""
@@ -189,6 +223,14 @@ class Report:
     """Name of the file it came from, where it is shown beside others."""
     engines: tuple[EngineVerdict, ...] = ()
     """Of each engine that was asked about."""
+    corpus: Corpus | None = None
+    """Of a report over a folder of records; its run is then joined from those that are worst somewhere."""
+
+    @property
+    def precision(self) -> dict[str, Precision]:
+        """By dtype: how far it is from the reference, over all prompts; empty without one."""
+        found = self.corpus.sums if self.corpus is not None else sums(self.run)
+        return {dtype: each.precision for dtype, each in found.items()}
 
     def tightest(self, dtype: str) -> list[Headroom]:
         """The operation with the least headroom of each layer (and of what is outside them), smallest first."""

@@ -6,13 +6,25 @@ May import: record, qwen3, settings, judge, model, watcher.
 
 from qwen_precision.probe.collect import Collector
 from qwen_precision.probe.dryrun import dry_run
-from qwen_precision.probe.run import Job, encoded, job_for, measure, prepare, probe, vocabulary_rows
+from qwen_precision.probe.run import (
+    OUT_OF_MEMORY,
+    Job,
+    encoded,
+    job_for,
+    measure,
+    opened,
+    prepare,
+    prepared,
+    probe,
+    vocabulary_rows,
+)
 from qwen_precision.probe.shadow import Shadow
 from qwen_precision.probe.softmax import largest, rounded_chances
 from qwen_precision.probe.task import Task
 from qwen_precision.probe.whole import forward
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "Collector",
     "Job",
     "Shadow",
@@ -23,7 +35,9 @@ __all__ = [
     "job_for",
     "largest",
     "measure",
+    "opened",
     "prepare",
+    "prepared",
     "probe",
     "rounded_chances",
     "vocabulary_rows",

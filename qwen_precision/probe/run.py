@@ -51,6 +51,9 @@ from qwen_precision.version import __version__
 SLICE_BYTES = 256 * 1024 * 1024
 """Streamed, lm_head takes as many vocabulary rows at once as fit into this in fp32."""
 
+OUT_OF_MEMORY = "out of memory"
+"""How the reason begins, of a run that stopped for it."""
+
 
 @dataclass
 class Job:
@@ -110,10 +113,19 @@ def prepare(
     progress: Progress = silent,
 ) -> Job:
     """Open the checkpoint and tokenise the prompts; for the arguments and errors see ``probe``."""
+    return prepared(opened(source, revision, progress), source, settings, specs)
+
+
+def opened(source: str, revision: str | None = None, progress: Progress = silent) -> Checkpoint:
+    """A checkpoint, found or fetched, and checked. Several jobs can be made of it; raises as ``probe`` does."""
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     folder, commit = locate(source, revision, progress)
-    checkpoint = open_checkpoint(folder, source, commit)
-    with foreign_faults(folder):
+    return open_checkpoint(folder, source, commit)
+
+
+def prepared(checkpoint: Checkpoint, source: str, settings: ProbeSettings, specs: Sequence[PromptSpec]) -> Job:
+    """``prepare`` with a checkpoint that is open already."""
+    with foreign_faults(checkpoint.folder):
         return _prepared(checkpoint, source, settings, specs)
 
 
@@ -234,7 +246,7 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None, announce: Ann
         return str(error)
     except Exception as error:
         if out_of_memory(error):
-            return f"out of memory on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
+            return f"{OUT_OF_MEMORY} on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
         if is_ours(error):
             raise
         return fault(job.checkpoint.folder, error)

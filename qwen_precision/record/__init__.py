@@ -34,6 +34,7 @@ from qwen_precision.record.generation import (
     failing_step,
     mended_steps,
 )
+from qwen_precision.record.joined import WORST, joined, unmeasured, worst_first
 from qwen_precision.record.logits import LogitsCost, Upcast
 from qwen_precision.record.parts import Site, in_words, rounded
 from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
@@ -60,6 +61,7 @@ __all__ = [
     "MOST_POWER",
     "NOT_FINITE",
     "REPLAYS",
+    "WORST",
     "BadKind",
     "Choice",
     "Closeup",
@@ -108,6 +110,7 @@ __all__ = [
     "failing_step",
     "in_words",
     "is_record",
+    "joined",
     "load",
     "mended_steps",
     "parse",
@@ -115,4 +118,6 @@ __all__ = [
     "rounded",
     "save",
     "to_json",
+    "unmeasured",
+    "worst_first",
 ]

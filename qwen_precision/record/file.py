@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,18 @@ def is_record(path: Path) -> bool:
 _BEGINS = b'{"schema":'
 
 
-def load(path: Path) -> Run:
+def load(path: Path, prompts: Collection[int] | None = None) -> Run:
     """Read a record.
+
+    Args:
+        path: of the file.
+        prompts: numbers of those that are wanted; nothing is made of the others. None for all.
 
     Raises:
         QprecError: no such file, not JSON, not a qprec record, or one of a newer schema; the message
             names the offending key.
     """
-    return parse(read(path), str(path))
+    return parse(read(path), str(path), prompts)
 
 
 def read(path: Path) -> bytes:
@@ -77,8 +82,8 @@ def read(path: Path) -> bytes:
         raise QprecError(f"{path}: cannot be read ({error}); {_EXPECTED}.") from error
 
 
-def parse(text: str | bytes, path: str) -> Run:
-    """The record that a JSON text holds; ``path`` is its name in messages. Raises as ``load`` does."""
+def parse(text: str | bytes, path: str, prompts: Collection[int] | None = None) -> Run:
+    """The record that a JSON text holds; ``path`` is its name in messages. Else as ``load``."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         data = plain_json(text)
@@ -94,7 +99,27 @@ def parse(text: str | bytes, path: str) -> Run:
         raise QprecError(
             f"{path}: has schema {data['schema']}, this qprec reads up to {SCHEMA}; upgrade qprec to read it."
         )
-    return _validated(upgraded(data, SCHEMA), path)
+    data = upgraded(data, SCHEMA)
+    return _validated(data if prompts is None else _only(data, prompts), path)
+
+
+def _only(data: dict[str, Any], wanted: Collection[int]) -> dict[str, Any]:
+    """A record's data with some of its prompts, and the passes over them."""
+    prompts, passes = data.get("prompts"), data.get("passes")
+    if not isinstance(prompts, list) or not isinstance(passes, list):
+        return data
+    place = {number: position for position, number in enumerate(sorted(set(wanted) & set(range(len(prompts)))))}
+    kept = [
+        {**each, "prompt": place[each["prompt"]]}
+        for each in passes
+        if isinstance(each, dict) and isinstance(each.get("prompt"), int) and each["prompt"] in place
+    ]
+    names = {prompts[number].get("name") for number in place if isinstance(prompts[number], dict)}
+    why = data.get("explanation")
+    if isinstance(why, dict) and isinstance(why.get("controls"), list):
+        mine = [each for each in why["controls"] if not isinstance(each, dict) or each.get("prompt") in names]
+        data = {**data, "explanation": {**why, "controls": mine}}
+    return {**data, "prompts": [prompts[number] for number in place], "passes": kept}
 
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -5,7 +5,7 @@ May import: record, qwen3, settings, judge, model, watcher.
 """
 
 from qwen_precision.render.formats import FORMATS, Format
-from qwen_precision.render.text import safe
+from qwen_precision.render.text import count, safe
 from qwen_precision.render.view import View, one
 
-__all__ = ["FORMATS", "Format", "View", "one", "safe"]
+__all__ = ["FORMATS", "Format", "View", "count", "one", "safe"]

@@ -18,7 +18,7 @@ _MOST = 9
 def render_github(view: View) -> str:
     """Annotations for errors first; with a baseline, for what is new."""
     lines = list(_lines(view))
-    nothing = "nothing found" if view.changes is None else "nothing new"
+    nothing = "nothing found" if not view.changes else "nothing new"
     models = ", ".join(dict.fromkeys(safe(model_named(report)) for report in view.reports))
     return "\n".join(lines) + "\n" if lines else f"::notice title={_property(f'qprec {models}')}::{nothing}\n"
 
@@ -36,7 +36,8 @@ def _lines(view: View) -> Iterator[str]:
         yield from _engines(report)
         if report.stopped:
             title = _property(f"qprec {safe(model_named(report))}")
-            yield f"::warning title={title}::stopped early: {_escaped(safe(report.stopped))}"
+            early = "stopped early: " if report.corpus is None else ""
+            yield f"::warning title={title}::{early}{_escaped(safe(report.stopped))}"
 
 
 def _engines(report: Report) -> Iterator[str]:
@@ -51,8 +52,8 @@ def _engines(report: Report) -> Iterator[str]:
 
 
 def _findings(view: View, report: Report) -> list[Finding]:
-    # Only one report can have a baseline.
-    return report.findings if view.changes is None else [*view.changes.new, *view.changes.risen]
+    changes = view.against(report)
+    return report.findings if changes is None else [*changes.new, *changes.risen]
 
 
 def _title(report: Report, group: Group) -> str:

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_precision.judge import Group, HeadroomGain, Precision, Report, grouped, headroom_gains, precision, same_again
+from qwen_precision.judge import Group, HeadroomGain, Precision, Report, grouped, headroom_gains, same_again
 from qwen_precision.render.pictures import pictures
 from qwen_precision.render.text import count, number, room, safe
-from qwen_precision.render.view import View
+from qwen_precision.render.view import View, record_of
 from qwen_precision.render.words import engines, logits, why
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words.answer import Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
+from qwen_precision.render.words.corpus import across, beside
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 from qwen_precision.render.words.time import time_words
@@ -75,7 +76,7 @@ def render_html(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = {"not_seen": not_seen, "facts": facts, "why": why, "went": went, "time_words": time_words}
+    words = {"not_seen": not_seen, "facts": facts, "why": why, "went": went, "time_words": time_words, "across": across}
     engine.globals.update(**words, engines=engines, logits=logits, counted=COUNTED)
     engine.filters.update(
         inert=lambda value, longest=500: safe(str(value), longest), number=number, room=room, count=count
@@ -87,11 +88,13 @@ def render_html(view: View) -> str:
             answer(report),
             grouped(report.findings),
             [(caption, Markup(svg)) for caption, svg in pictures(report)],
-            same_again(report.run, report.name or "run.json"),
-            precision(report.run),
+            same_again(report.run, record_of(report)),
+            report.precision,
             _rescue(report),
         )
         for report in view.reports
     ]
-    lines = list(change_lines(view.changes)) if view.changes is not None else []
-    return engine.get_template("report.html.j2").render(pages=pages, changes=lines, most=_MOST)
+    lines = list(change_lines(view))
+    return engine.get_template("report.html.j2").render(
+        pages=pages, beside=beside(view.reports), changes=lines, most=_MOST
+    )

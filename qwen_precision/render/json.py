@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_precision.judge import (
     Changes,
+    Corpus,
     Cost,
     EngineVerdict,
     Finding,
@@ -16,7 +17,6 @@ from qwen_precision.judge import (
     cost,
     headroom_gains,
     massive_channels,
-    precision,
     run_up,
 )
 from qwen_precision.record import Generation, Run, in_words, rounded
@@ -29,11 +29,13 @@ SCHEMA = 1
 def render_json(view: View) -> str:
     """A list of ``reports``, always; of one alone its keys stand at the top too; with a baseline, ``changes``."""
     reports = [_report(each) for each in view.reports]
+    for report, changes in zip(reports, view.changes, strict=False):
+        report["changes"] = _changes(changes)
     # What scripts of one run read stays where it was.
     alone = reports[0] if len(reports) == 1 else {}
     data = {"schema": SCHEMA, "exit_code": view.exit_code, **alone, "reports": reports}
-    if view.changes is not None:
-        data["changes"] = _changes(view.changes)
+    if view.gone:
+        data["gone"] = list(view.gone)
     text = json.dumps(in_words(_rounded(data)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # On a terminal a control or right-to-left character would act; as an escape it is the same JSON.
     hidden = {char for char in set(text) if unicodedata.category(char)[0] == "C" and char != "\n"}
@@ -46,13 +48,14 @@ def _escape(char: str) -> str:
 
 
 def _report(report: Report) -> dict[str, Any]:
-    found = precision(report.run)
+    found = report.precision
     return {
         **({"file": report.name} if report.name else {}),
         "verdict": report.verdict,
         "stopped": report.stopped,
         "unfinished": report.run.unfinished,
         "model": report.run.model.model_dump(),
+        **({"corpus": _corpus(report.corpus)} if report.corpus is not None else {}),
         "findings": [_finding(report, finding) for finding in report.findings],
         **({"precision": {dtype: asdict(each) for dtype, each in found.items()}} if found else {}),
         **_logits(report),
@@ -61,6 +64,25 @@ def _report(report: Report) -> dict[str, Any]:
         **({"engines": [_engine(each) for each in report.engines]} if report.engines else {}),
         **({"rescue": _rescue(report)} if report.run.rescue is not None else {}),
         **({"generation": _generation(report.run.generation)} if report.run.generation is not None else {}),
+    }
+
+
+def _corpus(corpus: Corpus) -> dict[str, Any]:
+    """What came of all prompts; the findings are those of the prompts that are worst in something."""
+    return {
+        "prompts": corpus.prompts,
+        "blocks": corpus.blocks,
+        "missing_blocks": corpus.missing_blocks,
+        "not_seen": list(corpus.missing),
+        "dtypes": {
+            each.dtype: {
+                "failing": each.failing,
+                "places": [{"where": where, "prompts": number} for where, number in each.places],
+                "headroom": {f"{share:g}": left for share, left in each.quantiles},
+                "worst": [{"prompt": name, "headroom": left} for name, left in each.worst],
+            }
+            for each in corpus.across
+        },
     }
 
 

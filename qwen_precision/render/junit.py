@@ -9,7 +9,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 from qwen_precision.dtypes import REFERENCE, RESCUED
-from qwen_precision.judge import CHECKS, Finding, Report, Subject, bought, exit_code_of
+from qwen_precision.judge import CHECKS, Changes, Finding, Report, Subject, bought, exit_code_of
 from qwen_precision.qwen3 import placed
 from qwen_precision.record import Exported
 from qwen_precision.render.text import safe
@@ -25,7 +25,7 @@ def render_junit(view: View) -> str:
         exported = _exported(view, report)
         for name, subject, findings in _suites(report):
             kept = [each for each in findings if exported is None or each.dtype != RESCUED]
-            _suite(root, name, subject, findings, kept, view)
+            _suite(root, name, subject, findings, kept, view, view.against(report))
         if exported is not None:
             _rescued(root, report, exported, view)
         _finished(root, report)
@@ -58,7 +58,7 @@ def _suites(report: Report) -> Iterator[tuple[str, Subject, list[Finding]]]:
 
 def _exported(view: View, report: Report) -> Exported | None:
     """The rescaled checkpoint that stands for the one probed; not against a baseline, where what is new counts."""
-    return report.run.rescue.exported if report.run.rescue is not None and view.changes is None else None
+    return report.run.rescue.exported if report.run.rescue is not None and not view.changes else None
 
 
 def _rescued(root: ElementTree.Element, report: Report, exported: Exported, view: View) -> None:
@@ -77,12 +77,18 @@ def _rescued(root: ElementTree.Element, report: Report, exported: Exported, view
 
 
 def _suite(
-    root: ElementTree.Element, name: str, subject: Subject, findings: list[Finding], counted: list[Finding], view: View
+    root: ElementTree.Element,
+    name: str,
+    subject: Subject,
+    findings: list[Finding],
+    counted: list[Finding],
+    view: View,
+    changes: Changes | None,
 ) -> None:
     """A case a check, whether it found something or not; of what it found, only what is counted can fail it."""
     cases = {check: row.kinds for check, row in CHECKS.items() if subject in row.subjects}
     suite = ElementTree.SubElement(root, "testsuite", name=name, tests=str(len(cases)), errors="0")
-    new = None if view.changes is None else [*view.changes.new, *view.changes.risen]
+    new = None if changes is None else [*changes.new, *changes.risen]
     failures = 0
     for check, kinds in cases.items():
         case = ElementTree.SubElement(suite, "testcase", name=check, classname=name, time="0")

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge import Report, grouped, headroom_gains, precision, same_again
+from qwen_precision.judge import Report, grouped, headroom_gains, same_again
 from qwen_precision.qwen3 import name_of
 from qwen_precision.render.repro.script import render_repro
 from qwen_precision.render.text import count, number, ranges, room, safe
-from qwen_precision.render.view import View, one
+from qwen_precision.render.view import View, one, record_of
 from qwen_precision.render.words import engines, logits, why
 from qwen_precision.render.words import rescue as words
 from qwen_precision.render.words.answer import RULED_OUT, Answer, answer
 from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.continuation import went
+from qwen_precision.render.words.corpus import across, beside
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 from qwen_precision.render.words.time import time_words
@@ -46,9 +47,12 @@ class _Section:
 def render_markdown(view: View) -> str:
     """All reports, one after another; cut to what GitHub takes."""
     sections = [section for report in view.reports for section in _sections(report)]
-    if view.changes is not None:
-        lines = [f"- {escaped(line)}" for line in change_lines(view.changes)]
+    if view.changes:
+        lines = [f"- {escaped(line)}" for line in change_lines(view)]
         sections.insert(0, _Section(100, "changes", "## Against the baseline\n\n" + "\n".join(lines)))
+    table = _side_by_side(view.reports)
+    if table:
+        sections.insert(0, _Section(100, "side by side", table))
     dropped: list[str] = []
     while sum(len(each.text) + 2 for each in sections) > LONGEST and len(sections) > 1:
         least = min(sections, key=lambda each: (each.weight, -len(each.text)))
@@ -87,6 +91,7 @@ def _sections(report: Report) -> Iterator[_Section]:
     yield _Section(100, "verdict", _head(report, told))
     sections: list[tuple[int, str, str]] = [
         (95, "what to do", _steps(told)),
+        (94, "all prompts", _across(report)),
         (92, "engines", _engines(report)),
         (88, "what it is not", _ruled_out(told)),
         (85, "reproduction", _reproduction(report)),
@@ -140,6 +145,19 @@ def _steps(told: Answer) -> str:
     return "## What to do\n\n" + "\n\n".join(parts) if parts else ""
 
 
+def _across(report: Report) -> str:
+    """Of a folder of records: who fails where, and how near the others are."""
+    lines = [f"- **{escaped(label)}**: {escaped(said, 800)}" for label, said in across(report)]
+    return "## All prompts\n\n" + "\n".join(lines) if lines else ""
+
+
+def _side_by_side(reports: tuple[Report, ...]) -> str:
+    """A row a checkpoint of a folder."""
+    head, *rows = beside(reports) or [[]]
+    lines = [f"| {' | '.join(escaped(word) for word in row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if rows else ""
+
+
 def _engines(report: Report) -> str:
     """A row an engine that was asked about."""
     if not report.engines:
@@ -168,7 +186,7 @@ def _reproduction(report: Report) -> str:
     )
     return (
         "## Reproduction\n\n"
-        + fenced(same_again(report.run, report.name or "run.json"))
+        + fenced(same_again(report.run, record_of(report)))
         + _folded_script(report)
         + f"\n\n## Expected behaviour\n\n{expected}"
     )
@@ -302,7 +320,7 @@ def _precision(report: Report) -> str:
     rows = [
         f"| {dtype} | {number(each.layers[-1]) if each.layers and each.layers[-1] is not None else '-'} | "
         f"{each.agree} of {each.rows} | {number(each.kl)} | {number(each.logprob)} |"
-        for dtype, each in precision(report.run).items()
+        for dtype, each in report.precision.items()
     ]
     head = "| dtype | relative error after last layer | same top-1 | KL at most | "
     head += "log-probability error |\n|---|---|---|---|---|\n"

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge import Cost, Report, cost, precision, sized
+from qwen_precision.judge import Cost, Report, cost, sized
 from qwen_precision.qwen3 import name_of
 from qwen_precision.record import Generation
 from qwen_precision.render import canvas as on
@@ -127,7 +127,7 @@ def _scale(drawn: Canvas, image: Any, limit: float) -> None:
 
 def error_growth(report: Report) -> Canvas | None:
     """Relative error by layer, a line a dtype."""
-    found = {dtype: each.layers for dtype, each in precision(report.run).items() if any(each.layers)}
+    found = {dtype: each.layers for dtype, each in report.precision.items() if any(each.layers)}
     if not found:
         return None
     drawn = on.canvas()

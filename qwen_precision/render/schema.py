@@ -13,6 +13,11 @@ from qwen_precision.settings import ARITHMETIC, FAIL_ON, VALUES
 
 _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}
+_OF_MORE = {
+    "corpus": {"type": "object", "required": ["prompts", "blocks", "missing_blocks", "not_seen", "dtypes"]},
+    "changes": {"type": "object", "required": ["baseline", "new", "fixed", "changed", "headroom"]},
+}
+"""What there is of a report over a folder, and against a baseline."""
 
 
 class FlatFinding(TypedDict):
@@ -92,6 +97,7 @@ def report_schema() -> dict[str, Any]:
     finding["properties"] |= {"closeup": {"type": ["object", "null"]}, "run_up": {"type": "array"}}
     report = {
         "file": {"type": "string"},
+        **_OF_MORE,
         "verdict": {"type": "object", "additionalProperties": {"enum": list(_VERDICTS)}},
         "stopped": {"type": ["string", "null"]},
         "unfinished": {"type": ["string", "null"]},
@@ -113,7 +119,7 @@ def report_schema() -> dict[str, Any]:
         "schema": {"const": 1},
         "exit_code": {"enum": [0, 1, 3]},
         "reports": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/report"}},
-        "changes": {"type": "object", "required": ["baseline", "new", "fixed", "changed", "headroom"]},
+        "gone": {"type": "array", "items": {"type": "string"}},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

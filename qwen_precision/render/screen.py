@@ -11,6 +11,7 @@ from rich.text import Text
 from qwen_precision.judge import Report
 from qwen_precision.record import Continuation
 from qwen_precision.render.console import VERDICT, Pasted, printed, room_style
+from qwen_precision.render.table.beside import side_by_side
 from qwen_precision.render.text import count, quoted, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words.answer import Answer, Fact, answer
@@ -21,6 +22,8 @@ MOST_LINES = 22
 
 _LABEL = 10
 """Columns of the labels on the left."""
+_SCREENS = 3
+"""Checkpoints of a folder that have a screen each."""
 _ROWS = 2
 """Texts of a generation that are shown."""
 _ALWAYS = 100
@@ -35,14 +38,30 @@ class _Block(NamedTuple):
 
 
 _WORTH = {"Starts": 90, "Where": 90, "Why": 80, "Also": 60, "Done": 55, "Tried": 45, "Not it": 35, "More": 65, "or": 25}
-_WORTH |= {"Share": 30, "Rescued": 85, "Note": 46, "Rescue": 85, "Go on": 50, "Engine": 88, "Engines": 48, "Logits": 20}
+_WORTH |= {
+    "Prompts": 72,
+    "Spread": 58,
+    "Share": 30,
+    "Rescued": 85,
+    "Note": 46,
+    "Rescue": 85,
+    "Go on": 50,
+    "Engine": 88,
+    "Engines": 48,
+    "Logits": 20,
+}
 """Of a fact or a step, by its label; 75 for any other. What hangs below one is worth as much."""
 _ROOM = 40
 
 
 def render_screen(view: View) -> str:
-    """A screen a report."""
-    return "\n".join(_screen(report, view) for report in view.reports)
+    """A screen a report; of the checkpoints of a folder a table, and a screen of the first that are not well."""
+    if len(view.reports) == 1 or any(report.corpus is None for report in view.reports):
+        return "\n".join(_screen(report, view) for report in view.reports)
+    ill = [report for report in view.reports if set(report.verdict.values()) - {"ok"}]
+    rest = f"… and {len(ill) - _SCREENS} more that are not OK: see the table.\n" if len(ill) > _SCREENS else ""
+    parts = [printed([side_by_side(view.reports)], view), *(_screen(report, view) for report in ill[:_SCREENS])]
+    return "\n".join([*parts, *([rest] if rest else [])])
 
 
 def _screen(report: Report, view: View) -> str:
@@ -100,7 +119,7 @@ def _facts(told: Answer, view: View) -> Iterator[_Block]:
 
 
 def _fact(fact: Fact, width: int) -> RenderableType:
-    lines = {"Stopped": 4, "Not done": 4, "Why": 3, "Not it": 1}.get(fact.label, 2)
+    lines = {"Stopped": 4, "Not seen": 4, "Not done": 4, "Why": 3, "Not it": 1}.get(fact.label, 2)
     return _labelled(fact.label, Text(safe(fact.text, 600)), lines, width)
 
 

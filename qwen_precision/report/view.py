@@ -1,10 +1,15 @@
 """What `qprec report` does between its arguments and its text: open, judge, compare, choose a format, redact."""
 
+import re
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from qwen_precision.blocks import Folder
+from qwen_precision.blocks import reports as folder_reports
 from qwen_precision.errors import UsageError
-from qwen_precision.judge import Report, changes, judge, with_engines, with_fresh_engines
+from qwen_precision.judge import Corpus, Report, changes, judge, with_engines, with_fresh_engines
 from qwen_precision.record import Run, parse, read
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
@@ -51,41 +56,100 @@ def open_runs(path: Path, redact: bool = False) -> list[tuple[str, Run]]:
 def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, engines: list[str]) -> View:
     """Open and judge everything; with a verdict for each engine that is named, as ``judge.with_engines`` does.
 
+    Args:
+        paths: records and bundles; a folder stands for all the records in it, merged.
+        fail_on: of ``settings.FAIL_ON``.
+        baseline: what they are compared with: a record for one, a folder for a folder.
+        redact: whether texts are taken out.
+        engines: names, or files.
+
     Raises:
         QprecError: an unreadable record.
         UsageError: a baseline for several runs, or one of another verb; no such engine.
     """
     asked = load_engines(engines)
-    opened = [(path, name, run) for path in paths for name, run in open_runs(path)]
-    told = with_fresh_engines([run for _, _, run in opened])  # by token ids, which redacted are no more the same
-    told = [redacted(run) for run in told] if redact else told
-    named = [(name, run) for (_, name, _), run in zip(opened, told, strict=True)]
-    if len({name for name, _ in named}) < len(named):  # a/run.json b/run.json
-        longer = [str(path) + name.removeprefix(path.name) for path, name, _ in opened]
-        named = list(zip(longer, told, strict=True))
-    alone = len(named) == 1 and baseline is None
-    reports = [with_engines(judge(run, name="" if alone else name), asked) for name, run in named]
+    opened = _judged(paths, redact)
+    names = [each.name for _, each in opened]
+    if len(set(names)) < len(names):  # a/run.json b/run.json
+        opened = [(path, _named(each, str(path) + each.name.removeprefix(path.name))) for path, each in opened]
+    if len(opened) == 1 and baseline is None:
+        opened = [(path, _named(each, each.name if each.corpus is not None else "")) for path, each in opened]
+    reports = [with_engines(each, asked) for _, each in opened]
     if baseline is None:
         return View(tuple(reports), fail_on)
-    older = [judge(run, name=name) for name, run in open_runs(baseline, redact)]
+    older = [each for _, each in _judged([baseline], redact)]
+    if all(each.corpus is not None for each in (*reports, *older)):
+        return _compared(reports, older, fail_on)
     if len(reports) != 1 or len(older) != 1:
-        raise UsageError(f"--baseline {baseline}: compares one RUN with one; give one of each.")
+        raise UsageError(f"--baseline {baseline}: compares one RUN with one, or a folder with one; give one of each.")
     if older[0].run.verb != reports[0].run.verb:
         verbs = f"a {older[0].run.verb} with a {reports[0].run.verb}"
         raise UsageError(f"--baseline {baseline}: would compare {verbs}; give two runs of the same command.")
-    old, new = older[0].run.model, reports[0].run.model
-    if (old.architecture, old.parameters, old.vocabulary) != (new.architecture, new.parameters, new.vocabulary):
-        raise UsageError(
-            f"--baseline {baseline}: is of {old.source}, another model than {new.source}; nothing to compare."
-        )
-    return View(tuple(reports), fail_on, changes(older[0], reports[0]))
+    if _shape(older[0]) != _shape(reports[0]):
+        sources = f"of {older[0].run.model.source}, another model than {reports[0].run.model.source}"
+        raise UsageError(f"--baseline {baseline}: is {sources}; nothing to compare.")
+    return View(tuple(reports), fail_on, (changes(older[0], reports[0]),))
+
+
+def _judged(paths: Sequence[Path], redact: bool) -> list[tuple[Path, Report]]:
+    """What each path holds: records beside what the others tell of them; of a folder a report a checkpoint."""
+    opened = [(path, None if path.is_dir() else open_runs(path)) for path in paths]
+    # By token ids, which redacted are no more the same.
+    told = iter(with_fresh_engines([run for _, named in opened if named is not None for _, run in named]))
+    found: list[tuple[Path, Report]] = []
+    for path, named in opened:
+        if named is None:
+            found += [(path, _without_texts(each) if redact else each) for each in folder_reports(Folder(path))]
+            continue
+        runs = [(name, next(told)) for name, _ in named]
+        found += [(path, judge(redacted(run) if redact else run, name=name)) for name, run in runs]
+    return found
+
+
+def _named(report: Report, name: str) -> Report:
+    return replace(report, name=name)
+
+
+def _without_texts(report: Report) -> Report:
+    """A merged report, redacted: names of prompts may be texts as well."""
+    assert report.corpus is not None
+    across = tuple(each._replace(worst=()) for each in report.corpus.across)
+    return judge(redacted(report.run), name=report.name, corpus=replace(report.corpus, across=across))
+
+
+def _shape(report: Report) -> tuple[str, int, int]:
+    model = report.run.model
+    return model.architecture, model.parameters, model.vocabulary
+
+
+def _compared(reports: list[Report], older: list[Report], fail_on: str) -> View:
+    """Folder against folder, checkpoint by checkpoint; what the older one has not is all new."""
+    before = {each.name: each for each in older}
+    found = []
+    for report in reports:
+        nothing = Report({}, [], {}, None, report.run, name="a baseline without it")
+        found.append(changes(before.pop(report.name, nothing), report))
+    return View(tuple(reports), fail_on, tuple(found), gone=tuple(before))
+
+
+def _bare(report: Report) -> str:
+    """Its name without a path: that of a merged report is the checkpoint's."""
+    return report.name if report.corpus is None else re.split(r"[\\/]", report.name.rstrip("\\/"))[-1]
+
+
+def _placeless(report: Report) -> Corpus | None:
+    """What is said of all prompts, without the folder they lie in."""
+    corpus = report.corpus
+    return replace(corpus, record=Path(corpus.record).name) if corpus is not None else None
 
 
 def bundled(shown: View) -> bytes:
     """The zip of what is shown; paths are taken out of the runs, and the reports are of what is left."""
     runs = [without_paths(report.run) for report in shown.reports]
     clean: list[Report] = [
-        with_engines(judge(run, name=report.name), [each.engine for each in report.engines])
+        with_engines(
+            judge(run, name=_bare(report), corpus=_placeless(report)), [each.engine for each in report.engines]
+        )
         for run, report in zip(runs, shown.reports, strict=True)
     ]
     again = View(tuple(clean), shown.fail_on, shown.changes)

@@ -1,7 +1,7 @@
 """An exact rescaling that makes a checkpoint safe in fp16: planned, proven, written, probed again.
 
 Other folders import the names below, from here.
-May import: record, qwen3, settings, judge, model, watcher, probe, render.
+May import: record, qwen3, settings, judge, model, watcher, probe, blocks, render.
 """
 
 from qwen_precision.rescue.deliver import delivered

@@ -21,6 +21,7 @@ from qwen_precision.settings.config import (
     load_target,
     read_yaml,
 )
+from qwen_precision.settings.corpus import BLOCK_PROMPTS, PREFIX, Corpus, PromptBlock
 from qwen_precision.settings.engines import ALL, EVIDENCE, VALUES, Engine, Option, Rule, engine_names, load_engines
 from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.guards import ON_FAILURE, Advice, Clamp, Degenerate, GuardSettings, Watch, load_guards
@@ -33,33 +34,40 @@ from qwen_precision.settings.prompts import (
     read_prompts,
     rendered,
     text_of,
+    texts_of,
     tokenise,
 )
+from qwen_precision.settings.ranks import Rank, rank_of
 from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
 __all__ = [
     "ALL",
     "ARITHMETIC",
     "ATTENTION",
+    "BLOCK_PROMPTS",
     "EVIDENCE",
     "FAILING",
     "FAIL_ON",
     "MAX_TEXT_BYTES",
     "MEMORY",
     "ON_FAILURE",
+    "PREFIX",
     "RESCUE_DTYPES",
     "SEVERITIES",
     "SWEEPS",
     "VALUES",
     "Advice",
     "Clamp",
+    "Corpus",
     "Degenerate",
     "Engine",
     "GenerateSettings",
     "GuardSettings",
     "Option",
     "ProbeSettings",
+    "PromptBlock",
     "PromptSpec",
+    "Rank",
     "Rule",
     "Target",
     "TemplateFault",
@@ -78,9 +86,11 @@ __all__ = [
     "load_guards",
     "load_settings",
     "load_target",
+    "rank_of",
     "read_prompts",
     "read_yaml",
     "rendered",
     "text_of",
+    "texts_of",
     "tokenise",
 ]

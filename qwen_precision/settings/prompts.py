@@ -4,10 +4,11 @@ A prompt is a text, a chat turn (where the tokenizer has a template), a batch of
 generation, or what a saved run holds: token ids, which are not made from text a second time.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,20 +29,28 @@ from qwen_precision.settings.config import MAX_TEXT_BYTES, configs_folder, read_
 from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.templates import TemplateFault, has_template, in_template
 
-_EXPECTED = (
-    "a YAML list of texts (or name/text, name/chat, name/batch), "
+EXPECTED = (
+    "a YAML list of texts (or name/text, name/chat, name/batch), the same as JSONL (a row a line), "
     "a text file with a prompt a line, or a saved run (.json)"
 )
+_HALF = "\\ud"
+"""How half a character would be spelled in JSON."""
+ROWS = {".jsonl", ".ndjson"}
+"""Suffixes of files with a JSON value a line."""
 
 
 class PromptSpec(BaseModel):
-    """A prompt before it is tokenised: exactly one of text, chat and batch; or rows of ready token ids."""
+    """A prompt before it is tokenised: exactly one of text, chat, messages, ids and batch; or rows of a saved run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field(min_length=1, max_length=200)
     text: str | None = None
     chat: str | None = None
+    messages: list[dict[str, str]] | None = None
+    """Turns of a chat, each with ``role`` and ``content``; the answer begins behind them unless the last is one."""
+    ids: list[int] | list[list[int]] | None = None
+    """Token ids of a row, or of each row of a batch."""
     batch: list[str] | None = None
     rows: list[Row] | None = None
     """Of a saved run: their ids are taken as they are, padded on the left where they are not of one length."""
@@ -53,19 +62,42 @@ class PromptSpec(BaseModel):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "PromptSpec":
-        given = [each for each in (self.text, self.chat, self.batch, self.rows) if each is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of text, chat and batch")
-        if self.rows is None and not all(self.texts()):
+        kinds = (self.text, self.chat, self.messages, self.ids, self.batch, self.rows)
+        if sum(each is not None for each in kinds) != 1:
+            raise ValueError("give exactly one of text, chat, messages, ids and batch")
+        if self.messages is not None and not all({"role", "content"} <= set(each) for each in self.messages):
+            raise ValueError("each of messages needs a role and a content")
+        if self.ids is not None:
+            if not all(self.given_ids or [[]]):
+                raise ValueError("is empty; ids need at least one token id")
+        elif self.rows is None and not all(self.texts()):
             raise ValueError("is empty; a prompt needs at least one character")
         if not self.texts():
             raise ValueError("is empty; a batch needs at least one text")
         return self
 
+    @property
+    def templated(self) -> bool:
+        """Whether the chat template makes its text."""
+        return self.chat is not None or self.messages is not None
+
+    @property
+    def given_ids(self) -> list[list[int]] | None:
+        """Token ids of each row, where they are given and not made from text."""
+        if self.rows is not None:
+            return [row.ids for row in self.rows]
+        if self.ids is None:
+            return None
+        return [list(row) for row in self.ids if isinstance(row, list)] or [[i for i in self.ids if isinstance(i, int)]]
+
     def texts(self) -> list[str]:
         """The texts of all rows."""
         if self.rows is not None:
             return [row.text for row in self.rows]
+        if self.ids is not None:
+            return [""] * len(self.given_ids or ())
+        if self.messages is not None:
+            return ["\n".join(each["content"] for each in self.messages)]
         return self.batch if self.batch is not None else [self.text if self.text is not None else self.chat or ""]
 
 
@@ -96,17 +128,20 @@ def read_prompts(
         names = [f"prompt {number}" for number in range(1, len(texts) + 1)] if len(texts) > 1 else ["prompt"]
         return [PromptSpec(name=name, text=text) for name, text in zip(names, texts, strict=True)]
     if file is not None and not file:
-        raise UsageError(f"--prompts: is empty; expected {_EXPECTED}.")
+        raise UsageError(f"--prompts: is empty; expected {EXPECTED}.")
     if file == "-":
         return _numbered_lines(_standard_input("--prompts"), "standard input")
     path = Path(file) if file else configs_folder() / "prompts" / "default.yaml"
     if file and (path.suffix.lower() == ".json" or is_record(path)):
         return _from_record(path, again)
+    if file and path.suffix.lower() in ROWS:
+        lines = [line for line in _text_of(path).split("\n") if line.strip()]
+        return [row_of(line, number, path) for number, line in enumerate(lines, 1)] or _nothing(path)
     if file and path.suffix.lower() not in {".yaml", ".yml"}:
-        return _from_lines(path)
-    items = read_yaml(path, "--prompts", _EXPECTED)
+        return _numbered_lines(_text_of(path), str(path))
+    items = read_yaml(path, "--prompts", EXPECTED)
     if not isinstance(items, list) or not items:
-        raise UsageError(f"--prompts: {path} holds no list of prompts; expected {_EXPECTED}.")
+        raise UsageError(f"--prompts: {path} holds no list of prompts; expected {EXPECTED}.")
     specs = [_spec(item, number, path) for number, item in enumerate(items, 1)]
     twice = _twice([spec.name for spec in specs])
     if twice is not None:
@@ -203,24 +238,47 @@ def _standard_input(label: str) -> str:
     return text
 
 
-def _from_lines(path: Path) -> list[PromptSpec]:
-    return _numbered_lines(read_text(path, MAX_TEXT_BYTES, "--prompts", _EXPECTED), str(path))
+def _text_of(path: Path) -> str:
+    return read_text(path, MAX_TEXT_BYTES, "--prompts", EXPECTED)
+
+
+def _nothing(where: object) -> NoReturn:
+    raise UsageError(f"--prompts: {where} is empty; expected {EXPECTED}.")
 
 
 def _numbered_lines(text: str, where: str) -> list[PromptSpec]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UsageError(f"--prompts: {where} is empty; expected {_EXPECTED}.")
-    return [PromptSpec(name=f"line {number}", text=line) for number, line in enumerate(lines, 1)]
+    lines = [line for line in text.splitlines() if line.strip()] or _nothing(where)
+    return [line_of(line, number) for number, line in enumerate(lines, 1)]
 
 
-def _spec(item: Any, number: int, path: Path) -> PromptSpec:
+def line_of(line: str, number: int) -> PromptSpec:
+    """The prompt that a line of a text file is, the ``number``-th from 1."""
+    return PromptSpec(name=f"line {number}", text=line)
+
+
+def row_of(line: str, number: int, path: Path) -> PromptSpec:
+    """The prompt that a line of a JSONL file is: a text, or an object as in a YAML list.
+
+    Raises:
+        UsageError: it is none; the file and the line are named.
+    """
+    try:
+        item = json.loads(line)
+        whole = _HALF not in line.lower() or is_whole(json.dumps(item, ensure_ascii=False))
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole or not isinstance(item, (str, dict)):
+        raise UsageError(f"--prompts: {path}, row {number}: is no JSON text or object; expected {EXPECTED}.")
+    return _spec(item, number, path, "line")
+
+
+def _spec(item: Any, number: int, path: Path, word: str = "prompt") -> PromptSpec:
     if isinstance(item, str):
-        item = {"name": f"prompt {number}", "text": item}
+        item = {"text": item}
     if isinstance(item, dict) and "name" not in item:
-        item = {"name": f"prompt {number}", **item}
+        item = {"name": f"{word} {number}", **item}
     if isinstance(item, dict) and "rows" in item:
-        raise UsageError(f"--prompts: {path}, prompt {number} rows: only a saved run (.json) holds token ids.")
+        raise UsageError(f"--prompts: {path}, prompt {number} rows: only a saved run (.json) holds rows; give ids.")
     return _valid(item, number, path)
 
 
@@ -259,7 +317,7 @@ def tokenise(
     if twice is not None:
         raise UsageError(f"prompt {twice!r}: is there twice; give each prompt a name of its own.")
     for spec in specs:
-        if spec.chat is not None and not has_template(tokenizer):
+        if spec.templated and not has_template(tokenizer):
             left_out[spec.name] = "the tokenizer has no chat template"
             continue
         cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
@@ -270,14 +328,14 @@ def tokenise(
             left_out[spec.name] = f"the checkpoint's chat template {error}"
             continue
         for _, ids in rows:
-            _check(spec.name, ids, vocabulary, context, cut_with)
+            _check(spec, ids, vocabulary, context, cut_with)
         longest = max(len(ids) for _, ids in rows)
         prompts.append(
             Prompt(
                 name=spec.name,
                 rows=[
                     Row(
-                        text=text if spec.rows is None or text else text_of(ids, tokenizer),
+                        text=text if spec.given_ids is None or text else text_of(ids, tokenizer),
                         ids=ids,
                         tokens=[as_text(i, tokenizer) for i in ids],
                         padding=longest - len(ids),
@@ -307,14 +365,16 @@ def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
     Raises:
         TemplateFault: the template, a program from a stranger, gives no text.
     """
+    if spec.messages is not None:
+        return in_template(spec.messages, tokenizer, answer=spec.messages[-1]["role"] != "assistant")
     return text if spec.chat is None else in_template([{"role": "user", "content": text}], tokenizer, answer=True)
 
 
 def _ids(spec: PromptSpec, tokenizer: Any, most: int | None) -> list[tuple[str, list[int]]]:
     """Text and token ids of each row; of a long text no more than are asked for."""
-    if spec.rows is not None:
-        return [(row.text, row.ids) for row in spec.rows]
-    plain = spec.chat is None
+    if spec.given_ids is not None:
+        return list(zip(spec.texts(), spec.given_ids, strict=True))
+    plain = not spec.templated
     return [(text, first_ids(rendered(spec, text, tokenizer), tokenizer, plain, most)) for text in spec.texts()]
 
 
@@ -332,13 +392,17 @@ def as_batch(prompts: Sequence[Prompt]) -> Prompt:
     return Prompt(name="batch" if len(rows) > 1 else prompts[0].name, rows=padded, failed=None)
 
 
-def _check(name: str, ids: list[int], vocabulary: int, context: int | None, cut_with: str | None) -> None:
+def _check(spec: PromptSpec, ids: list[int], vocabulary: int, context: int | None, cut_with: str | None) -> None:
+    name = spec.name
     if not ids:
         raise UsageError(f"prompt {name!r}: gives no tokens; use a longer text.")
     if context is not None and len(ids) > context:
         remedy = f"shorten it or add {cut_with} {context}" if cut_with else "shorten it"
         count = f"more than {context}" if len(ids) == context + 1 else len(ids)
         raise UsageError(f"prompt {name!r}: has {count} tokens, the model's context is {context}; {remedy}.")
+    if spec.ids is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise UsageError(f"prompt {name!r}: holds the token id {wrong}; this model's are 0 to {vocabulary - 1}.")
     if min(ids) < 0:
         raise UsageError(f"prompt {name!r}: holds the token id {min(ids)}; the saved run is damaged.")
     if max(ids) >= vocabulary:
@@ -354,3 +418,18 @@ def as_text(token: int, tokenizer: Any) -> str:
     if "\ufffd" in text or not text:
         text = str(tokenizer.convert_ids_to_tokens(token))
     return str(text)
+
+
+def texts_of(file: str | None) -> list[str]:
+    """Texts to sweep over, a line each; none where there is no file.
+
+    Raises:
+        UsageError: it cannot be read, or is empty.
+    """
+    if file is None:
+        return []
+    text = read_text(Path(file), MAX_TEXT_BYTES, "--sweep-texts", "a text a line")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"--sweep-texts: {file} is empty; expected a text a line.")
+    return lines

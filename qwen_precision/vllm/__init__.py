@@ -6,7 +6,7 @@
     llm.collective_rpc("qprec_stop", args=("run.json",))     # then: qprec report run.json
 
 Other folders import the names below, from here. Nothing here imports vLLM but ``logits.py``, which vLLM alone loads.
-May import: record, qwen3, settings, judge, model, watcher, probe, render, rescue, report.
+May import: record, qwen3, settings, judge, model, watcher, probe, blocks, render, rescue, report.
 """
 
 from typing import TYPE_CHECKING, Any

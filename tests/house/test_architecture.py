@@ -20,6 +20,7 @@ RANKS = {
     "model": 3,
     "watcher": 3,
     "probe": 4,
+    "blocks": 4,
     "render": 4,
     "rescue": 5,
     "report": 5,
@@ -30,7 +31,7 @@ RANKS = {
 }
 """Files that lie in no folder (errors, dtypes, …) are below all of them."""
 
-NO_TORCH = {"record", "qwen3", "settings", "judge", "render", "report", "cli"}
+NO_TORCH = {"record", "qwen3", "settings", "judge", "blocks", "render", "report", "cli"}
 """Reading and judging a record needs no torch; the command line imports it when a verb runs."""
 
 

@@ -10,7 +10,7 @@ from support.checkpoints import ROOT
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
-@pytest.mark.parametrize("args", [["fuzz.py", "--share", "0.005"], ["kill.py", "--count", "26"]])
+@pytest.mark.parametrize("args", [["fuzz.py", "--share", "0.005"], ["kill.py", "--count", "26", "--ranks", "2"]])
 def test_a_short_part_of_it_breaks_nothing(args: list[str]) -> None:
     words = [sys.executable, str(ROOT / "scripts" / args[0]), *args[1:]]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -200,7 +200,7 @@ def test_several_runs_are_shown_side_by_side() -> None:
 
 def against(older: Run, newer: Run, fail_on: str = "fail") -> View:
     base, report = judge(older, name="old.json"), judge(newer, name="new.json")
-    return View((report,), fail_on, changes(base, report))
+    return View((report,), fail_on, (changes(base, report),))
 
 
 def test_against_a_baseline_only_what_is_new_fails() -> None:

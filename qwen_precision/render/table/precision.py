@@ -7,14 +7,14 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qwen_precision.judge import Report, precision
+from qwen_precision.judge import Report
 from qwen_precision.render.text import number, spark
 from qwen_precision.render.words.why import nearer
 
 
 def precision_parts(report: Report) -> Iterator[RenderableType]:
     """How far each dtype is from fp32, where it kept its own stream."""
-    found = precision(report.run)
+    found = report.precision
     if not found:
         return
     yield Text("\nError against fp32 (own stream, all prompts)", style="bold")

@@ -5,7 +5,7 @@ Only free text folds. All strings of the record are inert (``text.safe``, and ``
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.console import Group as Stacked
 from rich.console import RenderableType
@@ -16,8 +16,8 @@ from rich.text import Text
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge import Group, Report, grouped
 from qwen_precision.qwen3 import name_of
-from qwen_precision.record import Run
 from qwen_precision.render.console import VERDICT, printed, room_style
+from qwen_precision.render.table.beside import side_by_side
 from qwen_precision.render.table.engines import engine_parts
 from qwen_precision.render.table.generation import summary, texts, trips
 from qwen_precision.render.table.logits import logits_parts
@@ -28,6 +28,7 @@ from qwen_precision.render.text import count, number, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words.answer import verdict_words
 from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.corpus import across, in_all
 from qwen_precision.render.words.finding import COUNTED, facts
 from qwen_precision.render.words.notseen import not_seen
 from qwen_precision.render.words.time import time_words
@@ -46,38 +47,26 @@ def render_table(view: View) -> str:
 
 def _all(view: View) -> Iterator[RenderableType]:
     if len(view.reports) > 1:
-        yield _side_by_side(view.reports)
+        yield side_by_side(view.reports)
     for report in view.reports:
         if len(view.reports) > 1:
             yield Text(f"\n== {safe(report.name)}\n", style="bold")
         yield from _parts(report)
-    if view.changes is not None:
+    if view.changes:
         yield Text("\nAgainst the baseline", style="bold")
-        yield from (Text(line) for line in change_lines(view.changes))
-
-
-def _side_by_side(reports: tuple[Report, ...]) -> RenderableType:
-    """A row a run, a column a dtype."""
-    dtypes = [name for name in DTYPES if any(name in report.verdict for report in reports)]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("run", overflow="fold")
-    for name in dtypes:
-        table.add_column(name, no_wrap=True)
-    for report in reports:
-        words = [report.verdict.get(name) for name in dtypes]
-        table.add_row(
-            Text(f"{safe(report.name)} ({report.run.verb})"),
-            *(Text(word.upper(), VERDICT[word]) if word else Text("-") for word in words),
-        )
-    return table
+        yield from (Text(line) for line in change_lines(view))
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
     yield _headline(report)
-    if report.stopped:
+    if report.stopped and report.corpus is not None:
+        yield Text(f"\nN{safe(report.stopped)[1:]}. What was not reached is not judged.", style="yellow")
+    elif report.stopped:
         yield Text(f"\nStopped early: {safe(report.stopped)}. What was not reached is not judged.", style="yellow")
     if report.run.unfinished:
         yield Text(f"\nNot finished: {safe(report.run.unfinished)}.", style="yellow")
+    if report.corpus is not None:
+        yield _pairs("All prompts", across(report))
     made = report.run.generation
     if made is not None:
         yield from texts(made)
@@ -101,6 +90,15 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Text(safe(line, 400), style="dim")
 
 
+def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column("label", no_wrap=True, style="dim")
+    table.add_column("said", overflow="fold")
+    for label, said in rows:
+        table.add_row(Text(safe(label)), Text(safe(said, 800)))
+    return Stacked(Text(f"\n{title}", style="bold"), table)
+
+
 def _headline(report: Report) -> RenderableType:
     run = report.run
     model = run.model
@@ -111,7 +109,7 @@ def _headline(report: Report) -> RenderableType:
     lines.append(
         f"  {safe(model.source)}{revision}\n"
         f"{safe(model.architecture)}, {model.layers} layers, {size} parameters in {safe(model.source_dtype)}; "
-        f"{_what_was_done(run)}\n"
+        f"{_what_was_done(report)}\n"
     )
     for choice in run.choices:
         lines.append(f"{safe(choice.what)} {safe(choice.value)} ({safe(choice.reason)})\n", style="dim")
@@ -128,10 +126,11 @@ def _headline(report: Report) -> RenderableType:
     return Stacked(lines, table)
 
 
-def _what_was_done(run: Run) -> str:
+def _what_was_done(report: Report) -> str:
+    run = report.run
     if run.generation is not None:
         return summary(run, run.generation)
-    return f"{count(len(run.prompts), 'prompt')}, {count(len(run.sites), 'operation')} watched"
+    return f"{count(in_all(report), 'prompt')}, {count(len(run.sites), 'operation')} watched"
 
 
 def _findings(report: Report, groups: list[Group]) -> Iterator[RenderableType]:

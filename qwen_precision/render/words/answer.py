@@ -12,7 +12,7 @@ from qwen_precision.dtypes import DTYPES, narrowest
 from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.qwen3 import name_of, placed
 from qwen_precision.render.text import count, number, quoted, room
-from qwen_precision.render.words import engines, logits
+from qwen_precision.render.words import corpus, engines, logits
 from qwen_precision.render.words.finding import how_far, inside, tried, why
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.steps import Step, steps
@@ -81,6 +81,7 @@ def answer(report: Report, record: str = "") -> Answer:
         facts=[
             *_unfinished(report),
             *(_facts(report, first) if first is not None else _tightest(report, dtype)),
+            *_corpus(report, first.first.dtype if first is not None else dtype),
             *_by_engine(report),
             *_rescued(report),
             *_notes(report),
@@ -96,7 +97,7 @@ def answer(report: Report, record: str = "") -> Answer:
 def _ran(report: Report) -> str:
     run, model = report.run, report.run.model
     chosen = {choice.what: choice.value for choice in run.choices}
-    what = count(len(run.prompts), "prompt")
+    what = count(corpus.in_all(report), "prompt")
     if run.generation is not None:
         what = f"{count(len(run.generation.rows), 'row')} in {run.settings.get('dtype')}"
     way = [chosen[each] for each in ("device", "attention", "arithmetic") if each in chosen]
@@ -142,7 +143,9 @@ def _is_damage(finding: Finding) -> bool:
 
 def _who(report: Report, errors: list[Finding]) -> str:
     failing = {name for finding in errors for name in finding.spread.prompts}
-    in_all = len(report.run.prompts)
+    in_all, counted = corpus.in_all(report), corpus.failing(report, errors[0].dtype)
+    if counted and in_all > 1:
+        return f"{counted:,} of {count(in_all, 'prompt')} fail"
     if not failing:
         return f"{errors[0].kind} in the file" if errors[0].place.op == "weight" else errors[0].kind
     if in_all == 1:
@@ -187,10 +190,23 @@ def _of_a_text(report: Report, dtype: str, mine: list[Finding]) -> str:
 
 
 def _unfinished(report: Report) -> Iterator[Fact]:
-    if report.stopped:
+    if report.corpus is not None and report.stopped:
+        said = report.stopped.removeprefix("not seen: ")
+        yield Fact("Not seen", f"{said}; what was not reached is not judged")
+    elif report.stopped:
         yield Fact("Stopped", f"{report.stopped.rstrip('.')}; what was not reached is not judged")
     if report.run.unfinished:
         yield Fact("Not done", report.run.unfinished)
+
+
+def _corpus(report: Report, dtype: str | None) -> Iterator[Fact]:
+    """Of a folder of records: where the prompts fail, and how near the others are."""
+    where = corpus.fails_at(report, dtype or "")
+    if where:
+        yield Fact("Prompts", where)
+    spread = corpus.spread(report, dtype)
+    if spread:
+        yield Fact("Spread", f"headroom of a prompt in {dtype}: {spread}")
 
 
 def _facts(report: Report, group: Group) -> Iterator[Fact]:
@@ -246,7 +262,7 @@ def _inside(report: Report, first: Finding) -> Iterator[str]:
     """Token, head, expert, channel; and of several prompts the worst."""
     yield from inside(first.place)
     place = first.place
-    if place.prompt is not None and len(report.run.prompts) > 1:
+    if place.prompt is not None and corpus.in_all(report) > 1:
         yield f"in {quoted(place.prompt, 24)}"
 
 

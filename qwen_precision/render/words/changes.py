@@ -5,12 +5,21 @@ from collections.abc import Iterator
 from qwen_precision.judge import Changes, Finding
 from qwen_precision.qwen3 import placed
 from qwen_precision.render.text import count, room, safe
+from qwen_precision.render.view import View
 
 _MOST = 12
 
 
-def change_lines(changes: Changes) -> Iterator[str]:
-    """New findings first, then worse, better, fixed, and the least headroom of each dtype."""
+def change_lines(view: View) -> Iterator[str]:
+    """Of each report that is compared: new findings first, then worse, better, fixed, and the least headroom."""
+    for report, changes in zip(view.reports, view.changes, strict=False):
+        head = f"{safe(report.name)}: " if len(view.reports) > 1 else ""
+        yield from (f"{head}{line}" for line in _lines(changes))
+    for name in view.gone:
+        yield f"{safe(name)}: is in the baseline and not here"
+
+
+def _lines(changes: Changes) -> Iterator[str]:
     name = f" {safe(changes.baseline.name)}" if changes.baseline.name else ""
     yield (
         f"against{name} of {safe(changes.baseline.run.created)}: {count(len(changes.new), 'new finding')}, "

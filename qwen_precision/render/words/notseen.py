@@ -11,6 +11,8 @@ _MOST = 4
 def not_seen(report: Report) -> Iterator[str]:
     """A sentence each; none where everything was seen."""
     run = report.run
+    for words in report.corpus.missing if report.corpus is not None else ():
+        yield f"Not seen: {words}."
     if run.generation is not None:
         return
     if run.not_run:

@@ -38,6 +38,11 @@ def steps(report: Report, first: Group | None, record: str) -> Iterator[Step]:
 
 
 def _repairs(report: Report, first: Group | None, record: str) -> Iterator[Step]:
+    corpus = report.corpus
+    if corpus is not None and corpus.record and report.verdict.get(RESCUED) == "fail" and not report.run.redacted:
+        words = [report.run.model.source, "--prompts", corpus.record, "--dtype", RESCUED]
+        command = " ".join(["qprec probe", *map(quoted_for_a_shell, words)])
+        yield Step("Go on", command, "with the prompts of the block where it is worst: plans an exact rescue")
     exported = report.run.rescue.exported if report.run.rescue is not None else None
     if exported is not None and exported.kept and exported.verified:
         yield Step(

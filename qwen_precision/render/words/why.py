@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.judge import Finding, Report, closeup_of, massive_channels, precision, run_up
+from qwen_precision.judge import Finding, Report, closeup_of, massive_channels, run_up
 from qwen_precision.record import Closeup, Run, Sweep
 from qwen_precision.render.text import count, number, quoted
 
@@ -133,7 +133,7 @@ def _length(found: Sweep) -> str:
 
 def times_nearer(report: Report) -> float | None:
     """How many times nearer fp16 is to fp32 than bf16 is after the last layer, where it is safe and not farther."""
-    found = precision(report.run)
+    found = report.precision
     if report.verdict.get("fp16") != "ok" or "fp16" not in found or "bf16" not in found:
         return None
     ours, theirs = (found[name].layers[-1] if found[name].layers else None for name in ("fp16", "bf16"))

@@ -1,0 +1,177 @@
+"""What is kept of a record beside it, so that ten thousand of them are merged in seconds: each prompt in a line.
+
+It is made from the judged record and nothing else, and names it by its size and a hash of its ends: where these do not
+fit, or another version judged, it is made again.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qwen_precision.blocks.plan import Block, Plan
+from qwen_precision.dtypes import DTYPES
+from qwen_precision.errors import QprecError
+from qwen_precision.files import Unreadable, read_small, write_atomically
+from qwen_precision.judge import Report, Sums, outcomes, standing_for, sums
+from qwen_precision.record import Prompt, Run
+from qwen_precision.version import __version__
+
+SUFFIX = ".summary"
+"""Of a summary, in place of the record's ``.json``."""
+_MOST = 16 << 20
+_END = 16 << 10
+_MOST_RANKS = 1 << 20
+_NUMBER = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class Row(BaseModel):
+    """What came of a prompt in a dtype."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    room: float | None
+    """Least headroom; null where none was measured, -1 where there is no end to it."""
+    fails: bool
+    where: str
+
+
+class Summary(BaseModel):
+    """Of one record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    summary: Literal[1] = 1
+    """Version of this form."""
+    version: str = __version__
+    """Of who judged."""
+    size: _NUMBER
+    ends: str
+    """SHA-256 of its first and last 16 KiB: who wrote it, when, and how long it took. All of ten thousand records
+    would be gigabytes to read."""
+    source: str
+    revision: str | None
+    weights: str
+    settings: str
+    """Digest of settings and version."""
+    block: Block
+    share: tuple[_NUMBER, _NUMBER]
+    """Number, from 0, and count of the ranks that it was measured under."""
+    names: list[str]
+    prompts: list[_NUMBER]
+    """A hash of each."""
+    rows: dict[str, list[Row]]
+    """By dtype, one a prompt."""
+    sums: dict[str, Sums]
+    """By dtype: what precision is made of."""
+    standing: list[tuple[str, float, _NUMBER]]
+    """See ``judge.standing_for``."""
+
+
+def summary_of(report: Report, data: bytes, share: tuple[int, int]) -> Summary:
+    """The summary of a judged record.
+
+    Args:
+        report: of a run that was measured for a folder: its settings hold the block.
+        data: the record as it is written.
+        share: as above.
+
+    Raises:
+        ValueError: it was not measured for a folder.
+    """
+    run = report.run
+    about = block_of(run)
+    return Summary(
+        size=len(data),
+        ends=_ends(data[:_END], data[-_END:]),
+        source=run.model.source,
+        revision=run.model.revision,
+        weights=about["weights"],
+        settings=about["settings"],
+        block=Block.model_validate(about["block"]),
+        share=share,
+        names=[prompt.name for prompt in run.prompts],
+        prompts=[_hash(prompt) for prompt in run.prompts],
+        rows={
+            dtype: [Row(room=_finite(each.headroom), fails=each.fails, where=each.where) for each in rows]
+            for dtype, rows in outcomes(report).items()
+        },
+        sums=sums(run),
+        standing=[(each.key, max(-1e300, min(each.score, 1e300)), each.prompt) for each in standing_for(report)],
+    )
+
+
+KEY = "block"
+"""Among a run's settings: for which block of which plan it was measured."""
+
+
+def for_block(run: Run, weights: str, plan: Plan, block: Block) -> Run:
+    """A run that says for which block it was measured."""
+    said = {"weights": weights, "settings": plan.settings_digest, "block": block.model_dump()}
+    return run.model_copy(update={"settings": {**run.settings, KEY: said}})
+
+
+def block_of(run: Run) -> dict[str, Any]:
+    """What ``for_block`` wrote.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    said = run.settings.get(KEY)
+    if not isinstance(said, dict) or not all(isinstance(said.get(each), str) for each in ("weights", "settings")):
+        raise ValueError("was not measured for a folder")
+    return said
+
+
+def without_block(run: Run) -> Run:
+    """A run without that: merged, it is of no block."""
+    return run.model_copy(update={"settings": {name: item for name, item in run.settings.items() if name != KEY}})
+
+
+def _finite(value: float | None) -> float | None:
+    if value is None or value != value:
+        return None
+    return -1.0 if value == float("inf") else value
+
+
+def _hash(prompt: Prompt) -> int:
+    told = repr((prompt.name, [(list(row.ids), row.padding, row.text) for row in prompt.rows]))
+    return int.from_bytes(hashlib.sha256(told.encode("utf-8", "replace")).digest()[:7], "big")
+
+
+def save_summary(summary: Summary, record: Path) -> None:
+    """Write it beside its record.
+
+    Raises:
+        QprecError: it cannot be written.
+    """
+    write_atomically(record.with_suffix(SUFFIX), summary.model_dump_json() + "\n")
+
+
+def read_summary(record: Path) -> Summary | None:
+    """The summary beside a record; None where there is none that fits."""
+    try:
+        found = Summary.model_validate_json(read_small(record.with_suffix(SUFFIX), _MOST))
+        if found.version != __version__ or not _is_sound(found):
+            return None
+        with record.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(_END)
+            file.seek(max(0, size - _END))
+            last = file.read(_END)
+        return found if size == found.size and _ends(first, last) == found.ends else None
+    except (OSError, Unreadable, ValidationError, QprecError):
+        return None
+
+
+def _ends(first: bytes, last: bytes) -> str:
+    return hashlib.sha256(first + last).hexdigest()
+
+
+def _is_sound(summary: Summary) -> bool:
+    count = len(summary.names)
+    lengths = {len(summary.prompts), *map(len, summary.rows.values())}
+    known = {*summary.rows, *summary.sums} <= set(DTYPES) and summary.share[0] < summary.share[1] <= _MOST_RANKS
+    return known and lengths == {count} and all(each[2] < count for each in summary.standing)
