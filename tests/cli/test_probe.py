@@ -100,7 +100,6 @@ def test_a_wrong_option_is_named_with_what_was_expected(
         (["demo", "--config", "nowhere"], 2, ["--config nowhere", "ci, default"]),
         (["demo", "--prompt", "word " * 600], 2, ["512", "--max-tokens"]),
         (["demo", "-o", "nowhere/run.json"], 3, ["-o nowhere/run.json", "nowhere"]),
-        (["demo", "-o", "."], 3, ["-o", "folder"]),
         (["./nowhere"], 3, ["./nowhere", "no such folder"]),
         (["/nowhere/at/all"], 3, ["/nowhere/at/all", "no such folder"]),
         (["justaword"], 3, ["justaword", "owner/name"]),

@@ -205,11 +205,11 @@ def against(older: Run, newer: Run, fail_on: str = "fail") -> View:
 
 def test_against_a_baseline_only_what_is_new_fails() -> None:
     same = against(overflowing_run(), overflowing_run())
-    assert same.exit_code == 0 and same.changes is not None and not same.changes.new and not same.changes.changed
+    assert same.exit_code == 0 and same.changes and not same.changes[0].new and not same.changes[0].changed
     worse = against(healthy_run(), overflowing_run())
-    assert worse.exit_code == 1 and worse.changes is not None and len(worse.changes.new) == 2
+    assert worse.exit_code == 1 and worse.changes and len(worse.changes[0].new) == 2
     better = against(overflowing_run(), healthy_run())
-    assert better.exit_code == 0 and better.changes is not None and len(better.changes.fixed) == 2
+    assert better.exit_code == 0 and better.changes and len(better.changes[0].fixed) == 2
     assert against(healthy_run(), overflowing_run(), "never").exit_code == 0
 
 
@@ -217,10 +217,10 @@ def test_what_was_not_run_is_not_called_fixed() -> None:
     from support.builders import HEALTHY, a_pass, a_run, stopped_run
 
     view = against(overflowing_run(), a_run([a_pass("bf16", HEALTHY)]))
-    assert view.changes is not None and view.changes.fixed == () and "fp16" in view.changes.not_compared
+    assert view.changes and view.changes[0].fixed == () and "fp16" in view.changes[0].not_compared
     assert "not compared" in str(FORMATS["table"].render(view))
     stopped = against(overflowing_run(), stopped_run())
-    assert stopped.exit_code == 3 and stopped.changes is not None and stopped.changes.fixed == ()
+    assert stopped.exit_code == 3 and stopped.changes and stopped.changes[0].fixed == ()
 
 
 def test_an_operation_that_went_from_near_to_beyond_is_worse_and_no_format_disagrees() -> None:
@@ -230,13 +230,13 @@ def test_an_operation_that_went_from_near_to_beyond_is_worse_and_no_format_disag
     older = a_run([a_pass("fp32", near), a_pass("fp16", near)])
     newer = a_run([a_pass("fp32", over), a_pass("fp16", [*HEALTHY[:4], float("inf"), 31.0], [an_event(4)])])
     view = against(older, newer)
-    assert view.exit_code == 1 and view.changes is not None and not view.changes.fixed and view.changes.changed[0].worse
+    assert view.exit_code == 1 and view.changes and not view.changes[0].fixed and view.changes[0].changed[0].worse
     assert ElementTree.fromstring(str(FORMATS["junit"].render(view))).get("failures") == "1"
     assert str(FORMATS["github"].render(view)).startswith("::error")
     # More of the same is told, and fails nothing: the exit code and the JUnit file say so alike.
     worse = [*HEALTHY[:4], 55000.0, 31.0]
     same = against(older, a_run([a_pass("fp32", worse), a_pass("fp16", worse)]), "risk")
-    assert same.exit_code == 0 and same.changes is not None and same.changes.changed
+    assert same.exit_code == 0 and same.changes and same.changes[0].changed
     assert ElementTree.fromstring(str(FORMATS["junit"].render(same))).get("failures") == "0"
 
 
@@ -258,7 +258,7 @@ def test_a_headroom_that_moved_is_told_just_above_its_limit_and_not_below() -> N
 
     for factor, moved in ((1.04, 0), (1.06, 1)):
         view = against(near(40000.0), near(40000.0 * factor))
-        assert view.changes is not None and len(view.changes.changed) == moved
+        assert view.changes and len(view.changes[0].changed) == moved
     for name in TEXTS:
         assert FORMATS[name].render(against(near(40000.0), near(60000.0)))
     text = str(FORMATS["table"].render(against(near(40000.0), near(60000.0))))
