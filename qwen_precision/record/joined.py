@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from qwen_precision.record.explanation import Explanation, Sweep, Swept
+from qwen_precision.record.logits import LogitsCost
 from qwen_precision.record.parts import Site
 from qwen_precision.record.run import Choice, Model, Pass, Prompt, Run, Weight, WeightTotals
 
@@ -198,6 +199,19 @@ def _seconds(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, floa
     return {name: round(ours.get(name, 0.0) + theirs.get(name, 0.0), 3) for name in {**ours, **theirs}}
 
 
+def _logits(ours: LogitsCost | None, theirs: LogitsCost | None) -> LogitsCost | None:
+    """That of the largest prompt; timed over the prompts of both."""
+    if ours is None or theirs is None:
+        return ours or theirs
+    return max(ours, theirs, key=lambda cost: cost.whole_prompt_bytes).model_copy(
+        update={
+            "upcast_seconds": round(float(ours.upcast_seconds) + float(theirs.upcast_seconds), 6),
+            "steps": ours.steps + theirs.steps if ours.steps is not None and theirs.steps is not None else None,
+            "held": max((each.held for each in (ours, theirs) if each.held is not None), default=None),
+        }
+    )
+
+
 def _explained(ours: Explanation | None, theirs: Explanation | None) -> Explanation | None:
     if ours is None or theirs is None:
         return ours or theirs
@@ -254,6 +268,7 @@ _JOINED: dict[str, Callable[[Any, Any], Any]] = {
     "weight_totals": _totals,
     "scale_faults": _once,
     "seconds": _seconds,
+    "logits": _logits,
     "generation": _first,
     "rescue": lambda ours, theirs: None,  # the plan of some prompts is none for all
     "explanation": _explained,
