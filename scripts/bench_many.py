@@ -142,10 +142,9 @@ def ranks(base: Path) -> None:
             measured.append(together(shards, base))
     walls, alone = zip(*found[1], strict=True)
     both, most = zip(*found[2], strict=True)
-    print(
-        f"\n64 blocks: one rank {min(walls):.1f} s, two {min(both):.1f} s, {min(both) / min(walls):.2f}x; of a processor's"
-    )
-    print(f"seconds {min(alone):.1f} and at most {min(most):.1f} each, {min(most) / min(alone):.2f}x")
+    wall, processor = min(both) / min(walls), min(most) / min(alone)
+    print(f"\n64 blocks: one rank {min(walls):.1f} s, two {min(both):.1f} s, {wall:.2f}x; in seconds of a processor")
+    print(f"{min(alone):.1f} and at most {min(most):.1f} each, {processor:.2f}x")
 
 
 def together(commands: list[list[str]], folder: Path) -> tuple[float, float]:
