@@ -78,11 +78,15 @@ def test_two_ranks_read_a_moe_streamed_and_sweep_as_one_process_does(
         assert all_readings(Path("runs"), model) == readings(one)
         both = joined([run for run in records(Path("runs"), model) if run.sweep is not None]).sweep
         assert both is not None and one.sweep is not None
-        told = [
-            (each.tried, each.total, each.over, [(s.ids, s.magnitude, s.name, s.channel) for s in each.worst])
+        ours, theirs = (
+            (each.tried, each.total, each.over, [(s.ids, s.name, s.channel) for s in each.worst])
             for each in (both, one.sweep)
-        ]
-        assert told[0] == told[1]
+        )
+        assert ours == theirs
+        # An expert's product has as many rows as tokens came to it, and their number decides how a kernel sums: 1e-5 is
+        # more than fp32 loses over so few terms.
+        sizes = [[float(s.magnitude) for s in each.worst] for each in (both, one.sweep)]
+        assert sizes[0] == pytest.approx(sizes[1], rel=1e-5)
 
 
 def test_two_nodes_of_torchrun_are_two_ranks(corpus: Path, alone: dict[tuple[Any, ...], Any], tmp_path: Path) -> None:
