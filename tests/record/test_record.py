@@ -347,7 +347,7 @@ def test_no_record_takes_more_memory_than_a_gigabyte(kind: str, tmp_path: Path) 
 
 def test_a_long_path_to_a_number_is_not_in_the_record(demo_run: Run) -> None:
     """A demo record is small: one column a pass, six digits a number."""
-    assert len(to_json(demo_run)) < 150_000
+    assert len(to_json(demo_run)) < 160_000
 
 
 @pytest.mark.parametrize("name", ["run-v1.json", "run-v2.json", "run-v3.json"])
