@@ -205,9 +205,9 @@ def logits_by_length(report: Report) -> Canvas | None:
     _our_own(drawn, axes, taken)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ticks = [10.0**power for power in range(3, 13, 3)]
     low, high = axes.get_ylim()
-    axes.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    axes.set_yticks([10.0**power for power in range(16) if low <= 10.0**power <= high])
+    axes.set_yticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: sized(int(value)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     on.label(axes, "tokens of the prompt (log scale)", "bytes of logits (log scale)")

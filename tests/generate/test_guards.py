@@ -22,7 +22,7 @@ def chooser(sample: bool = False, watch: bool = True, processors: object = lambd
 
 def draw(raw: torch.Tensor, sample: bool = False, **more: object):
     ids, going = torch.ones(len(raw), 3, dtype=torch.long), torch.ones(len(raw), dtype=torch.bool)
-    return chooser(sample, **more)(ids, raw, going)
+    return chooser(sample, **more)(ids, raw, going, ["fp16"] * len(raw))
 
 
 # -- watch ------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_a_bad_row_changes_nothing_in_what_the_others_draw() -> None:
 
 def test_a_row_that_is_over_goes_on_with_padding() -> None:
     ids, going = torch.ones(2, 3, dtype=torch.long), torch.tensor([True, False])
-    longer, _ = chooser()(ids, torch.tensor([[0.0, 0.0, 1.0]] * 2), going)
+    longer, _ = chooser()(ids, torch.tensor([[0.0, 0.0, 1.0]] * 2), going, ["fp16"] * 2)
     assert longer[:, -1].tolist() == [2, 0]
 
 

@@ -309,7 +309,7 @@ def _logits(report: Report) -> Iterator[Fact]:
     said = [line for line in logits.saved(report) if line.partition(":")[0] in softmax]
     said += [each.cause.sentence.rstrip(".") for each in advised if each.place.op == "memory"]
     if said:
-        yield Fact("Logits", "; ".join(said))
+        yield Fact("Logits", "; ".join(each[0].lower() + each[1:] for each in said))
 
 
 def _rescued(report: Report) -> Iterator[Fact]:

@@ -81,10 +81,10 @@ def lengths(report: Report) -> list[tuple[str, str, str, str]]:
     low, high = math.log(min(sizes)), math.log(max(sizes))
     found = []
     for each in taken.lengths:
-        own = f" ({each.rows:,} x {each.tokens:,})" if each is taken.whole else ""
-        name = each.name + (f" ({count(each.rows, 'row')})" if each is taken.last and each.rows > 1 else own)
+        rows = f"{each.rows:,} x " if each.rows > 1 else ""
+        own = f" ({rows}{count(each.tokens, 'token')})" if each is taken.whole or rows else ""
         share = (math.log(each.float32) - low) / (high - low) if high > low else 1.0
-        found.append((name, sized(each.float32), sized(each.narrow), "█" * max(1, round(share * _BAR))))
+        found.append((each.name + own, sized(each.float32), sized(each.narrow), "█" * max(1, round(share * _BAR))))
     return found
 
 
