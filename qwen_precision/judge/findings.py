@@ -23,7 +23,7 @@ class Limits:
     """Nats a token that a loss may be off by its softmax: 2 % of perplexity. Writing down a loss below 8 nats in bf16
     moves it by up to 2^-6 already, which no gradient sees."""
     next_tokens: float = 0.05
-    """Share of next tokens that a softmax may change. One alone is never told of: two were as good as equally likely."""
+    """Share of next tokens that a softmax may change. One alone is never told of: two were about equally likely."""
     mass: float = 0.01
     """Probability that a softmax may lose or make: five times what rounding one token's to bf16 can move, which is half
     a step of 2^-8 below 1."""
