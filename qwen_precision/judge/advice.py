@@ -56,8 +56,8 @@ def _next_token(columns: Columns, dtype: str, found: Bought, taken: Cost | None)
     """What is sampled is another distribution where the softmax is not in float32."""
     mass = found.mass_lost or 0.0
     said = []
-    if found.changed:
-        said.append(f"{_of(found.changed, found.rows, 'next token')} change{'s' if found.changed == 1 else ''}")
+    if found.changed > max(1, columns.limits.next_tokens * found.rows):
+        said.append(f"{_of(found.changed, found.rows, 'next token')} change")
     if abs(mass) > columns.limits.mass:
         said.append(f"probabilities sum to {1 - mass:.4g}")
     if not said:

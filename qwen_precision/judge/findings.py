@@ -20,8 +20,11 @@ class Limits:
     """Nats that the next token's distribution may be from fp32's, where the likeliest token differs too."""
     logprob: float = 0.25
     """Nats, root mean square, that a token's log-probability may be from fp32's, then."""
-    loss: float = 0.01
-    """Nats a token that a loss may be off by its softmax: a hundredth is 1 % of perplexity."""
+    loss: float = 0.02
+    """Nats a token that a loss may be off by its softmax: 2 % of perplexity. Writing down a loss below 8 nats in bf16
+    moves it by up to 2^-6 already, which no gradient sees."""
+    next_tokens: float = 0.05
+    """Share of next tokens that a softmax may change. One alone is never told of: two were about equally likely."""
     mass: float = 0.01
     """Probability that a softmax may lose or make: five times what rounding one token's to bf16 can move, which is half
     a step of 2^-8 below 1."""

@@ -53,7 +53,7 @@ def test_of_a_healthy_run_nothing_is_advised(run: Any) -> None:
         ({"bad": 1, "loss_in_dtype": float("inf")}, "loss"),
         ({"mass_lost": LIMITS.mass}, "next token"),
         ({"mass_lost": -LIMITS.mass}, "next token"),
-        ({"changed": 1}, "next token"),
+        ({"changed": 2}, "next token"),
     ],
     ids=repr,
 )
@@ -62,6 +62,14 @@ def test_a_softmax_that_is_off_is_advised_on_from_its_limit_on(changes: dict[str
     assert names(with_softmax(**above)) == [name]
     below = {key: value * 0.999 if isinstance(value, float) else 0 for key, value in changes.items()}
     assert names(with_softmax(**{**below, "loss_in_dtype": below.get("loss", 2.3451)})) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "rows", "advised_on"), [(1, 2, False), (2, 39, True), (2, 40, False), (3, 40, True)]
+)
+def test_next_tokens_that_change_are_told_of_from_one_in_twenty_on(changed: int, rows: int, advised_on: bool) -> None:
+    """One alone is a tie that was broken the other way."""
+    assert bool(names(with_softmax(changed=changed, rows=rows))) == advised_on
 
 
 @pytest.mark.parametrize(("positions", "names_"), [(1_766, []), (1_767, ["long prompt"])])
@@ -134,7 +142,7 @@ def test_a_text_is_told_of_by_the_dtype_of_each_step() -> None:
 def test_the_guard_advice_switched_off_advises_nothing() -> None:
     from qwen_precision.settings.guards import GuardSettings
 
-    row = a_continuation([1], ["a"], changed=[1])
+    row = a_continuation([1, 2], ["a", "b"], changed=[1, 1])
     assert names(generated(a_generation([row]), ["fp16"])) == ["next token"]
     off = GuardSettings.model_validate({"advice": False}).model_dump()
     assert names(generated(a_generation([row], guards=off), ["fp16"])) == []
