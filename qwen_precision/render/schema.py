@@ -13,11 +13,12 @@ from qwen_precision.settings import ARITHMETIC, FAIL_ON, VALUES
 
 _VERDICTS = ("ok", "risk", "fail", "incomplete")
 _WORDS = {"enum": ["nan", "inf", "-inf"]}
-_OF_MORE = {
+_OF_SOME = {
     "corpus": {"type": "object", "required": ["prompts", "blocks", "missing_blocks", "not_seen", "dtypes"]},
     "changes": {"type": "object", "required": ["baseline", "new", "fixed", "changed", "headroom"]},
+    "logits": {"type": "object", "required": ["upcast", "cost"]},
 }
-"""What there is of a report over a folder, and against a baseline."""
+"""What there is of a report over a folder, against a baseline, and of one with logits."""
 
 
 class FlatFinding(TypedDict):
@@ -97,14 +98,13 @@ def report_schema() -> dict[str, Any]:
     finding["properties"] |= {"closeup": {"type": ["object", "null"]}, "run_up": {"type": "array"}}
     report = {
         "file": {"type": "string"},
-        **_OF_MORE,
+        **_OF_SOME,
         "verdict": {"type": "object", "additionalProperties": {"enum": list(_VERDICTS)}},
         "stopped": {"type": ["string", "null"]},
         "unfinished": {"type": ["string", "null"]},
         "model": {"type": "object"},
         "findings": {"type": "array", "items": {"$ref": "#/$defs/finding"}},
         "precision": {"type": "object"},
-        "logits": {"type": "object", "required": ["upcast", "cost"]},
         "massive": {"type": "array"},
         "explanation": {"type": "object", "required": ["budget", "controls", "left_out", "hashes", "continuations"]},
         "arithmetic": {"enum": list(ARITHMETIC[1:])},
