@@ -94,6 +94,8 @@ def merged(folder: Path) -> object:
     """The report of a folder's records, without the times at which it was made."""
     shown = FORMATS["json"].render(view([folder / "runs"], "never", None, False, []))
     found = json.loads(str(shown).replace(str(folder), ""))
+    for each in [found, *found["reports"]]:
+        (each.get("logits") or {}).get("cost", {}).pop("seconds", None)
     return json.dumps(found, sort_keys=True)
 
 

@@ -107,6 +107,8 @@ def test_a_row_that_was_over_is_filled_up_as_it_was(capsys: Capture, tmp_path: P
     trip = {"step": 2, "row": 1, "guard": "watch", "kind": "wholly bad", "dtype": "fp16", "why": "planted"}
     made["generation"]["rows"][1].update(ids=[end, end, end], tokens=["x"] * 3, top1=[1.0] * 3)
     made["generation"]["rows"][1].update(margin=[1.0] * 3, entropy=[0.0] * 3)
+    unknown = ("logprob", "logprob_error", "mass_lost", "ranks", "changed")
+    made["generation"]["rows"][1].update(dict.fromkeys(unknown, [None] * 3))
     made["generation"]["trips"] = [{**trip, "acted": False, "before": {}, "after": {}, "poisoned": None}]
     Path("gen.json").write_text(json.dumps(made))
     assert main(["probe", str(folder), "--prompts", "gen.json"]) == 0

@@ -32,7 +32,7 @@ from support.plants import (
     one_channel,
     one_unit,
 )
-from support.runs import TEXTS, explained, first_of
+from support.runs import TEXTS, explained, faults, first_of
 
 # -- the faults ------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ def test_the_healthy_look_alike_gives_no_finding_and_runs_no_control(
     told: list[str] = []
     specs = case.prompts or [PromptSpec(name=text[:9], text=text) for text in TEXTS]
     run = diagnose(str(folder), load_settings(None, {"attention": attention}), specs, announce=told.append).run
-    assert judge(run).findings == [] and run.explanation is None and told == []
+    assert faults(judge(run)) == [] and run.explanation is None and told == []
 
 
 # -- what might be taken for something else --------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_a_pair_that_is_less_together_gives_no_finding(shape: str, attention: st
     specs = [PromptSpec(name=text, text=text) for text in ("abZ", "bZc", "aaaaaaaaaaZ", "acde")]
     folder = make_checkpoint(tmp_path / "model", edit=only_together(10.0), dtype="float32", **SHAPES[shape])
     run = explained(folder, specs, attention=attention, memory=memory)
-    assert judge(run).findings == [] and run.explanation is None
+    assert faults(judge(run)) == [] and run.explanation is None
 
 
 def rounded_up(to: float) -> Callable[[Any], None]:
@@ -428,7 +428,7 @@ def test_precision_is_told_from_range(tmp_path: Path) -> None:
     finding = first_of(run, "bf16", places=0)
     assert (finding.kind, finding.cause.kind, finding.severity) == ("divergence", "precision", "warning")
     assert judge(run).verdict == {"bf16": "risk"} and "KL divergence" in finding.cause.evidence[0]
-    assert judge(explained(make_checkpoint(tmp_path / "ok", edit=plant(1.0), dtype="float32"))).findings == []
+    assert faults(judge(explained(make_checkpoint(tmp_path / "ok", edit=plant(1.0), dtype="float32")))) == []
 
 
 def test_every_cause_of_the_table_has_a_fault_here() -> None:
@@ -580,7 +580,7 @@ def test_the_harmless_twins_of_damage_size_and_death_give_no_finding(tmp_path: P
         "element": broken(make_checkpoint(tmp_path / "element"), "model.layers.2.mlp.up_proj.weight", 0.5),
     }
     for name, folder in twins.items():
-        assert judge(explained(folder)).findings == [], name
+        assert faults(judge(explained(folder))) == [], name
 
 
 def test_a_sum_in_halves_that_stays_in_range_gives_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,7 +590,7 @@ def test_a_sum_in_halves_that_stays_in_range_gives_no_finding(tmp_path: Path, mo
         return product[..., :half] @ weight[:, :half].mT + product[..., half:] @ weight[:, half:].mT
 
     monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", in_halves)
-    assert judge(explained(make_checkpoint(tmp_path / "model"))).findings == []
+    assert faults(judge(explained(make_checkpoint(tmp_path / "model")))) == []
 
 
 @pytest.mark.parametrize("size", [20.0, 1.0])

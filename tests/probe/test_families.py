@@ -64,7 +64,7 @@ def test_a_healthy_family_gives_what_transformers_gives_and_no_finding(name: str
     report, answers = probed(folder, ["fp32", "fp16"])
     assert report.stopped is None
     # A tiny random bias may well become zero in fp16, and random logits differ: that is true, and no alarm.
-    found = [each for each in report.findings if each.kind not in ("underflow", "divergence")]
+    found = [each for each in report.findings if each.kind not in ("underflow", "divergence", "advice")]
     assert not found, [(each.kind, each.dtype, each.place.module, each.place.name) for each in found]
     for dtype in ("fp32", "fp16"):
         assert torch.equal(answers[dtype, 0], plain(folder, dtype, TEXTS[0])), dtype

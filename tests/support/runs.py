@@ -45,6 +45,11 @@ def errors(report: Report, dtype: str = "fp16") -> list[Finding]:
     return [finding for finding in report.findings if finding.dtype == dtype and finding.severity == "error"]
 
 
+def faults(report: Report) -> list[Finding]:
+    """All that is found but advice: in logits that were made up, rounding may well change a loss."""
+    return [finding for finding in report.findings if finding.kind != "advice"]
+
+
 def first_of(run: Run, dtype: str = "fp16", places: int = 1) -> Finding:
     """The first finding of a dtype in which so many places would have to change: more failures are a bug."""
     report = judge(run)
