@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwen_precision.errors import QprecError, in_one_line, is_ours
+from qwen_precision.errors import ENDS, QprecError, in_one_line, is_ours
 from qwen_precision.files import is_whole
 from qwen_precision.model.index import MAX_JSON, read_json
 
@@ -151,15 +151,15 @@ def foreign_faults(folder: Path) -> Iterator[None]:
     """What the code of others raises over a checkpoint's values, as a sentence; what our own raises stays a bug."""
     try:
         yield
-    except (QprecError, MemoryError, torch.OutOfMemoryError):
+    except (QprecError, MemoryError, torch.OutOfMemoryError, *ENDS):
         raise
-    except Exception as error:
+    except BaseException as error:
         if is_ours(error):
             raise
         raise QprecError(fault(folder, error)) from error
 
 
-def fault(folder: Path, error: Exception) -> str:
+def fault(folder: Path, error: BaseException) -> str:
     """The sentence of ``foreign_faults``."""
     return (
         f"{folder}: transformers fails on this checkpoint ({in_one_line(error)}); a value of its config.json or of its "

@@ -55,6 +55,7 @@ def none(file: Path) -> None:
 
 KINDS: dict[str, Callable[[Path], None]] = {
     "config.json": over,
+    "tokenizer.json": over,
     "tokenizer_config.json": over,
     "generation_config.json": over,
     "header": as_header,
