@@ -62,6 +62,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "index": as_index,
     "template": as_template,
     "record": none,
+    "engine": none,
     "yaml": none,
 }
 
@@ -70,6 +71,8 @@ def commands(file: Path) -> Iterator[list[str]]:
     """What a user would do with it."""
     if file.parent.name == "record":
         yield from (["report", str(file), *more] for more in ([], ["--format", "junit"], ["-o", "page.html"]))
+    elif file.parent.name == "engine":
+        yield ["report", str(HOSTILE.parent / "demo-probe.json"), "--engine", str(file)]
     elif file.parent.name == "yaml":
         yield ["probe", "demo", "--config", str(file)]
         yield ["probe", "demo", "--prompts", str(file)]
