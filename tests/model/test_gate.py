@@ -26,8 +26,29 @@ CONFIG: dict[str, dict[str, Any]] = {
     "architectures.0": {"architectures": [5]},
     "text_config.num_hidden_layers": {"text_config": {"num_hidden_layers": 10**9}},
     "pad_token_id": {"pad_token_id": 10**30},
+    "attention_types": {"attention_types": [[["global", "local"], 10**4]] * 2},
+    "head_dim": {"head_dim": 2**31 - 2},
+    "depth": {"vision_config": {"stages": [{"depth": 10**9}]}},
+    "text_config.audio_config.num_layers": {"text_config": {"audio_config": {"num_layers": 10**6}}},
     "note": {"note": [{"deep": "\ud800"}]},
 }
+
+
+def test_more_experts_than_any_model_has_are_refused_before_they_are_built(broken: Path, capsys: Capture) -> None:
+    edit_json(broken / "config.json", num_hidden_layers=2000, num_experts=20_000)
+    assert main(["probe", "model"]) == 3
+    assert "config.json: asks for 40,000,000 experts in all layers" in sentence(capsys)
+
+
+def test_numbers_of_real_configs_that_are_no_sizes_may_be_large(broken: Path, capsys: Capture) -> None:
+    large = {
+        "rope_theta": 10_000_000,
+        "max_position_embeddings": 10_485_760,
+        "train_tokens": 36 * 10**12,
+        "seed": 2**40,
+    }
+    edit_json(broken / "config.json", **large, image_processor={"max_pixels": 12_845_056}, max_window_layers=6)
+    assert main(["probe", "model", "--dtype", "fp16", "--prompt", "hello", "--fail-on", "never"]) == 0
 
 
 @pytest.mark.parametrize("verb", ["probe", "generate"])
