@@ -17,10 +17,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qwen_precision.errors import ENDS, QprecError, in_one_line, is_ours
 from qwen_precision.files import is_whole
-from qwen_precision.model.index import MAX_JSON, read_json
+from qwen_precision.model.index import read_json
+from qwen_precision.model.steps import MOST_BYTES, MOST_VALUES
 
-_MOST_CONFIG = 4 << 20  # bytes of a config.json: one with names for 20,000 labels has one million
-_MOST_TOKENIZER = 256 << 20  # bytes of a tokenizer's file
+_MOST_CONFIG = 4 << 20  # bytes of a file of settings: a config.json with names for 20,000 labels has one million
 _READ = ("*.json", "*.txt", "*.jinja", "*.model")
 """Files that transformers reads of a folder, beside the weights."""
 
@@ -140,11 +140,22 @@ def _check_file(path: Path) -> None:
     """A pipe would be waited for, a device read without end."""
     if path.is_dir() or (path.is_symlink() and not path.exists()):
         return
-    most = MAX_JSON if path.name.endswith("config.json") else _MOST_TOKENIZER
+    most = _MOST_CONFIG if path.name.endswith("config.json") else MOST_BYTES
     if not path.is_file():
         raise QprecError(f"{path}: is no regular file; download the checkpoint again.")
     if path.stat().st_size > most:
         raise QprecError(f"{path}: is larger than {most >> 20} MiB; download the checkpoint again.")
+    if path.suffix == ".json" and path.stat().st_size > _MOST_CONFIG and _values(path) > MOST_VALUES:
+        raise QprecError(f"{path}: holds more than {MOST_VALUES:,} values; download the checkpoint again.")
+
+
+def _values(path: Path) -> int:
+    """How many values a JSON file holds, counted before any of them is made."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found += part.count(b",") + part.count(b"[") + part.count(b"{")
+    return found
 
 
 def check_values(path: Path, data: dict[str, Any]) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 from qwen_precision.errors import QprecError
 from qwen_precision.model.index import read_json
 
-_MOST_BYTES = 256 << 20
+MOST_BYTES = 256 << 20
+"""Of a tokenizer's file."""
+MOST_VALUES = 6_000_000
+"""Of one: Gemma's has 262,000 words and twice as many merges, three values each."""
 _MOST_STEPS = 64
 _MOST_PIECES = 64  # of a template of special tokens, and ids of one of them
 _MOST_GROWTH = 4096
@@ -48,7 +51,7 @@ def check_steps(folder: Path) -> None:
     for path in sorted(folder.glob("tokenizer*.json")):
         if path.name == "tokenizer_config.json" or not path.is_file():
             continue
-        data = read_json(path, "", _MOST_BYTES)
+        data = read_json(path, "", MOST_BYTES, MOST_VALUES)
         for keys in _LISTS:
             _check_list(path, data, keys)
 

@@ -1,6 +1,7 @@
 """Values of a stranger's config and tokenizer pass one gate: a type, a bound, a sentence with the key."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,34 @@ def test_our_own_faults_over_a_checkpoint_stay_bugs(
     finally:
         failing.__globals__["__name__"] = before
     assert "this is a bug in qprec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "processor_config.json"])
+def test_a_file_of_settings_that_is_larger_than_any_is_refused_by_its_name(
+    name: str, broken: Path, capsys: Capture
+) -> None:
+    (broken / name).write_text('{"x":[' + "{}," * 1_500_000 + "{}]}")
+    for verb in ("probe", "generate"):
+        assert main([verb, "model"]) == 3
+        assert f"{name}: is larger than 4 MiB" in sentence(capsys)
+
+
+@pytest.mark.parametrize(("name", "most"), [("tokenizer.json", "6,000,000"), ("vocab.json", "6,000,000")])
+def test_values_of_a_tokenizers_file_are_counted_before_they_are_made(
+    name: str, most: str, broken: Path, capsys: Capture
+) -> None:
+    (broken / name).write_text('{"x":[' + "{}," * 3_100_000 + "{}]}")
+    assert main(["probe", "model"]) == 3
+    assert f"{name}: holds more than {most} values" in sentence(capsys)
+
+
+def test_values_of_an_index_and_of_a_header_are_counted_before_they_are_made(broken: Path, capsys: Capture) -> None:
+    weights = broken / "model.safetensors"
+    many = b'{"__metadata__":{"x":[' + b"{}," * 1_100_000 + b"{}]}}"
+    weights.write_bytes(struct.pack("<Q", len(many)) + many)
+    assert main(["probe", "model"]) == 3
+    assert "model.safetensors: holds 2,200,004 values, more than 2,000,000" in sentence(capsys)
+    weights.unlink()
+    (broken / "model.safetensors.index.json").write_bytes(many)
+    assert main(["probe", "model"]) == 3
+    assert "model.safetensors.index.json: holds 2,200,004 values, more than 2,000,000" in sentence(capsys)
