@@ -22,7 +22,7 @@ from qwen_precision.version import __version__
 SUFFIX = ".summary"
 """Of a summary, in place of the record's ``.json``."""
 _MOST = 16 << 20
-_MOST_VALUES = 1_000_000  # four a prompt and dtype: a record has 64 prompts, or as many as --block-size says
+_MOST_VALUES = 1_000_000  # four a prompt and dtype: a record has 64 prompts, or as many as --block says
 _END = 16 << 10
 _MOST_RANKS = 1 << 20
 _NUMBER = Annotated[int, Field(ge=0, le=2**63 - 1)]
