@@ -17,8 +17,14 @@ class UsageError(QprecError):
     exit_code = 2
 
 
+ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What ends a program or a generator. What else is no Exception is a stranger's: Rust code that gives up raises so."""
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether the code that raised an exception is this program's own, and not a library's that it called."""
+    if not isinstance(error, Exception):
+        return False  # nothing here raises one: it comes from Rust, which leaves no frame of its own
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,9 +1,10 @@
-"""Hostile records, checkpoints, command lines and YAML files, each through the program in a process with limits.
+"""Hostile records, folders, checkpoints, command lines, engines and YAML files, each through the program with limits.
 
     python scripts/fuzz.py [--seed N] [--share 0.01] [--keep FOLDER]
 
-A case is a fork of this process: 1 GB of memory beyond what it has, 10 seconds of a processor, an exit code of 0 to 3,
-and no bug of ours. What breaks is written to the folder. The same seed gives the same cases.
+A case is a fork of this process: 1 GB of memory beyond what it has, which no file here may use up, 10 seconds of a
+processor, an exit code of 0 to 3, and no bug of ours. What breaks is written to the folder. The same seed gives the
+same cases.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "qwen_precision" / "demo"
 FIXTURES = ROOT / "tests" / "fixtures"
 SECONDS, MEMORY = 10.0, 1 << 30
-COUNTS = {"record": 10_000, "checkpoint": 3_000, "command": 1_000, "yaml": 500}
+COUNTS = {"record": 10_000, "checkpoint": 3_000, "command": 1_000, "yaml": 500, "folder": 300, "engine": 200}
 """Cases of each kind in a whole run."""
 
 VALUES: list[Any] = [
@@ -85,7 +87,9 @@ def checkpoints(folder: Path, dice: random.Random) -> list[str]:
     """A checkpoint of which one small file, or the header of the weights, is broken."""
     model = folder / "model"
     shutil.copytree(DEMO, model)
-    name = dice.choice(["config.json", "config.json", "tokenizer_config.json", "tokenizer.json", "header", "index"])
+    name = dice.choice(
+        ["config.json"] * 2 + ["tokenizer_config.json", "tokenizer.json", "generation_config.json", "header", "index"]
+    )
     path = model / name
     if name == "header":
         _header(model / "model.safetensors", dice)
@@ -93,13 +97,36 @@ def checkpoints(folder: Path, dice: random.Random) -> list[str]:
         (model / "model.safetensors").rename(model / "a.safetensors")
         index = {"metadata": {}, "weight_map": dict.fromkeys(["model.norm.weight", "lm_head.weight"], "a.safetensors")}
         (model / "model.safetensors.index.json").write_text(json.dumps(several(index, dice)))
+    elif name == "tokenizer.json" and dice.random() < 0.5:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **_steps(dice)}))
     elif dice.random() < 0.1:
         path.write_bytes(torn(path.read_bytes(), dice))
     else:
         path.write_text(json.dumps(several(json.loads(path.read_text()), dice)))
-    if dice.random() < 0.3:
+    if name == "generation_config.json" or dice.random() < 0.3:
         return ["generate", "model", "--max-new-tokens", "2", "--fail-on", "never"]
     return ["probe", "model", *PROBE, "--memory", dice.choice(["streamed", "resident"])]
+
+
+STEPS: list[tuple[str, str, dict[str, Any]]] = [
+    ("normalizer", "normalizers", {"type": "Replace", "pattern": {"String": "l"}, "content": "ll"}),
+    ("normalizer", "normalizers", {"type": "Replace", "pattern": {"Regex": "(?=l)"}, "content": "l"}),
+    ("normalizer", "normalizers", {"type": "Prepend", "prepend": "hello"}),
+    ("normalizer", "normalizers", {"type": "NFKD"}),
+    ("decoder", "decoders", {"type": "Replace", "pattern": {"String": "l"}, "content": "ll"}),
+    ("pre_tokenizer", "pretokenizers", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+    (
+        "pre_tokenizer",
+        "pretokenizers",
+        {"type": "Split", "pattern": {"Regex": "(l+l+)+[qz]"}, "behavior": "Isolated", "invert": False},
+    ),
+]
+
+
+def _steps(dice: random.Random) -> dict[str, Any]:
+    """A step of a tokenizer, many times over."""
+    key, name, step = dice.choice(STEPS)
+    return {key: {"type": "Sequence", name: [step] * dice.choice([1, 2, 12, 40, 70])}}
 
 
 def _header(path: Path, dice: random.Random) -> None:
@@ -153,8 +180,52 @@ def yamls(folder: Path, dice: random.Random) -> list[str]:
     )
 
 
+@cache
+def _a_folder_of_records() -> Any:
+    """A folder that the program wrote, to be copied; it lives as long as this process."""
+    place = tempfile.TemporaryDirectory()
+    folder = Path(place.name)
+    (folder / "texts.txt").write_text("hello\nfoo\nbar\n")
+    asked = ["probe", "demo", "--dtype", "fp16", "--no-explain", "--fail-on", "never", "--prompts", "texts.txt"]
+    assert run([*asked, "--block", "2", "-o", "runs/"], folder) is None
+    return place
+
+
+def folders(folder: Path, dice: random.Random) -> list[str]:
+    """A folder of records of which a plan, a summary or a record is broken, or holds a list of millions."""
+    shutil.copytree(Path(_a_folder_of_records().name) / "runs", folder / "runs")
+    path = dice.choice([each for each in sorted((folder / "runs").iterdir()) if each.suffix in (".json", ".summary")])
+    data = json.loads(path.read_text())
+    if dice.random() < 0.1:
+        path.write_bytes(torn(path.read_bytes(), dice))
+    elif dice.random() < 0.1:
+        key = dice.choice(list(data))
+        wide = "[" + ",".join([dice.choice(["{}", "[]", "1", '"x"'])] * dice.choice([100_000, 5_000_000])) + "]"
+        path.write_text(json.dumps({**data, key: "WIDE"}).replace('"WIDE"', wide))
+    else:
+        path.write_text(json.dumps(several(data, dice)))
+    return ["report", "runs", "--format", dice.choice(FORMATS), "--fail-on", "never"]
+
+
+PATTERNS = [
+    "[]", "['*']", "['!*']", "['*.down_proj', '!*.0.*']", "['*a*a*a*a*a*a*a*a*a*a*Q']", "['(.*.*.*.*.*.*)*Q$']",
+    "['a{99999999999999999999}']", "[" + "'*'," * 500 + "]", "'" + "(" * 20_000 + "'", "null", "[[['*']]]", "['[!a]']",
+]  # fmt: skip
+
+
+def engines(folder: Path, dice: random.Random) -> list[str]:
+    """A file of an engine, broken in its paths of modules, in another value, or torn."""
+    rule = f"{{values: [outputs], because: x, source: 'https://x', version: '1', modules: {dice.choice(PATTERNS)}}}"
+    text = f"runs: x\nrules: [{', '.join([rule] * dice.choice([1, 1, 2, 150]))}]\n"
+    raw = torn(text.encode(), dice) if dice.random() < 0.3 else text.encode()
+    (folder / "case.yaml").write_bytes(raw)
+    shutil.copyfile(FIXTURES / "demo-probe.json", folder / "case.json")
+    return ["report", "case.json", "--engine", "case.yaml", "--fail-on", "never"]
+
+
 KINDS: dict[str, Callable[[Path, random.Random], list[str]]] = {
-    "record": records, "checkpoint": checkpoints, "command": commands, "yaml": yamls,
+    "record": records, "checkpoint": checkpoints, "command": commands, "yaml": yamls, "folder": folders,
+    "engine": engines,
 }  # fmt: skip
 
 
@@ -196,6 +267,10 @@ def child(args: list[str], folder: Path) -> None:
         os._exit(code)
 
 
+OUT_OF_MEMORY = ("out of memory", "MemoryError", "allocate", "OutOfMemory")
+"""In what is said where there was none left: no file here is larger than a few MB."""
+
+
 def _wrong(args: list[str], code: int, folder: Path) -> str | None:
     err = (folder / "err.txt").read_text(encoding="utf-8", errors="replace")
     out = (folder / "out.txt").read_text(encoding="utf-8", errors="replace")
@@ -205,6 +280,8 @@ def _wrong(args: list[str], code: int, folder: Path) -> str | None:
         return f"exit code {code}"
     if "Traceback" in err or "bug in qprec" in err:
         return "a bug: " + next((each for each in err.splitlines() if "bug in qprec" in each), "a traceback")
+    if code == 3 and any(each in err for each in OUT_OF_MEMORY):
+        return "uses up the memory: " + err.strip().splitlines()[-1]
     if code in (2, 3) and not out and not err:
         return f"exit code {code} without a word"
     name = args[args.index("--format") + 1] if args[:1] == ["report"] and args.count("--format") == 1 else ""

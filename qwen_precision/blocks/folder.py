@@ -10,18 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from qwen_precision.blocks.plan import Plan
 from qwen_precision.blocks.summary import SUFFIX, Summary, read_summary, save_summary, summary_of
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.files import Unreadable, read_small, write_atomically
 from qwen_precision.judge import Report, judge
-from qwen_precision.record import load, read, to_json
+from qwen_precision.record import check_count, load, read, to_json
 
 _LOCKS = ".qprec-claims"
 _PLANS = "plan-*.json"
-_MOST_PLAN = 256 << 20
+_MOST_PLAN = 128 << 20  # bytes: eight million prompts, which are all that a file of prompts can hold
+_MOST_VALUES = 1_000_000  # eight a block: the same prompts in blocks of 64
 
 
 class Folder:
@@ -71,8 +70,10 @@ class Folder:
         """All plans that were begun here, by name; what is none is left alone."""
         found = []
         for path in sorted(self.path.glob(_PLANS)):
-            with suppress(OSError, Unreadable, ValidationError):
-                found.append(Plan.model_validate_json(read_small(path, _MOST_PLAN)))
+            with suppress(OSError, Unreadable, ValueError):
+                data = read_small(path, _MOST_PLAN)
+                check_count(data, _MOST_VALUES)
+                found.append(Plan.model_validate_json(data))
         return found
 
     def records(self) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from qwen_precision.errors import UsageError
+from qwen_precision.record import Many
 from qwen_precision.settings import PREFIX, SWEEPS, Corpus, ProbeSettings
 from qwen_precision.version import __version__
 
@@ -71,12 +72,12 @@ class Plan(BaseModel):
     plan: Literal[1] = 1
     """Version of this form."""
     version: str = __version__
-    sources: list[str]
+    sources: Many[str]
     revision: str | None
     settings: dict[str, Any]
     """Those that change what is measured."""
     prompts: _Count
-    blocks: list[Block]
+    blocks: Many[Block]
 
     def items(self) -> Iterator[Item]:
         """The whole list, checkpoint by checkpoint."""

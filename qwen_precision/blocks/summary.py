@@ -9,19 +9,20 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qwen_precision.blocks.plan import Block, Plan
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
 from qwen_precision.files import Unreadable, read_small, write_atomically
 from qwen_precision.judge import Report, Sums, outcomes, standing_for, sums
-from qwen_precision.record import Prompt, Run
+from qwen_precision.record import Many, Prompt, Run, check_count
 from qwen_precision.version import __version__
 
 SUFFIX = ".summary"
 """Of a summary, in place of the record's ``.json``."""
 _MOST = 16 << 20
+_MOST_VALUES = 1_000_000  # four a prompt and dtype: a record has 64 prompts, or as many as --block says
 _END = 16 << 10
 _MOST_RANKS = 1 << 20
 _NUMBER = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -59,14 +60,14 @@ class Summary(BaseModel):
     block: Block
     share: tuple[_NUMBER, _NUMBER]
     """Number, from 0, and count of the ranks that it was measured under."""
-    names: list[str]
-    prompts: list[_NUMBER]
+    names: Many[str]
+    prompts: Many[_NUMBER]
     """A hash of each."""
-    rows: dict[str, list[Row]]
+    rows: dict[str, Many[Row]]
     """By dtype, one a prompt."""
     sums: dict[str, Sums]
     """By dtype: what precision is made of."""
-    standing: list[tuple[str, float, _NUMBER]]
+    standing: Many[tuple[str, float, _NUMBER]]
     """See ``judge.standing_for``."""
 
 
@@ -153,7 +154,9 @@ def save_summary(summary: Summary, record: Path) -> None:
 def read_summary(record: Path) -> Summary | None:
     """The summary beside a record; None where there is none that fits."""
     try:
-        found = Summary.model_validate_json(read_small(record.with_suffix(SUFFIX), _MOST))
+        data = read_small(record.with_suffix(SUFFIX), _MOST)
+        check_count(data, _MOST_VALUES)
+        found = Summary.model_validate_json(data)
         if found.version != __version__ or not _is_sound(found):
             return None
         with record.open("rb") as file:
@@ -162,7 +165,7 @@ def read_summary(record: Path) -> Summary | None:
             file.seek(max(0, size - _END))
             last = file.read(_END)
         return found if size == found.size and _ends(first, last) == found.ends else None
-    except (OSError, Unreadable, ValidationError, QprecError):
+    except (OSError, Unreadable, ValueError, QprecError):
         return None
 
 

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 3
     except ModuleNotFoundError as error:
         return _not_installed(error)
-    except Exception as error:
+    except BaseException as error:  # what Rust code raises is no Exception
         return _left_over(error)
     return result if isinstance(result, int) else 0
 
@@ -113,7 +113,7 @@ def _not_installed(error: ModuleNotFoundError) -> int:
     return 3
 
 
-def _left_over(error: Exception) -> int:
+def _left_over(error: BaseException) -> int:
     """What nothing closer has made a sentence of: typer's own errors (a wrong option), the system's, and bugs."""
     message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if not callable(message) or not isinstance(code, int):
@@ -127,7 +127,7 @@ def _left_over(error: Exception) -> int:
     return code
 
 
-def _of_the_system(error: Exception) -> str | None:
+def _of_the_system(error: BaseException) -> str | None:
     """The sentence of what is the machine's fault, whichever line met it; None of anything else."""
     kept = f"; the run so far is in {outcome.saved[-1]}" if outcome.saved else ""
     if isinstance(error, MemoryError):
@@ -153,7 +153,7 @@ _SYSTEM = {
 """What to do about errors of the system that any line may meet."""
 
 
-def _of_a_bug(error: Exception) -> str:
+def _of_a_bug(error: BaseException) -> str:
     """The sentence of a real bug. Its traceback goes into a file, whose name is in the sentence."""
     lines = "".join(traceback.format_exception(error))
     said = f"this is a bug in qprec {__version__} ({in_one_line(error, 120)}); please report it"

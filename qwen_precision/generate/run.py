@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from qwen_precision.dtypes import DTYPES, RESCUED
-from qwen_precision.errors import QprecError, UsageError, in_one_line, is_ours
+from qwen_precision.errors import ENDS, QprecError, UsageError, in_one_line, is_ours
 from qwen_precision.generate.decode import Decoder, Session
 from qwen_precision.generate.pace import paced
 from qwen_precision.generate.rescaler import Rescaler
@@ -250,7 +250,9 @@ def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:
         if decoder.session is None or decoder.session.cost is None:
             raise
         return str(error)
-    except Exception as error:
+    except ENDS:
+        raise
+    except BaseException as error:
         if out_of_memory(error):
             return f"out of memory on {job.device}; try a shorter prompt, fewer rows or fewer --max-new-tokens"
         if decoder.session is None and isinstance(error, (TypeError, ValueError)):

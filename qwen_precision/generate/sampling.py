@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.errors import ENDS, QprecError, UsageError, in_one_line
 from qwen_precision.model import Checkpoint, check_values, read_json
 from qwen_precision.record import Choice
 from qwen_precision.settings import GenerateSettings, flag_of, has_template, in_template
@@ -104,7 +104,9 @@ def looks_like_a_base_model(checkpoint: Checkpoint, config: GenerationConfig) ->
             return "its tokenizer has no chat template"
         shown = in_template(turns, tokenizer, answer=False)
         words = [str(tokenizer.convert_ids_to_tokens(each)) for each in ids]
-    except Exception:  # if the template or an id is broken, nothing can be said
+    except ENDS:
+        raise
+    except BaseException:  # if the template or an id is broken, nothing can be said
         return None
     if words and not any(word in shown for word in words):
         return f"its end token {words[0]} does not occur in its chat template"

@@ -7,7 +7,6 @@ a sum that left the range on its way is one.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -148,8 +147,7 @@ class _Values:
             self._sites[value] = {site for site in found if self.peaks[0][site] >= 0}
         if rule is None or not rule.modules:
             return self._sites[value]
-        pattern = re.compile(rule.modules)
-        return {site for site in self._sites[value] if pattern.search(self.run.sites[site].module)}
+        return {site for site in self._sites[value] if rule.holds_for(self.run.sites[site].module)}
 
     def tightest(self, sites: set[int]) -> int | None:
         """Of these operations the one with the least headroom."""

@@ -11,13 +11,14 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qwen_precision.errors import QprecError, in_one_line
+from qwen_precision.errors import ENDS, QprecError, in_one_line
 from qwen_precision.model.foreign import adapter_beside, check_readable
 from qwen_precision.model.gate import check_tokenizer, foreign_faults, read_config, tamed
 from qwen_precision.model.gguffile import gguf_of, read_gguf
 from qwen_precision.model.index import TensorInfo, read_index
 from qwen_precision.model.quantised import unquantised
 from qwen_precision.model.skeleton import model_class
+from qwen_precision.model.steps import check_steps
 from qwen_precision.qwen3 import EMBEDDING, HEAD
 from qwen_precision.record import Choice
 
@@ -185,9 +186,12 @@ def _load_config(folder: Path) -> PretrainedConfig:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    check_steps(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # as above: any broken tokenizer file
+    except ENDS:
+        raise
+    except BaseException as error:  # as above: any broken tokenizer file
         raise QprecError(f"{folder}: no usable tokenizer (tokenizer.json): {in_one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) < 2:
         # Without any of its files transformers makes an empty one.

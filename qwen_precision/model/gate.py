@@ -5,26 +5,29 @@ is checked here; what only a family's own code reads may fail there, and is a se
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qwen_precision.errors import QprecError, in_one_line, is_ours
+from qwen_precision.errors import ENDS, QprecError, in_one_line, is_ours
 from qwen_precision.files import is_whole
-from qwen_precision.model.index import MAX_JSON, read_json
+from qwen_precision.model.index import read_json
+from qwen_precision.model.steps import MOST_BYTES, MOST_VALUES
 
-_MOST_CONFIG = 4 << 20  # bytes of a config.json: one with names for 20,000 labels has one million
-_MOST_TOKENIZER = 256 << 20  # bytes of a tokenizer's file
+_MOST_CONFIG = 4 << 20  # bytes of a file of settings: a config.json with names for 20,000 labels has one million
 _READ = ("*.json", "*.txt", "*.jinja", "*.model")
 """Files that transformers reads of a folder, beside the weights."""
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
-_Layers = Annotated[int, Field(ge=0, le=2000)]
+_MOST_LAYERS = 2000
+_MOST_EXPERTS = 600_000  # of all layers together: Kimi K2 has 23,000, Doge 524,000 without a module for each
+_Layers = Annotated[int, Field(ge=0, le=_MOST_LAYERS)]
 _Experts = Annotated[int, Field(ge=0, le=20_000)]
 _Labels = Annotated[int, Field(ge=0, le=100_000)]
 
@@ -52,6 +55,32 @@ class _Config(BaseModel):
     num_local_experts: _Experts | None = None
     n_routed_experts: _Experts | None = None
     num_labels: _Labels | None = None
+    attention_types: list[Any] | None = None
+
+    @field_validator("attention_types")
+    @classmethod
+    def _few_types(cls, value: list[Any] | None) -> list[Any] | None:
+        """GPT-Neo writes a layer's type once, with how many layers have it."""
+        told = [each for each in value or () if isinstance(each, list) and len(each) == 2 and _is_a_list_of(*each)]
+        if sum(len(kinds) * count for kinds, count in told) > _MOST_LAYERS:
+            raise ValueError(f"stands for more than {_MOST_LAYERS} layers")
+        return value
+
+    @model_validator(mode="after")
+    def _few_experts(self) -> "_Config":
+        layers = max(filter(None, (getattr(self, key) for key in _LAYERS)), default=1)
+        experts = [getattr(self, key) or 0 for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+        most = max(max(each, default=0) if isinstance(each, list) else each for each in experts)
+        if layers * most > _MOST_EXPERTS:
+            raise ValueError(f"asks for {layers * most:,} experts in all layers; {_MOST_EXPERTS:,} are the most")
+        return self
+
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+
+
+def _is_a_list_of(kinds: Any, count: Any) -> bool:
+    return isinstance(kinds, list) and isinstance(count, int)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -66,27 +95,67 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     raw = read_json(path, "every checkpoint has one; is this the right folder?", _MOST_CONFIG)
     check_values(path, raw)
-    for key, part in (("", raw), *((f"{key}.", value) for key, value in raw.items() if isinstance(value, dict))):
+    for key, part in _parts(raw):
         try:
             _Config.model_validate(part)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = key + ".".join(str(each) for each in first["loc"] if isinstance(each, int) or each in part)
-            raise QprecError(
-                f"{path}: {where}: {first['msg'].removeprefix('Input ')}; compare it with the hub's."
-            ) from error
+            said = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+            raise QprecError(f"{path}: {f'{where}: ' if where else ''}{said}; compare it with the hub's.") from error
+    _check_sizes(path, raw)
     return raw
+
+
+def _parts(part: dict[str, Any], before: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each config in a config, by what its keys begin with: at the top any object, below it what is called one."""
+    yield before, part
+    for key, value in part.items():
+        if isinstance(value, dict) and (not before or key.endswith("config")):
+            yield from _parts(value, f"{before}{key}.")
+
+
+_MOST_SIZE = 1 << 22
+_NO_SIZE = re.compile(
+    "token|vocab|_ids?$|_index$|position|length|seq|context|ctx|theta|rate|chunk|window|pixel|seed|base|freq|param|train|"
+    "step|time|period|offset|max_|embeddings$"
+)
+"""In the name of a number that may be large, because nothing is made as large as it: an id, a bound, a base."""
+
+
+def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
+    """No number that could say how large something is, at any depth, is larger than anything of a model."""
+    stack: list[tuple[str, Any]] = list(raw.items())
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, dict):
+            stack.extend(value.items())
+        elif isinstance(value, list):
+            stack.extend((key, each) for each in value)
+        elif type(value) is int and value > _MOST_SIZE and not _NO_SIZE.search(key):
+            raise QprecError(f"{path}: {ascii(key)[1:-1]}: {value:,} is no size; compare it with the hub's.")
 
 
 def _check_file(path: Path) -> None:
     """A pipe would be waited for, a device read without end."""
     if path.is_dir() or (path.is_symlink() and not path.exists()):
         return
-    most = MAX_JSON if path.name.endswith("config.json") else _MOST_TOKENIZER
+    most = _MOST_CONFIG if path.name.endswith("config.json") else MOST_BYTES
     if not path.is_file():
         raise QprecError(f"{path}: is no regular file; download the checkpoint again.")
     if path.stat().st_size > most:
         raise QprecError(f"{path}: is larger than {most >> 20} MiB; download the checkpoint again.")
+    if path.suffix == ".json" and path.stat().st_size > _MOST_CONFIG and _values(path) > MOST_VALUES:
+        raise QprecError(f"{path}: holds more than {MOST_VALUES:,} values; download the checkpoint again.")
+
+
+def _values(path: Path) -> int:
+    """How many values a JSON file holds, counted before any of them is made."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found += part.count(b",") + part.count(b"[") + part.count(b"{")
+    return found
 
 
 def check_values(path: Path, data: dict[str, Any]) -> None:
@@ -151,15 +220,15 @@ def foreign_faults(folder: Path) -> Iterator[None]:
     """What the code of others raises over a checkpoint's values, as a sentence; what our own raises stays a bug."""
     try:
         yield
-    except (QprecError, MemoryError, torch.OutOfMemoryError):
+    except (QprecError, MemoryError, torch.OutOfMemoryError, *ENDS):
         raise
-    except Exception as error:
+    except BaseException as error:
         if is_ours(error):
             raise
         raise QprecError(fault(folder, error)) from error
 
 
-def fault(folder: Path, error: Exception) -> str:
+def fault(folder: Path, error: BaseException) -> str:
     """The sentence of ``foreign_faults``."""
     return (
         f"{folder}: transformers fails on this checkpoint ({in_one_line(error)}); a value of its config.json or of its "

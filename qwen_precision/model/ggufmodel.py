@@ -11,7 +11,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from qwen_precision.errors import QprecError, in_one_line
+from qwen_precision.errors import ENDS, QprecError, in_one_line
 from qwen_precision.model.ggufheader import Header, without_weights
 
 Told = dict[str, Any]
@@ -83,7 +83,9 @@ def read_tokenizer(header: Header, config: PretrainedConfig, path: Path) -> PreT
     try:
         made, backend, settings = _converted(header, config, path)
         tokenizer: PreTrainedTokenizerBase = made(tokenizer_object=backend, **settings)
-    except Exception as error:  # as above
+    except ENDS:
+        raise
+    except BaseException as error:  # as above
         raise QprecError(f"{path}: transformers makes no tokenizer of it: {in_one_line(error)}") from error
     return tokenizer
 

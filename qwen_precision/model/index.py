@@ -17,12 +17,16 @@ from torch import Tensor
 
 from qwen_precision.errors import QprecError
 from qwen_precision.files import Unreadable, is_whole, read_small
+from qwen_precision.record import check_count
 
 FLOAT_TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
 """Weight formats that can be probed, by safetensors' name."""
 
 MAX_JSON = 64 * 1024 * 1024
 """Bytes of a JSON file of a checkpoint; an index of 18,000 tensors has two millions."""
+
+MAX_VALUES = 2_000_000
+"""Values of such a file, and of a header: nine a tensor, of which the largest mixtures have 100,000."""
 
 _WIDTHS = {
     64: "F64 I64 U64 C64",
@@ -95,14 +99,16 @@ class TensorInfo:
         return count
 
 
-def read_json(path: Path, why: str, most: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON object from a file of the folder, of so many bytes at most.
+def read_json(path: Path, why: str, most: int = MAX_JSON, values: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object from a file of the folder, of so many bytes and values at most.
 
     Raises:
         QprecError: it is missing (``why`` says what that means) or is no JSON object.
     """
     try:
-        data = json.loads(read_small(path, most))
+        text = read_small(path, most)
+        _check_values(path, text, values)
+        data = json.loads(text)
     except FileNotFoundError as error:
         raise QprecError(f"{path}: missing; {why}") from error
     except Unreadable as error:
@@ -112,6 +118,14 @@ def read_json(path: Path, why: str, most: int = MAX_JSON) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise QprecError(f"{path}: should hold a JSON object; download the checkpoint again.")
     return data
+
+
+def _check_values(path: Path, text: bytes, most: int) -> None:
+    """Each takes up to a hundred bytes once it is an object."""
+    try:
+        check_count(text, most)
+    except ValueError as error:
+        raise QprecError(f"{path}: holds {error}, more than {most:,}; download the checkpoint again.") from error
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
@@ -168,7 +182,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER, told.st_size):
                 raise QprecError(broken)
-            header = json.loads(file.read(length))
+            text = file.read(length)
+        _check_values(path, text, MAX_VALUES)
+        header = json.loads(text)
         header.pop("__metadata__", None)
         begin, stamp = 8 + length, (told.st_size, told.st_mtime_ns)
         infos = {name: _info(path.name, entry, begin, stamp) for name, entry in header.items()}

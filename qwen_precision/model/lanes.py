@@ -36,7 +36,7 @@ def decoding(model: Any) -> AbstractContextManager[Any]:
     return optimised() if optimised is not None else nullcontext()
 
 
-def not_decoded(model: Any, error: Exception | None = None) -> QprecError:
+def not_decoded(model: Any, error: BaseException | None = None) -> QprecError:
     """What is said of a model that no ``Lane`` can run: without a cache, or with one of a kind of its own.
 
     Args:

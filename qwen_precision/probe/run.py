@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.errors import QprecError, UsageError, is_ours
+from qwen_precision.errors import ENDS, QprecError, UsageError, is_ours
 from qwen_precision.model import (
     Checkpoint,
     Encoded,
@@ -244,7 +244,9 @@ def _run(job: Job, progress: Progress, on_final: FinalHook | None, announce: Ann
         return "interrupted"
     except QprecError as error:
         return str(error)
-    except Exception as error:
+    except ENDS:
+        raise
+    except BaseException as error:
         if out_of_memory(error):
             return f"{OUT_OF_MEMORY} on {job.device}; try --memory streamed, fewer prompts or --max-tokens"
         if is_ours(error):

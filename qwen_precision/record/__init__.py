@@ -36,7 +36,8 @@ from qwen_precision.record.generation import (
 )
 from qwen_precision.record.joined import WORST, joined, unmeasured, worst_first
 from qwen_precision.record.logits import LogitsCost, Upcast
-from qwen_precision.record.parts import Site, in_words, rounded
+from qwen_precision.record.packing import check_count
+from qwen_precision.record.parts import Many, Site, in_words, rounded
 from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import (
     Choice,
@@ -80,6 +81,7 @@ __all__ = [
     "LayerPowers",
     "LogitsCost",
     "Loss",
+    "Many",
     "Massive",
     "Model",
     "Operand",
@@ -107,6 +109,7 @@ __all__ = [
     "WeightFile",
     "WeightTotals",
     "bad_trips",
+    "check_count",
     "failing_step",
     "in_words",
     "is_record",

@@ -77,10 +77,19 @@ def plain_json(text: str) -> Any:
     Raises:
         ValueError: it is no JSON, or more than a record can be; RecursionError: it is nested too deeply.
     """
-    parts = text.count(",") + text.count("[") + text.count("{")
-    if parts > _MOST_PARTS:
-        raise ValueError(f"{parts:,} values")
+    check_count(text.encode("utf-8", "surrogatepass"), _MOST_PARTS)
     return json.loads(text, parse_int=_bounded, object_hook=_not_too_wide)
+
+
+def check_count(data: bytes, most: int) -> None:
+    """Count the values of a JSON text before any of them is made.
+
+    Raises:
+        ValueError: there are more.
+    """
+    parts = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if parts > most:
+        raise ValueError(f"{parts:,} values")
 
 
 def _bounded(digits: str) -> int:

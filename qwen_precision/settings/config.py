@@ -5,6 +5,7 @@ A profile is found by path or by name; names are the files of ``configs/``, whic
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -289,20 +290,51 @@ def read_yaml(path: Path, label: str, expected: str) -> Any:
     text = read_text(path, MAX_CONFIG_BYTES, label, expected)
     try:
         return yaml.load(text, _Loader)
+    except _TooMany as error:
+        raise UsageError(f"{label}: {path} holds more than {_MOST_NODES:,} values; prompts fit into JSONL.") from error
     except Exception as error:  # a tag's own constructor raises what it likes: `!!bool x` is a KeyError
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise UsageError(f"{label}: {path}{place} is not valid YAML; expected {expected}.") from error
 
 
+_MOST_NODES = 100_000
+"""Values of a YAML file: its reader takes 30 µs for each. The one in C is ten times as fast, and dies of ``[[[[[…``."""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_SIXTY = "(?::[0-5]?[0-9])+"
+"""In the patterns of numbers: to the base of 60, as 1:30. What that comes to takes the square of their length."""
+
+
+def _without_sixty(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    return re.compile(pattern.pattern.replace(_SIXTY, "(?!)"), pattern.flags)
+
+
+class _TooMany(Exception):
+    """Of values in a YAML file."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Without merge keys (thirty lines of them stand for more than any memory holds) and without half characters."""
+    """Without merge keys (thirty lines of them stand for more than any memory holds), numbers to the base of 60, half
+    characters, and more values than a file of settings or prompts has."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Count them as they come."""
+        self._nodes += 1
+        if self._nodes > _MOST_NODES:
+            raise _TooMany
+        return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> Any:
         """Refuse a lone surrogate, which no file could be written with."""
         value = super().construct_scalar(node)
         if isinstance(value, str) and not is_whole(value):
             raise yaml.constructor.ConstructorError(None, None, "half a character", node.start_mark)
+        if node.tag in _NUMBERS and ":" in str(value):  # said to be one: `!!int 1:30`
+            raise yaml.constructor.ConstructorError(None, None, "a number to the base of 60", node.start_mark)
         return value
 
     def flatten_mapping(self, node: Any) -> None:
@@ -310,3 +342,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, "merge keys are not read", key.start_mark)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _without_sixty(pattern)) for tag, pattern in told]
+    for first, told in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}

@@ -4,11 +4,12 @@ An engine is a YAML file of ``configs/engines/`` by its name, or any such file b
 """
 
 import re
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
 from qwen_precision.errors import UsageError
 from qwen_precision.settings.config import configs_folder, first_error, known, near_or_known, read_yaml
@@ -36,6 +37,9 @@ VALUES: dict[str, str] = {
 of norms; ``squares`` and ``mean squares`` are these insides; ``sums`` are the partial sums of products."""
 
 
+_PATH = re.compile(r"!?[\w.*-]{1,200}")
+
+
 class _Read(BaseModel):
     """Something that was read in a public place."""
 
@@ -61,8 +65,9 @@ class Rule(_Read):
     """Of ``VALUES``."""
     because: Annotated[str, Field(min_length=1)]
     """What the source does, in a sentence."""
-    modules: str = ""
-    """Pattern of the paths of modules that it holds for; empty for all."""
+    modules: Annotated[list[str], Field(max_length=50)] = []
+    """Paths of modules that it holds for, ``*`` for any characters, and behind ``!`` those of them that it does not;
+    empty for all. No regular expressions: an engine is a stranger's file, and theirs can take longer than a life."""
     models: list[str] = []
     """Architectures that it holds for; empty for all."""
     saturates: bool = False
@@ -77,12 +82,20 @@ class Rule(_Read):
 
     @field_validator("modules")
     @classmethod
-    def _pattern(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"is no pattern: {error}") from error
+    def _paths(cls, value: list[str]) -> list[str]:
+        for each in value:
+            if not _PATH.fullmatch(each):
+                raise ValueError(
+                    f"{each[:40]!r} is no path of modules; give one like '*.down_proj', '!*.0.mlp' for not"
+                )
+        if value and all(each.startswith("!") for each in value):
+            raise ValueError("only says what it does not hold for; put '*' first")
         return value
+
+    def holds_for(self, module: str) -> bool:
+        """Whether it is about a module."""
+        found = [each for each in self.modules if fnmatchcase(module, each.removeprefix("!"))]
+        return not self.modules or (bool(found) and not any(each.startswith("!") for each in found))
 
 
 class Engine(BaseModel):
@@ -96,7 +109,7 @@ class Engine(BaseModel):
     """What it is, and how it is started so that the rules hold."""
     order: int = 100
     """Where it is named among others: the lowest first."""
-    rules: list[Rule]
+    rules: Annotated[list[Rule], FailFast(), Field(max_length=100)]
     """Empty where nothing passes through fp16."""
 
 

@@ -1,6 +1,7 @@
 """Processes that write into one folder: whole files, claims that die with who holds them, nothing redone."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from qwen_precision.blocks import Folder, for_block, reports
-from qwen_precision.blocks.summary import read_summary
+from qwen_precision.blocks.plan import Plan
+from qwen_precision.blocks.summary import Summary, read_summary
 from qwen_precision.cli import main
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.judge.checks import judge
@@ -182,3 +185,39 @@ def test_a_plan_of_a_stranger_is_shown_as_far_as_it_makes_sense(settings: dict[s
     Folder(tmp_path / "runs").keep(plan.model_copy(update={"sources": ["\x1b[2J"], "settings": settings}))
     assert sorted(len(report.verdict) for report in reports(Folder(tmp_path / "runs"))) == [0, 1]
     assert main(["report", str(tmp_path / "runs"), "-q"]) in (0, 3)
+
+
+def test_a_plan_of_ten_thousand_blocks_and_a_million_prompts_is_read(tmp_path: Path) -> None:
+    plan = made_up(tmp_path / "runs", [10.0, 20.0])
+    block = plan.blocks[0].model_copy(update={"count": 100, "prefixes": "01234567" * 100})
+    blocks = [block.model_copy(update={"first": number, "digest": "f" * 64}) for number in range(10_000)]
+    large = plan.model_copy(update={"blocks": blocks, "prompts": 1_000_000})
+    folder = Folder(tmp_path / "runs")
+    folder.keep(large)
+    assert large in folder.plans()
+
+
+def test_a_plan_or_summary_of_more_values_than_one_can_have_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: object) -> None:
+        pytest.fail("was made before it was counted")
+
+    folder, key = one(tmp_path)
+    summary, (plan,) = folder.record(key).with_suffix(".summary"), folder.path.glob("plan-*.json")
+    for path in (summary, plan):
+        path.write_text(path.read_text().rstrip()[:-1] + ',"x":[' + "{}," * 600_000 + "{}]}")
+    monkeypatch.setattr(Summary, "model_validate_json", made)
+    monkeypatch.setattr(Plan, "model_validate_json", made)
+    assert folder.plans() == [] and read_summary(folder.record(key)) is None
+
+
+def test_of_a_thousand_things_that_are_wrong_in_a_list_the_first_is_told(tmp_path: Path) -> None:
+    folder, key = one(tmp_path)
+    summary, (plan,) = folder.record(key).with_suffix(".summary"), folder.path.glob("plan-*.json")
+    for kind, path, keys in ((Plan, plan, ["blocks"]), (Summary, summary, ["names", "prompts", "standing"])):
+        for name in keys:
+            data = {**json.loads(path.read_text()), name: [{}] * 1000}
+            with pytest.raises(ValidationError) as caught:
+                kind.model_validate_json(json.dumps(data))
+            assert {each["loc"][:2] for each in caught.value.errors()} == {(name, 0)}

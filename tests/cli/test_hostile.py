@@ -25,6 +25,7 @@ NOT_YAML = {
     "merge": "a: &a {b: 1}\nc:\n  <<: *a\n",
     "half a character": 'fail_on: "\\ud800"',
     "object": "!!python/object/apply:os.system [echo]",
+    "base of 60": "budget: !!int 59:59",
     "deep": "[" * 100_000,
     "nul": "a\0b",
 }
@@ -37,6 +38,22 @@ def test_yaml_that_is_none_is_called_so(option: str, text: str, capsys: Capture)
     verb = ["generate", "demo"] if option == "--guards" else ["probe", "demo"]
     assert main([*verb, option, "file.yaml"]) == 2
     assert "file.yaml" in (said := sentence(capsys)) and "is not valid YAML" in said
+
+
+@pytest.mark.parametrize("option", ["--config", "--prompts", "--guards"])
+def test_more_values_than_a_yaml_file_is_read_for_are_said_to_be_too_many(option: str, capsys: Capture) -> None:
+    Path("file.yaml").write_text("a: [" + "1," * 100_001 + "]")
+    verb = ["generate", "demo"] if option == "--guards" else ["probe", "demo"]
+    assert main([*verb, option, "file.yaml"]) == 2
+    assert "file.yaml holds more than 100,000 values" in sentence(capsys)
+
+
+def test_a_number_to_the_base_of_60_is_a_text_however_long(capsys: Capture) -> None:
+    for option, key in (("--config", "budget"), ("--guards", "clamp")):
+        Path("file.yaml").write_text(f"{key}: {':'.join(['59'] * 50_000)}")
+        verb = ["generate", "demo"] if option == "--guards" else ["probe", "demo"]
+        assert main([*verb, option, "file.yaml"]) == 2
+        assert f"{key}: should be" in sentence(capsys)
 
 
 def test_merge_keys_that_stand_for_more_than_memory_holds_are_refused_at_once(capsys: Capture) -> None:

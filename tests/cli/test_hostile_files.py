@@ -55,12 +55,14 @@ def none(file: Path) -> None:
 
 KINDS: dict[str, Callable[[Path], None]] = {
     "config.json": over,
+    "tokenizer.json": over,
     "tokenizer_config.json": over,
     "generation_config.json": over,
     "header": as_header,
     "index": as_index,
     "template": as_template,
     "record": none,
+    "engine": none,
     "yaml": none,
 }
 
@@ -69,6 +71,8 @@ def commands(file: Path) -> Iterator[list[str]]:
     """What a user would do with it."""
     if file.parent.name == "record":
         yield from (["report", str(file), *more] for more in ([], ["--format", "junit"], ["-o", "page.html"]))
+    elif file.parent.name == "engine":
+        yield ["report", str(HOSTILE.parent / "demo-probe.json"), "--engine", str(file)]
     elif file.parent.name == "yaml":
         yield ["probe", "demo", "--config", str(file)]
         yield ["probe", "demo", "--prompts", str(file)]

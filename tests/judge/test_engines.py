@@ -262,7 +262,11 @@ def test_what_saturates_is_a_risk_and_hides_no_other_failure() -> None:
 def test_a_rule_for_some_modules_or_models_holds_for_no_other() -> None:
     run = record([1.0, 1.0, 70_000.0, 1.0, 1.0])
     assert run.model.architecture == "Qwen3ForCausalLM"
-    rules: list[dict[str, Any]] = [{"modules": r"down_proj$"}, {"models": ["Gemma3ForCausalLM"]}, {"modules": r"mlp$"}]
+    rules: list[dict[str, Any]] = [
+        {"modules": ["*down_proj"]},
+        {"models": ["Gemma3ForCausalLM"]},
+        {"modules": ["*mlp"]},
+    ]
     found = [told(run, engine("outputs", **rule))[0].verdict for rule in rules]
     assert found == ["ok", "ok", "fail"]
 

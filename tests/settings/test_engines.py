@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from qwen_precision.errors import UsageError
-from qwen_precision.settings import ALL, EVIDENCE, Engine, engine_names, load_engines
+from qwen_precision.settings import ALL, EVIDENCE, Engine, Rule, engine_names, load_engines
 from support.checkpoints import ROOT
 
 FOLDER = ROOT / "configs" / "engines"
@@ -59,6 +59,7 @@ def test_an_engine_of_ones_own_is_a_file_and_costs_no_code(tmp_path: Path) -> No
     assert (engine.name, engine.rules[0].values, engine.rules[0].avoid) == ("mine", ["squares"], [])
 
 
+OUTPUTS = "runs: x\nrules: [{values: [outputs], because: x, source: 'https://a', version: '1'"
 WRONG = {
     "- a list": "should hold `runs` and `rules`",
     "rules: [": "is not valid YAML",
@@ -68,7 +69,9 @@ WRONG = {
     "runs: x\nrules: [{values: [outputs], because: x, version: '1'}]": "rules.0.source: field required",
     "runs: x\nrules: [{values: [outputs], because: x, source: a branch, version: '1'}]": "rules.0.source",
     "runs: x\nrules: [{values: [], because: x, source: 'https://a', version: '1'}]": "rules.0.values",
-    "runs: x\nrules: [{values: [outputs], modules: '(', because: x, source: 'https://a', version: '1'}]": "no pattern",
+    f"{OUTPUTS}, modules: ['a|b$']}}]": "no path",
+    f"{OUTPUTS}, modules: ['!a']}}]": "put '*' first",
+    f"{OUTPUTS}, modules: a}}]": "valid list",
 }
 
 
@@ -78,3 +81,26 @@ def test_what_is_wrong_in_a_file_is_named_in_one_sentence(text: str, tmp_path: P
         load_engines([written(tmp_path, text)])
     assert WRONG[text] in str(caught.value) and "\n" not in str(caught.value)
     assert "mine.yaml" in str(caught.value)
+
+
+READ = {"values": ["outputs"], "because": "x", "source": "https://a", "version": "1"}
+MODULES = {
+    "model.layers.1.input_layernorm": True,
+    "model.layers.0.input_layernorm": False,
+    "model.layers.0.post_attention_layernorm": True,
+    "model.norm": True,
+    "norm": True,
+    "model.layers.0.self_attn.q_norm": False,
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_rule_holds_for_its_paths_but_for_those_behind_an_exclamation_mark(module: str) -> None:
+    (engine,) = load_engines(["onnxruntime-1.24"])
+    assert engine.rules[0].holds_for(module) == MODULES[module]
+    assert Rule.model_validate(READ).holds_for(module)
+
+
+def test_no_path_of_modules_can_take_long() -> None:
+    rule = Rule.model_validate({**READ, "modules": ["*a" * 100]})
+    assert not rule.holds_for("a" * 5000 + "Q")
