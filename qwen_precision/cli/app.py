@@ -59,14 +59,19 @@ for _command, _short in (
 _TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives its exit code and never raises for a user's mistake."""
+def main(argv: Sequence[str] | None = None, ends: bool = False) -> int:
+    """Run the program; gives its exit code and never raises for a user's mistake.
+
+    Args:
+        argv: the words of the command line; those of this process by default.
+        ends: whether the process ends after it, so that signals are ignored from the exit code on.
+    """
     outcome.saved.clear()
     terminal.be_quiet(False)
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         _check_place(args)
-        with interruptible():
+        with interruptible(ends):
             result = app(args=args, prog_name="qprec", standalone_mode=False, obj=args)
         if result == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt

@@ -20,8 +20,12 @@ _CURSOR = b"\x1b[?25h"
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it the first of the signals raises KeyboardInterrupt in the main thread, the second is exit code 3."""
+def interruptible(ends: bool) -> Iterator[None]:
+    """Within it the first of the signals raises KeyboardInterrupt in the main thread, the second is exit code 3.
+
+    Args:
+        ends: nothing but the end of the process follows: a signal that comes then changes no exit code any more.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -43,7 +47,7 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for each, old in before.items():
-            signal.signal(each, old if old is not None else signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if ends else old if old is not None else signal.SIG_DFL)
 
 
 def _tell(said: bytes) -> None:
