@@ -1,4 +1,4 @@
-"""``qprec`` and ``python -m qwen_precision``: the program, with Ctrl-C and SIGTERM caught from the first import to the end.
+"""``qprec`` and ``python -m qwen_precision``: the program, with signals caught from the first import to the end.
 
 What is slow about Python is before and after our own code, and a signal is met there as likely as anywhere.
 """
@@ -9,6 +9,8 @@ import signal
 import sys
 from contextlib import suppress
 from typing import NoReturn
+
+from qwen_precision.parents import follows
 
 
 def run() -> NoReturn:
@@ -34,7 +36,7 @@ def listen() -> None:
 def _at_start(number: int, frame: object) -> NoReturn:
     """At once: an exception in the middle of an import can be taken for a broken library, or be swallowed."""
     with suppress(OSError):
-        os.write(2, b"qprec: interrupted; nothing was saved.\n")
+        os.write(2, b"" if follows() else b"qprec: interrupted; nothing was saved.\n")
     os._exit(3)
 
 

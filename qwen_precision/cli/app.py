@@ -21,6 +21,7 @@ from qwen_precision.cli.probe import probe
 from qwen_precision.cli.report import report
 from qwen_precision.cli.signals import interruptible
 from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.parents import follows
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -79,9 +80,9 @@ def main(argv: Sequence[str] | None = None, ends: bool = False) -> int:
         terminal.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        terminal.error(
-            f"interrupted; the run is in {outcome.saved[-1]}." if outcome.saved else "interrupted; nothing was saved."
-        )
+        kept = f"the run is in {outcome.saved[-1]}" if outcome.saved else "nothing was saved"
+        if not follows():
+            terminal.error(f"interrupted; {kept}.")
         return 3
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # the help, of which nobody wanted the rest
