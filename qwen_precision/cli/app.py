@@ -21,6 +21,7 @@ from qwen_precision.cli.probe import probe
 from qwen_precision.cli.report import report
 from qwen_precision.cli.signals import interruptible
 from qwen_precision.errors import QprecError, UsageError, in_one_line
+from qwen_precision.parents import follows
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -59,14 +60,19 @@ for _command, _short in (
 _TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C before we see it
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives its exit code and never raises for a user's mistake."""
+def main(argv: Sequence[str] | None = None, ends: bool = False) -> int:
+    """Run the program; gives its exit code and never raises for a user's mistake.
+
+    Args:
+        argv: the words of the command line; those of this process by default.
+        ends: whether the process ends after it, so that signals are ignored from the exit code on.
+    """
     outcome.saved.clear()
     terminal.be_quiet(False)
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         _check_place(args)
-        with interruptible():
+        with interruptible(ends):
             result = app(args=args, prog_name="qprec", standalone_mode=False, obj=args)
         if result == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
@@ -74,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        terminal.error(
-            f"interrupted; the run is in {outcome.saved[-1]}." if outcome.saved else "interrupted; nothing was saved."
-        )
+        kept = f"the run is in {outcome.saved[-1]}" if outcome.saved else "nothing was saved"
+        if not follows():
+            terminal.error(f"interrupted; {kept}.")
         return 3
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # the help, of which nobody wanted the rest

@@ -13,7 +13,9 @@ import typer
 from qwen_precision import report as reporting
 from qwen_precision.blocks import Folder, Plan, plan_for
 from qwen_precision.cli import terminal
+from qwen_precision.cli.signals import follow_launcher, taking_along
 from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.parents import PARENT, follows
 from qwen_precision.render import count
 from qwen_precision.settings import BLOCK_PROMPTS, Corpus, ProbeSettings, Rank, texts_of
 
@@ -114,6 +116,7 @@ def run(asked: Asked, path: Path, jobs: str | None, shown: Shown, dry: bool, wor
     if dry:
         terminal.result(_told(plan, rank, folder))
         raise typer.Exit
+    follow_launcher()
     folder.prepare()
     folder.keep(plan)
     try:
@@ -122,7 +125,8 @@ def run(asked: Asked, path: Path, jobs: str | None, shown: Shown, dry: bool, wor
         else:
             _measure(asked, plan, corpus, folder)
     except KeyboardInterrupt as error:
-        terminal.error(f"interrupted; the same command goes on from what is in {path}.")
+        if not follows():
+            terminal.error(f"interrupted; the same command goes on from what is in {path}.")
         raise typer.Exit(3) from error
     view = reporting.view([path], settings.fail_on, None, False, [])
     if not terminal.quiet():
@@ -174,14 +178,15 @@ def _launch(ranks: int, words: Sequence[str]) -> None:
     command = [sys.executable, "-m", _TORCHRUN, "--standalone", "--nproc-per-node", str(ranks)]
     terminal.note(f"{ranks} ranks under torchrun")
     threads = str(max(1, (os.cpu_count() or 1) // ranks))  # torchrun would give each rank one
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, PARENT: str(os.getpid())}
     child = subprocess.Popen([*command, "-m", "qwen_precision", *kept], start_new_session=True, env=environment)
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
-        raise
+    with taking_along(child.pid):  # `wait` gives a child some time before it raises, in which a second signal may come
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.terminate()
+            child.wait()
+            raise
     if code:
         raise QprecError("a rank ended early; what was measured is kept, and the same command goes on from there.")
 

@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
+from qwen_precision import parents
 from qwen_precision.cli import terminal
 from qwen_precision.files import remove_unfinished
 
@@ -17,11 +19,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAID = b"\ninterrupted: finishing with what there is; Ctrl-C again leaves at once\n"
 _CURSOR = b"\x1b[?25h"
 """Shows the cursor, which a progress bar hides."""
+_groups: set[int] = set()
+"""Process groups that end when this process ends at once."""
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it the first of the signals raises KeyboardInterrupt in the main thread, the second is exit code 3."""
+def interruptible(ends: bool) -> Iterator[None]:
+    """Within it the first of the signals raises KeyboardInterrupt in the main thread, the second is exit code 3.
+
+    Args:
+        ends: nothing but the end of the process follows: a signal that comes then changes no exit code any more.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -29,12 +37,9 @@ def interruptible() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if met:
-            remove_unfinished()
-            if os.isatty(2):
-                _tell(_CURSOR)
-            os._exit(3)  # a thread that computes would be waited for
+            _at_once()
         met.append(number)
-        if not terminal.quiet():
+        if not terminal.quiet() and not parents.follows():
             _tell(_SAID)
         raise KeyboardInterrupt
 
@@ -43,7 +48,32 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for each, old in before.items():
-            signal.signal(each, old if old is not None else signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if ends else old if old is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def taking_along(group: int) -> Iterator[None]:
+    """Within it a process group, which a terminal's signals do not reach, is killed when this process ends at once."""
+    _groups.add(group)
+    try:
+        yield
+    finally:
+        _groups.discard(group)
+
+
+def follow_launcher() -> None:
+    """Where another process of ours launched this one as a rank: end at once when that is gone."""
+    parents.follow(_at_once)
+
+
+def _at_once() -> NoReturn:
+    for group in _groups:
+        with suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+    remove_unfinished()
+    if os.isatty(2):
+        _tell(_CURSOR)
+    os._exit(3)  # a thread that computes would be waited for
 
 
 def _tell(said: bytes) -> None:

@@ -4,16 +4,22 @@ Run as a module, with torchrun's own arguments: ``python -m qwen_precision.diagn
 """
 
 import logging
+import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from qwen_precision.parents import PARENT, follow
+
 
 def launch(words: list[str]) -> int:
     """Run all ranks; gives 0, or 3 where one ended early or a signal ended all."""
     logging.disable(logging.WARNING)  # of every step of an orderly end
+    follow(lambda: os.kill(os.getpid(), signal.SIGTERM))  # torchrun ends its ranks then, and they keep what there is
+    os.environ[PARENT] = str(os.getpid())  # for the ranks
     try:
         run(parse_args(words))  # type: ignore[no-untyped-call]
     except SignalException:

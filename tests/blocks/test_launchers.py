@@ -143,6 +143,33 @@ def _ranks(parent: int) -> Iterator[int]:
         yield from (rank.pid for rank in child.children() if "qwen_precision" in " ".join(rank.cmdline()))
 
 
+MANY = 400  # blocks of a few tenths of a second: some are there when the first is, and never all
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "said"),
+    [
+        ([signal.SIGTERM], 3, 2),
+        ([signal.SIGINT, signal.SIGTERM], 3, 1),
+        ([signal.SIGKILL], -signal.SIGKILL, 0),
+    ],
+)
+def test_no_rank_outlives_the_command_and_one_process_alone_speaks_of_a_signal(
+    numbers: list[signal.Signals], code: int, said: int, tmp_path: Path
+) -> None:
+    corpus = write_texts(tmp_path, [f"text {number}" for number in range(MANY)])
+    command = [sys.executable, *probe(corpus), "--jobs", "2"]
+    with subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as started:
+        while started.poll() is None and not (Path("runs").is_dir() and Folder(Path("runs")).records()):
+            time.sleep(0.02)
+        for number in numbers:
+            started.send_signal(number)
+        _, told = started.communicate()  # it lasts as long as any process has the pipe
+    assert started.returncode == code and told.count("interrupted") == said, told
+    assert ("interrupted: finishing" in told) == bool(said) and "Traceback" not in told, told
+    assert 0 < len(records(Path("runs"))) < MANY
+
+
 def test_the_array_script_gives_every_task_its_share(corpus: Path, tmp_path: Path) -> None:
     script = ROOT / "configs" / "slurm" / "qprec.sbatch"
     assert re.findall(r"^#SBATCH --array=(\S+)", script.read_text(), flags=re.MULTILINE) == ["0-7"]

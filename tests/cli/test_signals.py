@@ -83,6 +83,55 @@ def test_the_second_signal_ends_at_once_with_code_3_and_nothing_half_written() -
     assert "Traceback" not in done.stderr and os.listdir() == []
 
 
+IMPORTING = """
+import os, runpy, signal, sys
+class Importing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.{0})
+sys.meta_path.insert(0, Importing())
+runpy.run_module("qwen_precision", run_name="__main__")
+"""
+ENDING = """
+import atexit, os, runpy, signal
+def signalled():
+    os.kill(os.getpid(), signal.{0})
+    print("at the end")
+atexit.register(signalled)
+runpy.run_module("qwen_precision", run_name="__main__")
+"""
+
+
+def _started(script: str, words: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    """The program, begun by a script."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    return subprocess.run([sys.executable, "-c", script, *words], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_the_program_is_imported_is_a_sentence_and_code_3(number: str) -> None:
+    done = _started(IMPORTING.format(number), PROBE)
+    assert (done.returncode, done.stdout, os.listdir()) == (3, "", [])
+    assert done.stderr == "qprec: interrupted; nothing was saved.\n"
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_after_the_last_word_changes_no_verdict(number: str) -> None:
+    done = _started(ENDING.format(number), PROBE)
+    assert done.returncode == 1 and "FAIL" in done.stdout and done.stdout.endswith("at the end\n"), done.stderr
+    assert "interrupted" not in done.stderr and load(Path("run.json")).stopped is None
+
+
+def test_the_program_leaves_no_temporary_folder_of_a_library() -> None:
+    Path("temporary").mkdir()
+    Path("home").touch()  # matplotlib, which finds no place for its settings there, makes one that it removes at exit
+    words = ["report", str(ROOT / "tests/fixtures/demo-probe.json"), "--fail-on", "never", "-o", "picture.png"]
+    more = {"TMPDIR": "temporary", "MPLCONFIGDIR": "home/nothing"}
+    done = _started('import runpy; runpy.run_module("qwen_precision", run_name="__main__")', words, **more)
+    assert done.returncode == 0 and "temporary" in done.stderr, done.stderr
+    assert os.listdir("temporary") == [] and Path("picture.png").stat().st_size > 1000
+
+
 def _dead() -> int:
     """The number of a process that is gone."""
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
