@@ -63,8 +63,8 @@ class Tally:
     """By dtype: not failing, headroom, hash and name of the worst few."""
     blocks: dict[str, tuple[Block, str]] = field(default_factory=dict)
     """By digest of its prompts: each block, and the path of its record."""
-    sums: dict[str, Sums] = field(default_factory=dict)
-    """By dtype: what precision is made of."""
+    sums: dict[str, tuple[list[int], dict[str, Sums]]] = field(default_factory=dict)
+    """By digest of a block: its prompts, and by dtype what precision is made of."""
     ranks: "Counter[int]" = field(default_factory=Counter)
     """Under how many ranks they were measured."""
 
@@ -84,7 +84,7 @@ class Tally:
         for key, score, prompt in summary.standing:
             made.best[key] = Best(score, summary.block.first, prompt, str(path))
         made.blocks[summary.block.digest] = summary.block, str(path)
-        made.sums = dict(summary.sums)
+        made.sums[summary.block.digest] = list(summary.prompts), dict(summary.sums)
         made.ranks[summary.share[1]] += 1
         return made
 
@@ -104,8 +104,7 @@ class Tally:
             self.best[key] = min(self.best.get(key, best), best)
         for digest, found in other.blocks.items():
             self.blocks[digest] = min(self.blocks.get(digest, found), found, key=lambda each: each[1])
-        for dtype, each in other.sums.items():
-            self.sums[dtype] = self.sums[dtype] + each if dtype in self.sums else each
+        self.sums = {**other.sums, **self.sums}
         self.ranks.update(other.ranks)
 
 
@@ -201,10 +200,21 @@ def _report(wanted: _Wanted, tally: Tally) -> Report:
         missing_blocks=len(missing),
         across=tuple(_across(tally)),
         record=standing[0][1] if standing else "",
-        sums=tally.sums,
+        sums=_summed(tally),
         left_out=len(standing[_OPENED:]),
     )
     return judge(run.model_copy(update={"stopped": stopped, "seconds": {}}), corpus=corpus)
+
+
+def _summed(tally: Tally) -> dict[str, Sums]:
+    """What precision is made of, by dtype: of blocks that share a prompt the first in the corpus counts alone."""
+    seen, total = set[int](), dict[str, Sums]()
+    for digest in sorted(tally.sums, key=lambda digest: (tally.blocks[digest][0].first, digest)):
+        prompts, sums = tally.sums[digest]
+        if seen.isdisjoint(prompts):
+            seen.update(prompts)
+            total |= {dtype: total[dtype] + each if dtype in total else each for dtype, each in sums.items()}
+    return total
 
 
 def _standing(tally: Tally) -> list[tuple[int, str, int]]:

@@ -84,6 +84,7 @@ def summary_of(report: Report, data: bytes, share: tuple[int, int]) -> Summary:
     """
     run = report.run
     about = block_of(run)
+    block = Block.model_validate(about["block"])
     return Summary(
         size=len(data),
         ends=_ends(data[:_END], data[-_END:]),
@@ -91,7 +92,7 @@ def summary_of(report: Report, data: bytes, share: tuple[int, int]) -> Summary:
         revision=run.model.revision,
         weights=about["weights"],
         settings=about["settings"],
-        block=Block.model_validate(about["block"]),
+        block=block,
         share=share,
         names=[prompt.name for prompt in run.prompts],
         prompts=[_hash(prompt) for prompt in run.prompts],
@@ -99,7 +100,7 @@ def summary_of(report: Report, data: bytes, share: tuple[int, int]) -> Summary:
             dtype: [Row(room=_finite(each.headroom), fails=each.fails, where=each.where) for each in rows]
             for dtype, rows in outcomes(report).items()
         },
-        sums=sums(run),
+        sums=sums(run) if block.kind == "prompts" else {},  # a part of a sweep runs a prompt of the corpus once more
         standing=[(each.key, max(-1e300, min(each.score, 1e300)), each.prompt) for each in standing_for(report)],
     )
 

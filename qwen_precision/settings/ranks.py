@@ -100,12 +100,16 @@ def _step(environment: Mapping[str, str]) -> _Source:
     """A task of `srun`. The script of a job itself has the variables too, and is no task of it."""
     if environment.get("SLURM_JOB_ID") and not environment.get("SLURM_STEP_ID"):
         return None
-    return _pair(environment, "SLURM_PROCID", "SLURM_NTASKS", "Slurm task")
+    size = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"  # of the step, always
+    return _pair(environment, "SLURM_PROCID", size, "Slurm task")
 
 
 def _pair(environment: Mapping[str, str], mine: str, size: str, word: str) -> _Source:
+    if not environment.get(mine) and (word != "RANK" or not environment.get(size)):
+        return None  # SLURM_NTASKS alone is a job's, not a task's
     if not environment.get(mine) or not environment.get(size):
-        return None
+        one, other = (mine, size) if environment.get(mine) else (size, mine)
+        raise UsageError(f"{one} is set and {other} is not: set both, or neither.")
     number, of = (_number(name, environment[name]) for name in (mine, size))
     if number >= of:
         raise UsageError(f"{mine} {number} and {size} {of}: a rank is below the number of ranks; {_RULE} are read.")

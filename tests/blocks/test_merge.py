@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from qwen_precision.blocks import Folder, reports
-from qwen_precision.blocks.merge import Tally, _across
-from qwen_precision.blocks.summary import read_summary
+from qwen_precision.blocks.merge import Tally, _across, _summed
+from qwen_precision.blocks.summary import read_summary, summary_of
 from qwen_precision.errors import QprecError
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
-from qwen_precision.record import joined
+from qwen_precision.record import joined, load
 from support.folders import made_up, records
 
 SIZES = [100.0, 70_000.0, 40_000.0, 300.0, 90_000.0, 200.0, 66_000.0, 50_000.0, 400.0]
@@ -77,9 +77,22 @@ def test_it_does_not_matter_which_records_are_taken_together_first(seed: int, tm
     one, other = tally(), tally()
     assert (one.best, one.worst, one.blocks, one.ranks) == (other.best, other.worst, other.blocks, other.ranks)
     assert list(_across(one)) == list(_across(other))
-    for dtype, sums in one.sums.items():
-        assert sums.agree == other.sums[dtype].agree and sums.kl == other.sums[dtype].kl
-        assert sums.layers[0] == pytest.approx(other.sums[dtype].layers[0])
+    assert _summed(one) == _summed(other)
+
+
+def test_precision_counts_a_prompt_once_that_lies_in_blocks_of_two_sizes(tmp_path: Path) -> None:
+    once = merged(tmp_path, SIZES[:4]).precision["fp16"]
+    twice = merged(tmp_path, SIZES[:4], block=4).precision["fp16"]
+    assert (twice.rows, twice.agree) == (once.rows, once.agree) == (4, 4)
+
+
+def test_precision_leaves_out_the_prompt_that_a_part_of_a_sweep_runs_once_more(tmp_path: Path) -> None:
+    made_up(tmp_path / "runs", SIZES[:2])
+    (path,) = Folder(tmp_path / "runs").records()
+    run = load(path)
+    part = {**run.settings["block"], "block": {**run.settings["block"]["block"], "kind": "sweep"}}
+    swept = judge(run.model_copy(update={"settings": {**run.settings, "block": part}}))
+    assert summary_of(judge(run), b"", (0, 1)).sums and not summary_of(swept, b"", (0, 1)).sums
 
 
 def test_a_record_that_is_there_twice_counts_its_prompts_once(tmp_path: Path) -> None:

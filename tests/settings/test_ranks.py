@@ -20,6 +20,7 @@ STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_J
         (None, {**ARRAY, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}, 2, 3),
         (None, STEP, 1, 2),
         (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 1, 2),
+        (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, 1, 2),
         (None, {**STEP, "SLURM_STEP_ID": ""}, 0, 1),  # the job's own script, which is no task of it
         (None, {**STEP, **TORCHRUN}, 3, 4),  # torchrun started by srun
         ("2/2", TORCHRUN, 7, 8),
@@ -54,6 +55,9 @@ def test_what_was_taken_is_said_with_where_it_is_from() -> None:
         ("2-8", {}, "--shard 2-8"),
         (None, {"RANK": "x", "WORLD_SIZE": "2"}, "RANK"),
         (None, {"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2"),
+        (None, {"RANK": "1"}, "RANK is set and WORLD_SIZE is not"),
+        (None, {"WORLD_SIZE": "2"}, "WORLD_SIZE is set and RANK is not"),
+        (None, {"SLURM_PROCID": "1"}, "SLURM_PROCID is set and SLURM_NTASKS is not"),
         (None, {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}, "SLURM_ARRAY_TASK_ID 9"),
         (None, {"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT"),
         (None, {**ARRAY, "SLURM_ARRAY_TASK_STEP": "4"}, "SLURM_ARRAY_TASK_ID 5"),
