@@ -2,9 +2,10 @@
 
     python scripts/kill.py [--seed N] [--count 1000] [--ranks 50]
 
-Each case is a fork of this process that is killed after a random share of the time the command takes. Then: what stood
-there before is whole or replaced whole; the exit code of a signal that is caught is 0 to 3; the same command again ends
-as it would have, with nothing hidden beside its output; a folder that is no finished export does not load.
+Each case is a fork of this process that is killed after a random share of the time the command takes, or (one of so
+many) a process of its own, whose imports and end are met too. Then: what stood there before is whole or replaced whole;
+the exit code of a signal that can be caught is 0 to 3; the same command again ends as it would have, with nothing
+hidden beside its output; a folder that is no finished export does not load.
 
 Of two ranks that measure into one folder, one is killed (SIGKILL): what they had measured is whole and is not measured
 again, and once both commands were given again the merged report is that of two ranks that nobody killed.
@@ -16,14 +17,17 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import fuzz
 
+from qwen_precision.__main__ import listen
 from qwen_precision.render import FORMATS
 from qwen_precision.report import view
 
@@ -38,6 +42,25 @@ COMMANDS: dict[str, list[str]] = {
     },
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+FRESH = 8
+"""One of so many cases is no fork, but the program as a shell starts it."""
+
+
+def begun(args: list[str], folder: Path) -> int:
+    """The program in a process of its own, from the moment on in which it listens: before, no signal is Python's."""
+    words = [sys.executable, "-m", "qwen_precision", *args]
+    program = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    quiet = subprocess.DEVNULL
+    child = subprocess.Popen(words, cwd=folder, env=program, stdin=quiet, stdout=quiet, stderr=quiet).pid
+    while not _listens(child):
+        time.sleep(0.002)
+    return child
+
+
+def _listens(child: int) -> bool:
+    """Whether SIGTERM has a handler there, or nobody is there any more."""
+    told = dict(line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines())
+    return told["State"].split()[0] == "Z" or bool(int(told["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def started(args: list[str], folder: Path) -> int:
@@ -66,15 +89,15 @@ def wrong_files(folder: Path) -> str | None:
     return None
 
 
-def case(name: str, number: int, after: float, folder: Path, code: int) -> str | None:
+def case(name: str, number: int, after: float, folder: Path, code: int, fresh: bool) -> str | None:
     """Kill a command after so many seconds, then run it again; gives what went wrong."""
     args = COMMANDS[name]
     shutil.copyfile(fuzz.FIXTURES / "demo-probe.json", folder / "demo.json")
-    child = started(args, folder)
+    child = (begun if fresh else started)(args, folder)
     time.sleep(after)
     os.kill(child, number)
     first = ended(child)
-    if first not in (0, 1, 2, 3, -number):
+    if first not in (0, 1, 2, 3) and not number == -first == signal.SIGKILL:
         return f"exit code {first}"
     wrong = wrong_files(folder)
     if wrong is not None:
@@ -149,12 +172,13 @@ def killed_ranks(count: int, dice: random.Random) -> list[str]:
     return wrong
 
 
-def measured(name: str) -> tuple[float, int]:
+@cache
+def measured(name: str, fresh: bool) -> tuple[float, int]:
     """Seconds and exit code of a command that nobody kills."""
     with tempfile.TemporaryDirectory() as made:
         shutil.copyfile(fuzz.FIXTURES / "demo-probe.json", Path(made) / "demo.json")
         begin = time.monotonic()
-        code = ended(started(COMMANDS[name], Path(made)))
+        code = ended((begun if fresh else started)(COMMANDS[name], Path(made)))
         return time.monotonic() - begin, code
 
 
@@ -166,18 +190,20 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=50)
     asked = parser.parse_args()
     fuzz.warm()
+    listen()  # a fork is met by a signal before it is the program, too
     dice = random.Random(asked.seed)
-    takes = {name: measured(name) for name in COMMANDS} if asked.count else {}
     counts: Counter[str] = Counter()
     wrong = []
     for index in range(asked.count):
         name = list(COMMANDS)[index % len(COMMANDS)]
-        number, after = dice.choice(SIGNALS), dice.random() * takes[name][0] * 1.1
+        fresh = index % FRESH == 0
+        seconds, code = measured(name, fresh)
+        number, after = dice.choice(SIGNALS), dice.random() * seconds * 1.1
         with tempfile.TemporaryDirectory() as made:
-            told = case(name, number, after, Path(made), takes[name][1])
-        counts[number.name] += 1
+            told = case(name, number, after, Path(made), code, fresh)
+        counts[f"{number.name} in a new process" if fresh else number.name] += 1
         if told is not None:
-            wrong.append(f"{name}, {number.name} after {after:.2f} s: {told}")
+            wrong.append(f"{name}, {number.name} after {after:.2f} s{' of a new process' * fresh}: {told}")
     wrong += killed_ranks(asked.ranks, dice)
     counts["ranks killed"] += asked.ranks
     print(", ".join(f"{count:,} {name}" for name, count in counts.items()), f"seed {asked.seed}; {len(wrong)} wrong")
