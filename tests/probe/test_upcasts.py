@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM
 
+from qwen_precision.model import way
 from qwen_precision.probe import head, upcasts
-from qwen_precision.probe import run as measured
 from qwen_precision.record import Run, Upcast
 from qwen_precision.torch_dtypes import torch_dtype
 from support.checkpoints import make_checkpoint
@@ -93,7 +93,7 @@ def test_a_probe_streamed_in_slices_and_in_pieces_says_the_same(
 def test_a_family_run_whole_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_family(tmp_path / "model", "qwen3").folder
     layers = run_probe(folder, TEXTS)
-    monkeypatch.setattr(measured, "is_layerwise", lambda config: False)
+    monkeypatch.setattr(way, "LAYERWISE", frozenset())
     whole = run_probe(folder, TEXTS)
     for dtype in ("fp16", "bf16"):
         assert of(layers, dtype) == of(whole, dtype)
