@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from qwen_precision.model import way
 from qwen_precision.probe import head, upcasts
+from qwen_precision.probe import run as measured
 from qwen_precision.record import Run, Upcast
 from qwen_precision.torch_dtypes import torch_dtype
 from support.checkpoints import make_checkpoint
