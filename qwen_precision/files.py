@@ -170,9 +170,11 @@ def append(path: Path, text: str, label: str) -> None:
     """Add to the end of a file that somebody else may be writing too.
 
     Raises:
-        QprecError: it cannot be written.
+        QprecError: it cannot be written, or is a pipe, which might be waited for without end, or another such thing.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise QprecError(f"{label} {path}: is no regular file; give the name of one, or unset {label}.")
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:

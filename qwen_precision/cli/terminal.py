@@ -34,10 +34,15 @@ def quiet() -> bool:
     return _State.quiet
 
 
+_NARROWEST, _WIDEST = 20, 500
+"""COLUMNS may be any number, and tables are filled up to it."""
+
+
 def render(view: View, name: str, plain: bool = False) -> str | bytes:
     """Reports in one of the formats, as wide as the terminal; ``plain`` for what goes into a file."""
     terminal = sys.stdout is not None and sys.stdout.isatty() and not plain
     width = shutil.get_terminal_size((80, 24)).columns if terminal or "COLUMNS" in os.environ else 80
+    width = min(max(width, _NARROWEST), _WIDEST)
     return FORMATS[name].render(replace(view, width=width, colour=_colour(terminal) and not plain))
 
 

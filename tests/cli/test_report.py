@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -131,6 +132,28 @@ def test_github_writes_annotations_and_the_job_summary(monkeypatch: pytest.Monke
     assert capsys.readouterr().out.startswith("::error title=qprec Qwen/Qwen3-8B%2C fp16%3A overflow%2C layer 31")
     text = Path("summary.md").read_text()
     assert text.startswith("before\n# qprec probe") and "# qprec generate" in text
+
+
+def test_a_job_summary_that_is_a_pipe_is_refused_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)  # so that a writer would not hang
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "pipe")
+    assert main(["report", "bad.json", "--format", "github"]) == 3
+    os.close(reader)
+    assert "GITHUB_STEP_SUMMARY pipe: is no regular file" in capsys.readouterr().err
+
+
+def test_a_terminal_of_impossible_width_is_taken_for_one_of_500_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    shown = []
+    for columns in ("9" * 23, "500"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["report", "bad.json"]) == 1
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
 
 
 def test_the_workflow_to_copy_uses_commands_that_exist(capsys: Capture) -> None:
