@@ -35,7 +35,9 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
             _pipe(path)
             return
     except OSError as error:
-        raise QprecError(f"{label} {str(path)[:60]}: cannot be written ({error.strerror}).") from error
+        raise _unwritable(f"{label} {str(path)[:60]}", error) from error
+    if real.is_symlink():
+        raise QprecError(f"{label} {path}: is a link that leads back to itself; remove it, or choose another name.")
     if real.is_dir():
         raise QprecError(f"{label} {path}: is a folder; give the name of a file to write.")
     if not folder.is_dir():
@@ -69,7 +71,22 @@ def write_atomically(path: Path, text: str | bytes) -> None:
         else:
             _replace(real, data)
     except OSError as error:
-        raise QprecError(f"{path}: cannot be written ({error.strerror}).") from error
+        raise _unwritable(str(path), error) from error
+
+
+_DO = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOSPC: "make room there, or choose another place",
+    errno.EDQUOT: "make room there, or choose another place",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.ENXIO: "start what reads the pipe first",
+}
+
+
+def _unwritable(what: str, error: OSError) -> QprecError:
+    """The sentence of why something cannot be written, and what to do."""
+    do = _DO.get(error.errno or 0, "choose another place")
+    return QprecError(f"{what}: cannot be written ({error.strerror}); {do}.")
 
 
 _numbers = itertools.count()
@@ -178,7 +195,7 @@ def append(path: Path, text: str, label: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise QprecError(f"{label} {path}: cannot be written ({error.strerror}).") from error
+        raise _unwritable(f"{label} {path}", error) from error
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -37,7 +37,7 @@ app = typer.Typer(
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"qprec {__version__}")
+        terminal.result(f"qprec {__version__}\n")
         raise typer.Exit
 
 

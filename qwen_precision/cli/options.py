@@ -80,6 +80,19 @@ FormatOption = Annotated[
         callback=choice_from(NAMES, "format"),
     ),
 ]
+
+
+def path(text: str) -> Path:
+    """A path that was given; an empty one would be the working folder.
+
+    Raises:
+        typer.BadParameter: it is empty.
+    """
+    if not text:
+        raise typer.BadParameter("is empty; give the name of a file or a folder")
+    return Path(text)
+
+
 OutputOption = Annotated[
     Path | None,
     typer.Option(

@@ -31,7 +31,10 @@ def _explain_cause(name: str | None) -> None:
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs that `qprec probe` or `generate` saved, or bundles.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Runs that `qprec probe` or `generate` saved, or bundles.", parser=options.path
+        ),
     ],
     format: Annotated[
         str | None,
@@ -48,7 +51,8 @@ def report(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
     baseline: Annotated[
-        Path | None, typer.Option(help="An older run: only what is new gives exit code 1.", metavar="FILE")
+        Path | None,
+        typer.Option(help="An older run: only what is new gives exit code 1.", metavar="FILE", parser=options.path),
     ] = None,
     redact: Annotated[bool, typer.Option("--redact", help="Without prompts, texts and token strings.")] = False,
     engine: Annotated[

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.files import is_whole
 from qwen_precision.model.fetching import (
     SINGLE,
     SMALL,
@@ -55,6 +56,8 @@ def locate(source: str, revision: str | None = None, progress: Progress = silent
     if there:
         if not path.is_dir() and not is_gguf(path):
             raise QprecError(f"{source}: {file_in_words(path)}.")
+        if path.is_dir() and not is_whole(source):
+            raise QprecError(f"{source}: the folder's name is not UTF-8, which tokenizers cannot open; rename it.")
         return path, None
     if "://" in source or source.startswith(("huggingface.co/", "hf.co/")):
         raise UsageError(f"{source}: is a web address; give the id alone{_meant(source)}.")

@@ -22,7 +22,9 @@ def _spelled(char: str) -> str:
         return "\\n"
     if char == "\t":
         return "\\t"
-    return f"\\u{ord(char):04x}" if unicodedata.category(char) in _HIDDEN else char
+    if unicodedata.category(char) not in _HIDDEN:
+        return char
+    return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
 
 
 def quoted(text: str, longest: int = 40) -> str:

@@ -180,6 +180,21 @@ def test_a_pipe_that_nobody_reads_to_its_end_leaves_the_exit_code_of_the_run() -
     assert _process(["report", "--help"], shell).returncode == 0
 
 
+def test_a_version_that_cannot_be_printed_names_stdout() -> None:
+    done = _process(["--version"], "QPREC >/dev/full")
+    assert (done.returncode, done.stderr) == (3, "qprec: stdout: cannot be written (No space left on device).\n")
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_said_to_have_such_a_name(broken: Path, capsys: Capture) -> None:
+    name = os.fsdecode(b"m\xff")
+    try:
+        broken.rename(name)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert main(["probe", name]) == 3
+    assert "m\\udcff: the folder's name is not UTF-8, which tokenizers cannot open; rename it" in sentence(capsys)
+
+
 def test_an_error_is_exit_code_3_also_where_nobody_can_be_told() -> None:
     for shell in ("QPREC 2>&-", "QPREC 2>/dev/full"):
         assert _process(["report", "nothing.json"], shell).returncode == 3

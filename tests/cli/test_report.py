@@ -156,6 +156,25 @@ def test_a_terminal_of_impossible_width_is_taken_for_one_of_500_columns(
     assert shown[0] == shown[1]
 
 
+def test_a_link_that_leads_to_itself_is_a_sentence_and_stays(capsys: Capture) -> None:
+    Path("there").symlink_to("back")
+    Path("back").symlink_to("there")
+    assert main(["report", "bad.json", "-o", "there", "--force"]) == 3
+    assert "-o there: is a link that leads back to itself" in sentence(capsys)
+    assert Path("there").is_symlink() and Path("back").is_symlink()
+
+
+@pytest.mark.parametrize("words", [[""], ["bad.json", "--baseline", ""]])
+def test_an_empty_path_is_called_empty_and_not_the_working_folder(words: list[str], capsys: Capture) -> None:
+    assert main(["report", *words]) == 2
+    assert "is empty; give the name of a file or a folder" in sentence(capsys)
+
+
+def test_a_name_that_is_too_long_is_said_with_what_to_do(capsys: Capture) -> None:
+    assert main(["report", "bad.json", "-o", "a" * 300]) == 3
+    assert sentence(capsys).endswith("cannot be written (File name too long); give a shorter name.")
+
+
 def test_the_workflow_to_copy_uses_commands_that_exist(capsys: Capture) -> None:
     workflow = yaml.safe_load((configs_folder() / "ci" / "qprec.yml").read_text())
     steps = [step["run"] for step in workflow["jobs"]["fp16"]["steps"] if "run" in step]

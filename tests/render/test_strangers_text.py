@@ -9,7 +9,7 @@ import pytest
 
 from qwen_precision.judge import judge
 from qwen_precision.record import Run
-from qwen_precision.render import FORMATS, View
+from qwen_precision.render import FORMATS, View, safe
 from qwen_precision.render.markdown import escaped
 from support.builders import hostile_run, hostile_text_run
 
@@ -40,6 +40,12 @@ def test_every_rendering_is_well_formed(text: str, make: Callable[[str], Run]) -
     compile(out["repro"], "repro.py", "exec")
     assert all(re.match(r"::(error|warning|notice) title=[^\r\n]*::", line) for line in out["github"].splitlines())
     assert "<script" not in out["html"]
+
+
+def test_a_hidden_character_is_spelled_so_that_it_can_be_read_back() -> None:
+    text = "\x1b\u202e\ufffe\U0001fffe\U000e0001"
+    assert safe(text) == "\\u001b\\u202e\\ufffe\\U0001fffe\\U000e0001"
+    assert safe(text).encode().decode("unicode_escape") == text
 
 
 @pytest.mark.parametrize(
