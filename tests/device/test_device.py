@@ -111,7 +111,7 @@ def test_every_card_gives_the_logits_of_plain_transformers_on_it(
 def test_a_family_that_runs_whole_does_so_on_the_card(device: str, exact: bool, tmp_path: Path) -> None:
     from support.families import make_family
 
-    folder = make_family(tmp_path / "model", "olmo2").folder
+    folder = make_family(tmp_path / "model", "gemma3_text").folder
     ours, wanted = (run_probe(folder, TEXTS, device=where) for where in (device, "cpu"))
     assert {each.value for each in ours.choices if each.what == "memory"} == {"whole"}
     same(ours, wanted, exact)

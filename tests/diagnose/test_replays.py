@@ -23,6 +23,7 @@ from qwen_precision.record.run import Run
 from support.checkpoints import SHAPES, make_checkpoint
 from support.loud import says
 from support.plants import ids_of, loud_token, low_score
+from support.runs import faults
 
 pytestmark = [pytest.mark.usefixtures("scratch"), pytest.mark.transformers]
 
@@ -333,7 +334,7 @@ def test_a_step_is_not_made_again_where_another_dtype_is_asked_about(
     Path("gen.json").write_text(json.dumps(made))
     assert main(["probe", str(healthy), "--dtype", asked, "--prompts", "gen.json"]) == 0
     run = load(Path("qprec-run.json"))
-    assert run.explanation is None and run.prompts[0].failed is not None and judge(run).findings == []
+    assert run.explanation is None and run.prompts[0].failed is not None and faults(judge(run)) == []
 
 
 def test_a_prompt_that_was_cut_is_not_what_the_step_was_given(

@@ -15,6 +15,7 @@ from qwen_precision.render.text import room
 from support.checkpoints import make_checkpoint
 from support.generations import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plant, run, settings, trips_of
 from support.plants import loud_token
+from support.runs import faults
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 NAN = float("nan")
@@ -450,7 +451,7 @@ def test_two_rows_that_are_sure_of_the_same_text_are_no_failure(healthy: Path, m
 
     plant(monkeypatch, sure)
     made = run(healthy, ["Hello", "The quick brown"], do_sample=True, max_new_tokens=12)
-    assert ids_of(made)[0] == ids_of(made)[1] and judge(made).findings == []
+    assert ids_of(made)[0] == ids_of(made)[1] and faults(judge(made)) == []
 
 
 def test_a_loop_that_meets_a_recovered_step_is_not_ended(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

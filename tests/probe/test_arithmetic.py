@@ -15,7 +15,7 @@ from qwen_precision.watcher import computing
 from support.checkpoints import make_checkpoint
 from support.families import make_family
 from support.plants import down_proj_output, expert_product, half_a_sum, lm_head_output
-from support.runs import TEXTS, explained, first_of, run_probe
+from support.runs import TEXTS, explained, faults, first_of, run_probe
 
 pytestmark = pytest.mark.arithmetic
 
@@ -35,7 +35,7 @@ def test_a_healthy_model_gives_no_finding(
 ) -> None:
     folder = request.getfixturevalue(kind)
     report = judge(run_probe(folder, attention=attention, arithmetic=arithmetic))  # batch and chat among the prompts
-    assert report.findings == [] and set(report.verdict.values()) == {"ok"}
+    assert faults(report) == [] and set(report.verdict.values()) == {"ok"}
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])

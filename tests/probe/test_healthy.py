@@ -6,7 +6,7 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from support.checkpoints import make_checkpoint
-from support.runs import run_probe
+from support.runs import faults, run_probe
 
 pytestmark = pytest.mark.transformers
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.transformers
 @pytest.mark.parametrize("kind", ["healthy", "healthy_tied", "healthy_moe"])
 def test_a_healthy_model_gives_no_finding(kind: str, attention: str, request: pytest.FixtureRequest) -> None:
     report = judge(run_probe(request.getfixturevalue(kind), attention=attention))  # the built-in prompts: batch, chat
-    assert report.findings == []
+    assert faults(report) == []
     assert report.verdict == {"fp16": "ok", "bf16": "ok", "fp32": "ok"}
     assert report.exit_code("risk") == 0
 
@@ -35,7 +35,7 @@ def test_a_stream_near_but_below_the_limit_of_the_setting_is_no_finding(tmp_path
         model.model.embed_tokens.weight[:, 3] = 32000.0  # headroom 2.05
 
     report = judge(run_probe(make_checkpoint(tmp_path, edit=plant), ["Hello there"]))
-    assert report.findings == []
+    assert faults(report) == []
 
 
 def test_sliding_window_layers_are_healthy_too(tmp_path: Path) -> None:
@@ -47,8 +47,8 @@ def test_sliding_window_layers_are_healthy_too(tmp_path: Path) -> None:
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     )
     for attention in ("sdpa", "eager"):
-        assert judge(run_probe(folder, attention=attention)).findings == []
+        assert faults(judge(run_probe(folder, attention=attention))) == []
 
 
 def test_attention_bias_is_part_of_the_product_it_belongs_to(tmp_path: Path) -> None:
-    assert judge(run_probe(make_checkpoint(tmp_path, attention_bias=True))).findings == []
+    assert faults(judge(run_probe(make_checkpoint(tmp_path, attention_bias=True)))) == []
