@@ -7,6 +7,7 @@ take less than ``MUCH``, are shown, and nothing is advised about them.
 import math
 from collections.abc import Iterator
 
+from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place
 from qwen_precision.judge.logits import Bought, Cost, a_step, bought, cost, sized
@@ -32,17 +33,19 @@ def advice(columns: Columns) -> Iterator[Finding]:
 
 def _training(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -> Iterator[Finding]:
     """The loss of training is off where its softmax is not in float32."""
-    off = found.loss_error
-    if not (off is not None and off > columns.limits.loss) and not found.zero and not found.bad:
-        return
-    said = []
-    if off is not None and found.loss is not None and found.loss_in_dtype is not None and off > columns.limits.loss:
+    off, said = found.loss_error, []
+    if (
+        off is not None
+        and found.loss is not None
+        and found.loss_in_dtype is not None
+        and off > _spared(columns, found.loss, dtype)
+    ):
         pair = f"{found.loss_in_dtype:.5g} in place of {found.loss:.5g}"
         said.append(f"the loss of a prompt is off by {off:.2g} nats a token ({pair})")
     if found.bad:
         said.append(f"the log-probability of {_of(found.bad, found.tokens, 'token')} is infinite")
-    if found.zero:
-        said.append(f"the probability of {_of(found.zero, found.tokens, 'token')} is zero, its logarithm -inf")
+    if not said:
+        return
     memory = f" On this prompt they take {sized(taken.whole.float32)}." if taken is not None else ""
     do = (
         f"To train or fine-tune in {dtype}, keep the logits of the loss in float32 (transformers' own losses do: "
@@ -50,6 +53,12 @@ def _training(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -
         "in float32 and never holds all of them."
     )
     yield _finding(dtype, "loss", f"With its softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found))
+
+
+def _spared(columns: Columns, loss: float, dtype: str) -> float:
+    """Nats that a loss may be off: the limit, or half a step of the dtype there, as writing it down alone may do."""
+    step = DTYPES[dtype].eps * 2.0 ** (math.frexp(loss)[1] - 1)
+    return max(columns.limits.loss, step / 2)
 
 
 def _next_token(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -> Iterator[Finding]:

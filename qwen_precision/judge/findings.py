@@ -21,8 +21,8 @@ class Limits:
     logprob: float = 0.25
     """Nats, root mean square, that a token's log-probability may be from fp32's, then."""
     loss: float = 0.02
-    """Nats a token that a loss may be off by its softmax: 2 % of perplexity. Writing down a loss below 8 nats in bf16
-    moves it by up to 2^-6 already, which no gradient sees."""
+    """Nats a token that a loss may be off by its softmax: 2 % of perplexity. Or half a step of the dtype at that loss,
+    where that is more (in bf16 0.031 from 8 nats on): writing it down does that, and no gradient sees it."""
     next_tokens: float = 0.05
     """Share of next tokens that a softmax may change. One alone is never told of: two were about equally likely."""
     mass: float = 0.01
