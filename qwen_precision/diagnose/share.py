@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -16,7 +17,7 @@ from qwen_precision.model import Checkpoint, locate
 from qwen_precision.probe import OUT_OF_MEMORY, Job, measure, opened, prepared
 from qwen_precision.progress import Announce, Progress, said, untold
 from qwen_precision.record import Run, joined
-from qwen_precision.settings import Corpus, ProbeSettings, PromptSpec, Rank, texts_of
+from qwen_precision.settings import Corpus, ProbeSettings, PromptBlock, PromptSpec, Rank, texts_of
 
 
 @dataclass
@@ -131,11 +132,15 @@ class _Work:
         run = self._swept(source, specs, block) if block.kind == "sweep" else self._probed(source, specs)
         return run.model_copy(update={"settings": self.asked.model_dump()})
 
+    @cached_property
+    def _listed(self) -> dict[int, PromptBlock]:
+        """Blocks of the corpus by their first prompt; of thousands, each is asked for once."""
+        return {each.first: each for each in self.corpus.blocks}
+
     def _specs(self, block: Block) -> list[PromptSpec]:
-        listed = {each.first: each for each in self.corpus.blocks}
         if block.kind == "sweep":
-            return self.corpus.prompts(listed[0])[:1]
-        return self.corpus.prompts(listed[block.first])
+            return self.corpus.prompts(self._listed[0])[:1]
+        return self.corpus.prompts(self._listed[block.first])
 
     def _probed(self, source: str, specs: list[PromptSpec]) -> Run:
         """All prompts together, or the two halves where they need more memory than there is."""

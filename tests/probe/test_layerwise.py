@@ -20,7 +20,7 @@ from qwen_precision.model.way import LAYERWISE, arranged, prove
 from qwen_precision.record.run import Run
 from qwen_precision.torch_dtypes import torch_dtype
 from support.families import FAMILIES, SKIPPED, make_family
-from support.runs import errors, run_probe
+from support.runs import errors, memory_of, run_probe
 
 pytestmark = pytest.mark.transformers
 
@@ -28,11 +28,6 @@ BATCH = ["hello there, this is a test", "ab"]
 FOUND = sorted(name for name in LAYERWISE if name in FAMILIES and name not in SKIPPED)
 OLD = transformers.__version__.startswith("4.")
 """Layers of some families give tuples there, which their models take apart: those run whole."""
-
-
-def memory_of(run: Run) -> tuple[str, str]:
-    """The way, and the reason of it."""
-    return next((each.value, each.reason) for each in run.choices if each.what == "memory")
 
 
 def answered(folder: Path, **settings: Any) -> tuple[Run, dict[str, torch.Tensor]]:

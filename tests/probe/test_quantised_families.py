@@ -15,7 +15,7 @@ from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.way import arranged
 from support.families import WRAPPERS, make_family
 from support.quantise import SCHEMES, Parts, quantised, rewrite
-from support.runs import errors, run_probe, sentence
+from support.runs import errors, memory_of, run_probe, sentence
 
 pytestmark = [pytest.mark.usefixtures("scratch"), pytest.mark.transformers]
 
@@ -45,7 +45,7 @@ def probed(folder: Path) -> tuple[Report, dict[tuple[str, int], Tensor]]:
 
     run = run_probe(folder, ["hello there", "ab"], dtypes=DTYPES, on_final=keep)
     way = "resident" if arranged(AutoConfig.from_pretrained(folder), None)[1] is None else "whole"
-    assert next(each.value for each in run.choices if each.what == "memory") == way
+    assert memory_of(run)[0] == way
     return judge(run), answers
 
 

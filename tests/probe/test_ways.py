@@ -9,7 +9,7 @@ import torch
 from qwen_precision.judge.checks import judge
 from qwen_precision.model import way
 from support.families import make_family
-from support.runs import errors, run_probe
+from support.runs import errors, memory_of, run_probe
 
 pytestmark = pytest.mark.transformers
 
@@ -33,7 +33,7 @@ def test_run_whole_a_family_gives_what_it_gives_layer_by_layer(
     shadow, one = probed()
     monkeypatch.setattr(way, "LAYERWISE", frozenset())
     whole, other = probed()
-    ways = [next(each.value for each in report.run.choices if each.what == "memory") for report in (shadow, whole)]
+    ways = [memory_of(report.run)[0] for report in (shadow, whole)]
     assert ways == ["resident", "whole"] and shadow.verdict == whole.verdict
     for dtype in ("fp32", "bf16"):  # in fp16 a row that has gone bad is replaced layer by layer, and stays so whole
         assert torch.equal(one[dtype], other[dtype]), dtype

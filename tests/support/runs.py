@@ -45,6 +45,11 @@ def errors(report: Report, dtype: str = "fp16") -> list[Finding]:
     return [finding for finding in report.findings if finding.dtype == dtype and finding.severity == "error"]
 
 
+def memory_of(run: Run) -> tuple[str, str]:
+    """Which way a model ran, and the reason of it."""
+    return next((each.value, each.reason) for each in run.choices if each.what == "memory")
+
+
 def faults(report: Report) -> list[Finding]:
     """All that is found but advice: in logits that were made up, rounding may well change a loss."""
     return [finding for finding in report.findings if finding.kind != "advice"]
