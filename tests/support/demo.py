@@ -17,6 +17,7 @@ from qwen_precision.judge.findings import Finding, rescue_exit_code
 from qwen_precision.record.file import load, save
 from qwen_precision.record.run import Run
 from support.checkpoints import ROOT
+from support.runs import timeless
 
 DEMO_RUNS: dict[str, list[str]] = {
     "demo-probe": ["probe", "demo"],
@@ -52,18 +53,13 @@ def measured(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 def store(name: str, run: Run) -> None:
     """Keep a Run, without what differs from day to day and by how much memory is free."""
-    changes: dict[str, Any] = {"created": "2026-01-01T00:00:00+00:00"}
+    changes: dict[str, Any] = {"created": "2026-01-01T00:00:00+00:00", "seconds": run.seconds}
     changes["settings"] = {**run.settings, "device": "auto"}
     changes["choices"] = [
         choice.model_copy(update={"reason": _REASONS.get((choice.what, choice.reason.split(":")[0]), choice.reason)})
         for choice in run.choices
     ]
-    if run.generation is not None and run.generation.logits is not None:
-        timeless = run.generation.logits.model_copy(update={"upcast_seconds": 0.0})
-        changes["generation"] = run.generation.model_copy(update={"logits": timeless})
-    if run.logits is not None:
-        changes["logits"] = run.logits.model_copy(update={"upcast_seconds": 0.0})
-    save(run.model_copy(update=changes), stored(name))
+    save(timeless(run).model_copy(update=changes), stored(name))
 
 
 def decided(run: Run) -> dict[str, Any]:

@@ -50,6 +50,19 @@ def memory_of(run: Run) -> tuple[str, str]:
     return next((each.value, each.reason) for each in run.choices if each.what == "memory")
 
 
+def timeless(run: Run) -> Run:
+    """The Run without the day and every duration: what two runs of the same measurement must agree in."""
+    changes: dict[str, Any] = {"created": "", "seconds": {}}
+    if run.logits is not None:
+        changes["logits"] = run.logits.model_copy(update={"upcast_seconds": 0.0})
+    if run.generation is not None and run.generation.logits is not None:
+        logits = run.generation.logits.model_copy(update={"upcast_seconds": 0.0})
+        changes["generation"] = run.generation.model_copy(update={"logits": logits})
+    if run.sweep is not None:
+        changes["sweep"] = run.sweep.model_copy(update={"seconds": 0.0})
+    return run.model_copy(update=changes)
+
+
 def faults(report: Report) -> list[Finding]:
     """All that is found but advice: in logits that were made up, rounding may well change a loss."""
     return [finding for finding in report.findings if finding.kind != "advice"]
