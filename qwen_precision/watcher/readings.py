@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen_precision.torch_dtypes import widened
 
+_FEW = 16
 _POOL = 512
 
 
@@ -66,8 +67,9 @@ class _Pool:
         self.dtype, self.device = dtype, device
 
     def grow(self) -> None:
-        """Room for more pairs."""
-        block = torch.zeros((2, _POOL), dtype=self.dtype, device=self.device)
+        """Room for more pairs: for few at first, because thousands of prompts' embeddings take a pool each for one."""
+        room = min(max(len(self.pairs), _FEW), _POOL)
+        block = torch.zeros((2, room), dtype=self.dtype, device=self.device)
         self.blocks.append(block)
         self.pairs.extend(zip(block[0].unbind(), block[1].unbind(), strict=True))
 

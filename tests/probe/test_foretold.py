@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwen_precision.cli import main
 from qwen_precision.probe import shadow, whole
 from qwen_precision.probe.foretold import MANY
+from qwen_precision.watcher.readings import _Pool
 from support.families import make_family
 from support.runs import sentence
 
@@ -85,3 +87,13 @@ def test_a_dry_run_counts_what_each_prompt_costs_beside_its_tokens(capsys: Captu
     many = seconds()
     Path("many.txt").write_text("- " + "\n- ".join(["1 is a number " * 30] * 70))  # as many tokens
     assert many >= seconds() + 20
+
+
+def test_what_one_operation_leaves_takes_room_for_few() -> None:
+    """Of thousands of prompts, each embedding has a pool of its own, before anything is foretold."""
+    pool = _Pool(torch.float16, torch.device("cpu"))
+    sizes = []
+    for _ in range(7):
+        pool.grow()
+        sizes.append(len(pool.pairs))
+    assert sizes == [16, 32, 64, 128, 256, 512, 1024]
