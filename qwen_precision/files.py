@@ -35,7 +35,7 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
             _pipe(path)
             return
     except OSError as error:
-        raise _unwritable(f"{label} {str(path)[:60]}", error) from error
+        raise unwritable(f"{label} {str(path)[:60]}", error) from error
     if real.is_symlink():
         raise QprecError(f"{label} {path}: is a link that leads back to itself; remove it, or choose another name.")
     if real.is_dir():
@@ -71,7 +71,7 @@ def write_atomically(path: Path, text: str | bytes) -> None:
         else:
             _replace(real, data)
     except OSError as error:
-        raise _unwritable(str(path), error) from error
+        raise unwritable(str(path), error) from error
 
 
 _DO = {
@@ -83,7 +83,7 @@ _DO = {
 }
 
 
-def _unwritable(what: str, error: OSError) -> QprecError:
+def unwritable(what: str, error: OSError) -> QprecError:
     """The sentence of why something cannot be written, and what to do."""
     do = _DO.get(error.errno or 0, "choose another place")
     return QprecError(f"{what}: cannot be written ({error.strerror}); {do}.")
@@ -195,7 +195,7 @@ def append(path: Path, text: str, label: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise _unwritable(f"{label} {path}", error) from error
+        raise unwritable(f"{label} {path}", error) from error
 
 
 def _replace(path: Path, data: bytes) -> None:

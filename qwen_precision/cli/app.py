@@ -104,6 +104,9 @@ def _check_place(args: list[str]) -> None:
                 raise ValueError
         except ValueError as error:
             raise UsageError(f"{word[:60]!r}: is no text that a file or a prompt can have; leave it out.") from error
+    for option, value in zip(args, [*args[1:], "-"], strict=True):  # a path of no words is the working folder
+        if option in ("--output=", "-o=") or (option in ("--output", "-o") and not value):
+            raise UsageError(f"{option.rstrip('=')}: is empty; give the name of a file, or - for stdout.")
     try:
         os.getcwd()
     except OSError as error:
@@ -145,7 +148,7 @@ def _of_the_system(error: BaseException) -> str | None:
     return None
 
 
-_ROOM = "make room, or set TMPDIR to a folder with some"
+_ROOM = "make room where the output goes, or set TMPDIR to a folder with some"
 _SYSTEM = {
     errno.EMFILE: "allow more (ulimit -n 256)",
     errno.ENFILE: "close some of them",

@@ -32,7 +32,8 @@ _ANSWER = 10.0  # seconds that the hub may be silent
 _LISTING = 60.0  # seconds for the whole list
 _MOST_FILES = 100_000
 _MOST_LISTING = 64 << 20  # bytes: 100,000 files with hashes take half of it
-_MOST_SMALL = 256 << 20  # bytes of a file that the listing gives no size of
+_MOST_SMALL = 256 << 20  # bytes of a file beside the weights: Gemma's tokenizer.json, the largest known, has 33 MB
+_SLOWEST = 10_000.0  # bytes a second of a file, over all of it: a hub may drip for ever and never be silent
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -77,10 +78,17 @@ def listing(source: str, revision: str | None) -> Listing:
     if _kept is not None and key in _kept:
         return _kept[key]
     late = f"{source}: {host()} takes longer than {_LISTING:g} seconds to list its files; try again later."
-    found: Listing = _within(_LISTING, lambda: _listed(source, json.loads(_answer(source, revision))), late)
+    try:
+        found: Listing = _within(_LISTING, lambda: _listed(source, json.loads(_answer(source, revision))), late)
+    except _NO_LISTING as error:
+        raise QprecError(f"{host()} lists the files in a form that no hub has; check HF_ENDPOINT.") from error
     if _kept is not None:
         _kept[key] = found
     return found
+
+
+_NO_LISTING = (TypeError, AttributeError, KeyError, RecursionError, json.JSONDecodeError, UnicodeDecodeError)
+"""What another form raises: a list where an object should be."""
 
 
 def _listed(source: str, told: Any) -> Listing:
@@ -243,9 +251,15 @@ def _file(source: str, found: Listing, name: str, revision: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     limit = found.models.get(name) or found.sizes.get(name) or (_MOST_SMALL if name in SMALL else 0)
+    if name in SMALL and limit > _MOST_SMALL:
+        raise QprecError(f"{source}: {host()} lists {name} with {limit:,} bytes; that is no such file. Refused.")
     takes = "tqdm_class" in inspect.signature(hf_hub_download).parameters
-    counted: dict[str, Any] = {"tqdm_class": _counting(f"{source}: {name}", limit)} if takes and limit else {}
-    return Path(hf_hub_download(source, name, revision=revision, endpoint=_endpoint(), etag_timeout=_ANSWER, **counted))
+    asked: dict[str, Any] = {"revision": revision, "endpoint": _endpoint(), "etag_timeout": _ANSWER}
+    if takes and limit:
+        asked["tqdm_class"] = _counting(f"{source}: {name}", limit)
+    seconds = _LISTING + limit / _SLOWEST
+    late = f"{source}: {host()} takes longer than {seconds:,.0f} seconds to send {name}; run the same command to go on."
+    return Path(_within(seconds, lambda: hf_hub_download(source, name, **asked), late))
 
 
 def _counting(what: str, limit: int) -> type[Any]:
@@ -276,20 +290,10 @@ def _within(seconds: float, call: Callable[[], Any], late: str) -> Any:
     def run() -> None:
         try:
             result.append(call())
-        except (
-            TypeError,
-            AttributeError,
-            KeyError,
-            RecursionError,
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-        ) as error:  # a list where an object should be
-            failed.append(QprecError(f"{host()} lists the files in a form that no hub has; check HF_ENDPOINT."))
-            failed[0].__cause__ = error
         except BaseException as error:
             failed.append(error)
 
-    thread = threading.Thread(target=run, daemon=True, name="qprec-listing")
+    thread = threading.Thread(target=run, daemon=True, name="qprec-hub")
     thread.start()
     thread.join(seconds)
     if failed:

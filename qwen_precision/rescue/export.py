@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.errors import QprecError, UsageError
-from qwen_precision.files import done_with, remove_dead, sha256_of, unfinished
+from qwen_precision.files import done_with, remove_dead, sha256_of, unfinished, unwritable
 from qwen_precision.model import FLOAT_TYPES, Checkpoint, TensorInfo, fill, opened
 from qwen_precision.progress import Progress
 from qwen_precision.qwen3 import EMBEDDING, HEAD, Scale
@@ -66,7 +66,7 @@ def check_folder(folder: Path, source: Path | None, force: bool) -> None:
             place.mkdir()
             done_with(place)
     except OSError as error:
-        raise QprecError(f"--rescue-to {str(folder)[:60]}: cannot be written ({error.strerror}).") from error
+        raise unwritable(f"--rescue-to {str(folder)[:60]}", error) from error
     if not real.parent.is_dir() or not os.access(real.parent, os.W_OK):
         raise QprecError(f"--rescue-to {folder}: {real.parent} is no folder to write in; create it or choose another.")
     if source is not None:
@@ -107,7 +107,7 @@ def beside(folder: Path, force: bool) -> Iterator[tuple[Path, Callable[[], None]
         made.mkdir()
     except OSError as error:
         done_with(made)
-        raise QprecError(f"--rescue-to {folder}: cannot be written ({error.strerror}).") from error
+        raise unwritable(f"--rescue-to {folder}", error) from error
 
     def finish() -> None:
         check_folder(folder, None, force)  # much may have happened since it was looked at first
@@ -122,7 +122,7 @@ def beside(folder: Path, force: bool) -> Iterator[tuple[Path, Callable[[], None]
     try:
         yield made, finish
     except OSError as error:
-        raise QprecError(f"--rescue-to {folder}: cannot be written ({error.strerror}).") from error
+        raise unwritable(f"--rescue-to {folder}", error) from error
     finally:
         done_with(made)
 

@@ -31,6 +31,16 @@ def test_a_dash_as_output_prints_the_run_and_saves_nothing(capsys: Capture) -> N
     assert json.loads(capsys.readouterr().out)["verdict"] == {"fp16": "fail"} and not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("words", [["-o", ""], ["--output", ""], ["--output="]])
+@pytest.mark.parametrize("verb", ["probe", "generate"])
+def test_an_output_without_a_name_is_not_the_working_folder(verb: str, words: list[str], capsys: Capture) -> None:
+    assert main([verb, "demo", *words]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"qprec: {words[0].rstrip('=')}: is empty; give the name of a file, or - for stdout.\n"
+    )
+
+
 def test_a_suffix_is_a_format_and_the_run_is_kept_beside_it(capsys: Capture) -> None:
     assert main([*PROBE, "-o", "found.md"]) == 1
     assert Path("found.md").read_text().startswith("# qprec probe demo") and load(Path("found.json")).verb == "probe"

@@ -116,7 +116,7 @@ def test_an_export_into_a_read_only_folder_is_refused_at_once(disk: Disk, capsys
     assert _mount("-o", "remount,ro", str(place))
     assert main(RESCUE) == 3
     told = capsys.readouterr()
-    assert told.out == "" and "disk/safe" in told.err and "cannot be written" in told.err
+    assert told.out == "" and "disk/safe: cannot be written" in told.err and "; choose another place." in told.err
     assert same_as_before(place) and not Path("run.json").exists()
 
 

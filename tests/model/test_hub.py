@@ -67,14 +67,8 @@ class Hub(BaseHTTPRequestHandler):
         listing, weights = path.startswith("/api/"), path.endswith(".safetensors")
         if how == "stall" and listing:
             time.sleep(3)
-        elif how == "drip" and listing:
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            for _ in range(30):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.1)
+        elif (how == "drip" and listing) or (how == "dripping file" and weights and body):
+            self._drip()
         elif how == "reset" and listing:
             self.connection.shutdown(socket.SHUT_RDWR)
         elif how in LISTINGS and listing:
@@ -97,6 +91,17 @@ class Hub(BaseHTTPRequestHandler):
             return False
         self.close_connection = True
         return True
+
+    def _drip(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(30):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
 
     def _endless(self) -> None:
         self.send_response(200)
@@ -126,6 +131,8 @@ class Hub(BaseHTTPRequestHandler):
         self._send(200, json.dumps(info).encode(), body)
 
     def _size(self, path: Path) -> int:
+        if self.lie == "huge config" and path.name == "config.json":
+            return 1 << 40
         return path.stat().st_size if path.is_file() else 1
 
     def _file(self, folder: Path, name: str, body: bool) -> None:
@@ -264,7 +271,9 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_name(hub: type[Hub], tmp_path: 
         ("round", ""),
         ("elsewhere", ""),
         ("moved", ""),
-        ("drip", "takes longer than"),
+        ("drip", "takes longer than 2 seconds to list its files"),
+        ("dripping file", "seconds to send model.safetensors"),
+        ("huge config", "lists config.json with 1,099,511,627,776 bytes"),
         ("reset", "cannot be reached"),
         *((name, "") for name in LISTINGS),
         ("403", "answers 403 (Forbidden)"),
@@ -283,6 +292,7 @@ def test_a_hub_that_lies_or_stalls_gets_one_sentence_with_its_name(
     monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 3)))
     monkeypatch.setattr(fetching, "_ANSWER", 1.0)
     monkeypatch.setattr(fetching, "_LISTING", 2.0)
+    monkeypatch.setattr(fetching, "_SLOWEST", 1e12)
     monkeypatch.setattr(fetching, "_MOST_LISTING", 1 << 20)
     hub.lie = how
     assert main(["probe", "owner/good", "--dtype", "bf16"]) == 3
