@@ -61,7 +61,8 @@ def run_prompts(
             "explain": False,
         }
     )
-    run = measure(job_for(job.checkpoint, job.source, settings, prompts), progress)
+    store = job.store and job.store.checked_before()
+    run = measure(job_for(job.checkpoint, job.source, settings, prompts, store=store), progress)
     if run.stopped == "interrupted":
         raise KeyboardInterrupt
     return run

@@ -18,14 +18,10 @@ from qwen_precision.model import (
     LayerCall,
     Models,
     Scratch,
-    WeightCheck,
-    WeightStore,
-    build,
     decoder_layers,
     finish,
     layer_calls,
     layers_of,
-    move_buffers,
     path_of,
     run_layer,
 )
@@ -136,11 +132,10 @@ class LayerWalker(Walker):
 
     def __init__(self, job: Job, dtype: str) -> None:
         super().__init__(job, dtype)
-        self.model = build(job.checkpoint.config, job.settings.attention)
-        self._store = WeightStore(job.checkpoint, self.model, job.device, job.resident, WeightCheck([]))
+        assert job.store is not None
+        self.model, self._store = job.model, job.store.checked_before()
         self._path, self._layers = decoder_layers(self.model)
         self._scratch = Scratch()
-        move_buffers(self.model, job.device)
 
     def _run(self, ids: Tensor, dtype: str, seen: Sequences) -> None:
         try:

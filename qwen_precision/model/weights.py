@@ -6,6 +6,7 @@ now. ``Scratch`` casts them into buffers that are used again
 for the next layer, and puts them into the module: three dtypes cost the memory of one layer.
 """
 
+import copy
 import os
 import re
 import time
@@ -65,6 +66,12 @@ class WeightStore:
         self._tied: dict[str, str] = _tied_names(model, checkpoint)
         self._fused = _Fusions(model, list(checkpoint.tensors))
         self._expect_all(model)
+
+    def checked_before(self) -> "WeightStore":
+        """The same tensors, and those that are kept, for whoever runs the model again: the check sees each once."""
+        other = copy.copy(self)
+        other._check, other._reading = WeightCheck([]), 0.0
+        return other
 
     def _expect_all(self, model: nn.Module) -> None:
         """Every parameter must be in the files with the shape the config asks for.

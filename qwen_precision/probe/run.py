@@ -154,23 +154,31 @@ def job_for(
     settings: ProbeSettings,
     prompts: list[Prompt],
     left_out: Mapping[str, str] = _NONE,
+    store: WeightStore | None = None,
 ) -> Job:
-    """A job of prompts that are token ids already; ``left_out`` has those that could not be, and why."""
+    """A job of prompts that are token ids already.
+
+    Args:
+        checkpoint, source, settings: as for ``probe``.
+        prompts: as token ids.
+        left_out: prompts that could not be, and why.
+        store: whose tensors are used, of another job of the same checkpoint and memory mode; None to read them.
+    """
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     device, device_choice = choose_device(settings.device)
     model, why = arranged(checkpoint.config, settings.attention)
     # Asked for as a dtype, fp32 is run anyway, and then it serves as the reference too.
     reference = settings.reference or REFERENCE in settings.dtypes
     passes = ([REFERENCE] if reference else []) + [name for name in settings.dtypes if name != REFERENCE]
-    resident, check, store = True, WeightCheck(passes), None
+    resident, check = True, WeightCheck(passes)
     if why is None:
         resident, memory = choose_memory(settings.memory, device, checkpoint.given_out, working_bytes(model))
         try:
-            store = WeightStore(checkpoint, model, device, resident, check)
+            store = store or WeightStore(checkpoint, model, device, resident, check)
         except NotLayerwise as error:
             model, why = outline(checkpoint.config, settings.attention), str(error)
     if why is not None:
-        resident, memory = True, _whole(settings.memory, model, why)
+        resident, memory, store = True, _whole(settings.memory, model, why), None
     ways = [device_choice, memory, attention_used(model, settings.attention), *_arithmetic(settings)]
     choices = [*ways, *_notes(checkpoint, left_out, store is not None)]
     return Job(source, checkpoint, model, settings, device, resident, store, prompts, choices, passes, check)

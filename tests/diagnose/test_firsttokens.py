@@ -9,6 +9,7 @@ import torch
 
 from qwen_precision.diagnose.run import diagnose
 from qwen_precision.judge.checks import judge
+from qwen_precision.model import weights
 from qwen_precision.record.run import Run
 from qwen_precision.render.words import why
 from qwen_precision.settings.config import load_settings
@@ -17,6 +18,7 @@ from support.builders import explained_run
 from support.checkpoints import make_checkpoint
 from support.plants import enough_of_them, expert_product, ids_of, one_channel
 from support.rescues import load
+from support.runs import run_probe
 
 IDS = torch.arange(512)[:, None]
 LIMIT = 65504.0
@@ -245,3 +247,17 @@ def test_a_sweep_made_up_to_the_step_up_says_what_it_did_not_look_at() -> None:
     first, second = list(why.triggers(old))[:2]
     assert "in hidden states or at linear layers" in first and "behind 3 layers" in second
     assert judge(old).run.sweep.over == 0
+
+
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_sweep_reads_no_resident_weight_again_and_the_check_sees_each_once(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = make_checkpoint(tmp_path / "model"), []
+    plain = run_probe(folder, ["abc"], memory=memory)
+    whole = weights.checked_tensor
+    monkeypatch.setattr(weights, "checked_tensor", lambda *args: read.append(args[1]) or whole(*args))
+    run = swept(folder, memory=memory)
+    assert run.sweep is not None and run.sweep.tried == 512
+    assert (len(read) > len(set(read))) == (memory == "streamed")
+    assert run.weight_totals == plain.weight_totals and run.weights == plain.weights
