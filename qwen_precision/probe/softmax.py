@@ -64,8 +64,8 @@ def rounded_chances(chances: Tensor, logits: Tensor, values: Tensor, ids: Tensor
 
     A token's rank is how many tokens are strictly likelier, so two that became equal share one. As rounding turns no
     order round, only that changes ranks: two logits that the dtype tells apart, and one probability for both. Logits
-    that are one number in the dtype (equal, or nearer than its steps) are a tie whatever the softmax is computed in, and
-    change nothing. Of equal ones the likeliest token is that with the lowest id, as ``argmax`` takes it.
+    that are one number in the dtype (equal, or nearer than its steps) are a tie in whatever the softmax is computed,
+    and change nothing. Of equal ones the likeliest token is that with the lowest id, as ``argmax`` takes it.
 
     Args:
         chances: ``[positions, vocabulary]`` probabilities in the dtype.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 from qwen_precision.dtypes import REFERENCE, RESCUED
-from qwen_precision.judge import CHECKS, Changes, Finding, Report, Subject, bought, exit_code_of
+from qwen_precision.judge import CHECKS, Changes, Finding, Report, Subject, exit_code_of
 from qwen_precision.qwen3 import placed
 from qwen_precision.record import Exported
 from qwen_precision.render.text import safe
@@ -52,7 +52,7 @@ def _suites(report: Report) -> Iterator[tuple[str, Subject, list[Finding]]]:
         yield f"{head}{dtype} weights", "weights", whole
         if run.reference and dtype != REFERENCE:
             yield f"{head}{dtype} precision", "precision", whole
-        if dtype in bought(run) or any(finding.kind == "advice" for finding in whole):
+        if dtype in report.bought or any(finding.kind == "advice" for finding in whole):
             yield f"{head}{dtype} logits", "logits", whole
 
 

@@ -155,7 +155,8 @@ def test_redacted_a_folder_shows_no_prompt(tmp_path: Path, capsys: Capture) -> N
     made_up(tmp_path / "runs", [100.0, 70_000.0])
     for name in ("table", "json", "html"):
         assert main(["report", "runs", "--redact", "-f", name]) == 1
-        assert "text 1" not in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "text 1" not in shown and '"prompt": "prompt 1"' not in shown
 
 
 def test_a_folder_is_compared_with_an_older_one_checkpoint_by_checkpoint(tmp_path: Path, capsys: Capture) -> None:
