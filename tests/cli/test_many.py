@@ -156,7 +156,9 @@ def test_redacted_a_folder_shows_no_prompt(tmp_path: Path, capsys: Capture) -> N
     for name in ("table", "json", "html"):
         assert main(["report", "runs", "--redact", "-f", name]) == 1
         shown = capsys.readouterr().out
-        assert "text 1" not in shown and '"prompt": "prompt 1"' not in shown
+        assert "text 1" not in shown
+        if name == "json":  # the names that prompts have in summaries may be texts, too
+            assert json.loads(shown)["logits"]["upcast"]["fp16"]["prompt"] is None
 
 
 def test_a_folder_is_compared_with_an_older_one_checkpoint_by_checkpoint(tmp_path: Path, capsys: Capture) -> None:
