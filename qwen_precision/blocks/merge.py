@@ -17,8 +17,8 @@ from qwen_precision.blocks.plan import Block, Item, Plan
 from qwen_precision.blocks.summary import Summary, read_summary, without_block
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
-from qwen_precision.judge import SHARES, Across, Corpus, Report, Sums, judge
-from qwen_precision.record import Model, Run, joined, load, unmeasured
+from qwen_precision.judge import SHARES, Across, Bought, Corpus, Report, Sums, judge, together
+from qwen_precision.record import LogitsCost, Model, Run, joined, joined_logits, load, unmeasured
 from qwen_precision.settings import SEVERITIES
 
 _OPENED = 256
@@ -47,6 +47,18 @@ class Best(NamedTuple):
     path: str
 
 
+class Numbers(NamedTuple):
+    """What a block says of numbers that are added up over prompts, or of the largest."""
+
+    prompts: list[int]
+    """A hash of each."""
+    sums: dict[str, Sums]
+    """By dtype: what precision is made of."""
+    bought: dict[str, Bought]
+    """By dtype: what a softmax in float32 is worth."""
+    logits: LogitsCost | None
+
+
 @dataclass
 class Tally:
     """What some records of a group say together: a number a prompt and dtype, and whose prompts stand for all."""
@@ -63,8 +75,8 @@ class Tally:
     """By dtype: not failing, headroom, hash and name of the worst few."""
     blocks: dict[str, tuple[Block, str]] = field(default_factory=dict)
     """By digest of its prompts: each block, and the path of its record."""
-    sums: dict[str, tuple[list[int], dict[str, Sums]]] = field(default_factory=dict)
-    """By digest of a block: its prompts, and by dtype what precision is made of."""
+    numbers: dict[str, Numbers] = field(default_factory=dict)
+    """By digest of a block."""
     ranks: "Counter[int]" = field(default_factory=Counter)
     """Under how many ranks they were measured."""
 
@@ -84,7 +96,9 @@ class Tally:
         for key, score, prompt in summary.standing:
             made.best[key] = Best(score, summary.block.first, prompt, str(path))
         made.blocks[summary.block.digest] = summary.block, str(path)
-        made.sums[summary.block.digest] = list(summary.prompts), dict(summary.sums)
+        made.numbers[summary.block.digest] = Numbers(
+            list(summary.prompts), dict(summary.sums), dict(summary.bought), summary.logits
+        )
         made.ranks[summary.share[1]] += 1
         return made
 
@@ -104,7 +118,7 @@ class Tally:
             self.best[key] = min(self.best.get(key, best), best)
         for digest, found in other.blocks.items():
             self.blocks[digest] = min(self.blocks.get(digest, found), found, key=lambda each: each[1])
-        self.sums = {**other.sums, **self.sums}
+        self.numbers = {**other.numbers, **self.numbers}
         self.ranks.update(other.ranks)
 
 
@@ -193,6 +207,7 @@ def _report(wanted: _Wanted, tally: Tally) -> Report:
         run = without_block(joined(runs)) if runs else _unseen(wanted)
     except ValueError as error:
         raise QprecError(f"{standing[0][1]}: does not belong to the records beside it ({error}); remove it.") from error
+    numbers = _summed(tally)
     corpus = Corpus(
         prompts=len(set(tally.prompts)),
         blocks=len(blocks),
@@ -200,21 +215,27 @@ def _report(wanted: _Wanted, tally: Tally) -> Report:
         missing_blocks=len(missing),
         across=tuple(_across(tally)),
         record=standing[0][1] if standing else "",
-        sums=_summed(tally),
+        sums=numbers.sums,
+        bought=numbers.bought,
         left_out=len(standing[_OPENED:]),
     )
-    return judge(run.model_copy(update={"stopped": stopped, "seconds": {}}), corpus=corpus)
+    return judge(run.model_copy(update={"stopped": stopped, "seconds": {}, "logits": numbers.logits}), corpus=corpus)
 
 
-def _summed(tally: Tally) -> dict[str, Sums]:
-    """What precision is made of, by dtype: of blocks that share a prompt the first in the corpus counts alone."""
-    seen, total = set[int](), dict[str, Sums]()
-    for digest in sorted(tally.sums, key=lambda digest: (tally.blocks[digest][0].first, digest)):
-        prompts, sums = tally.sums[digest]
-        if seen.isdisjoint(prompts):
-            seen.update(prompts)
-            total |= {dtype: total[dtype] + each if dtype in total else each for dtype, each in sums.items()}
-    return total
+def _summed(tally: Tally) -> Numbers:
+    """Those of all prompts: of blocks that share a prompt the first in the corpus counts alone."""
+    seen, sums, logits = set[int](), dict[str, Sums](), None
+    bought: dict[str, list[Bought]] = {}
+    for digest in sorted(tally.numbers, key=lambda digest: (tally.blocks[digest][0].first, digest)):
+        each = tally.numbers[digest]
+        if not seen.isdisjoint(each.prompts):
+            continue
+        seen.update(each.prompts)
+        sums |= {dtype: sums[dtype] + more if dtype in sums else more for dtype, more in each.sums.items()}
+        for dtype, found in each.bought.items():
+            bought.setdefault(dtype, []).append(found)
+        logits = joined_logits(logits, each.logits)
+    return Numbers([], sums, {dtype: together(found) for dtype, found in bought.items()}, logits)
 
 
 def _standing(tally: Tally) -> list[tuple[int, str, int]]:

@@ -15,8 +15,8 @@ from qwen_precision.blocks.plan import Block, Plan
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
 from qwen_precision.files import Unreadable, read_small, write_atomically
-from qwen_precision.judge import Report, Sums, outcomes, standing_for, sums
-from qwen_precision.record import Many, Prompt, Run, check_count
+from qwen_precision.judge import Bought, Report, Sums, outcomes, standing_for, sums
+from qwen_precision.record import LogitsCost, Many, Prompt, Run, check_count
 from qwen_precision.version import __version__
 
 SUFFIX = ".summary"
@@ -42,7 +42,7 @@ class Row(BaseModel):
 class Summary(BaseModel):
     """Of one record."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings")
 
     summary: Literal[1] = 1
     """Version of this form."""
@@ -67,6 +67,10 @@ class Summary(BaseModel):
     """By dtype, one a prompt."""
     sums: dict[str, Sums]
     """By dtype: what precision is made of."""
+    bought: dict[str, Bought]
+    """By dtype: what a softmax in float32 is worth."""
+    logits: LogitsCost | None
+    """What logits took."""
     standing: Many[tuple[str, float, _NUMBER]]
     """See ``judge.standing_for``."""
 
@@ -100,7 +104,10 @@ def summary_of(report: Report, data: bytes, share: tuple[int, int]) -> Summary:
             dtype: [Row(room=_finite(each.headroom), fails=each.fails, where=each.where) for each in rows]
             for dtype, rows in outcomes(report).items()
         },
-        sums=sums(run) if block.kind == "prompts" else {},  # a part of a sweep runs a prompt of the corpus once more
+        # A part of a sweep runs a prompt of the corpus once more.
+        sums=sums(run) if block.kind == "prompts" else {},
+        bought=report.bought if block.kind == "prompts" else {},
+        logits=run.logits,
         standing=[(each.key, max(-1e300, min(each.score, 1e300)), each.prompt) for each in standing_for(report)],
     )
 
@@ -177,5 +184,7 @@ def _ends(first: bytes, last: bytes) -> str:
 def _is_sound(summary: Summary) -> bool:
     count = len(summary.names)
     lengths = {len(summary.prompts), *map(len, summary.rows.values())}
-    known = {*summary.rows, *summary.sums} <= set(DTYPES) and summary.share[0] < summary.share[1] <= _MOST_RANKS
+    known = {*summary.rows, *summary.sums, *summary.bought} <= set(DTYPES) and summary.share[0] < summary.share[
+        1
+    ] <= _MOST_RANKS
     return known and lengths == {count} and all(each[2] < count for each in summary.standing)

@@ -69,7 +69,7 @@ PromptsOption = Annotated[
         help="A file of prompts: YAML, JSONL, one a line, or a saved run; - is standard input.", metavar="FILE"
     ),
 ]
-FullOption = Annotated[bool, typer.Option("--full", help="Everything, in place of one screen.")]
+FullOption = Annotated[bool, typer.Option("--full", help="Everything, in place of one screen; float32 logits, too.")]
 FormatOption = Annotated[
     str | None,
     typer.Option(

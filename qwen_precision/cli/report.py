@@ -69,7 +69,10 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Show saved runs again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing."""
+    """Show saved runs again: verdict, NaN, inf and "!!!!" findings, headroom. Measures nothing.
+
+    And what float32 logits buy and cost, with advice where a number asks for it.
+    """
     output = None if output == outcome.STDOUT else output
     if open_ and output is None:
         output, force = Path(tempfile.mkdtemp(prefix="qprec-")) / "report.html", True

@@ -210,9 +210,11 @@ class Session:
         parts = fresh + [
             (lane, lane.forward(ids)) for lane in self._recovery.lanes if lane not in [f[0] for f in fresh]
         ]
-        upcast = self._guards.float32_logits.enabled or len({lane.dtype for lane, _ in parts}) > 1
-        with self._watch:
-            ready = [(lane, logits.to(torch.float32) if upcast else logits) for lane, logits in parts]
+        dtypes = frozenset(lane.dtype for lane, _ in parts)
+        upcast = self._guards.float32_logits.enabled or len(dtypes) > 1
+        ready = self._watch.timed(
+            dtypes, lambda: [(lane, logits.to(torch.float32) if upcast else logits) for lane, logits in parts]
+        )
         if self._first is None:
             first = ready[0][1]
             self._first = first.numel() * first.element_size(), first.shape[-1], parts[0][0].chunks

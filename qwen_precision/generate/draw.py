@@ -121,7 +121,7 @@ class Chooser:
         entropy = -(chances * logs.clamp(min=-1e4)).sum(dim=-1)
         found = [_unknown(raw)] * 3
         for dtype, mine in _narrow(dtypes, raw):
-            rounded = rounded_chances(chances.to(dtype), values, ids)
+            rounded = rounded_chances(chances.to(dtype), raw, values, ids)
             found = [torch.where(mine, new.float(), old) for new, old in zip(rounded, found, strict=True)]
         return [logs.amax(dim=-1).exp(), values[:, 0] - values[:, 1], entropy], found
 

@@ -25,7 +25,7 @@ from qwen_precision.judge.findings import (
     rescue_exit_code,
 )
 from qwen_precision.judge.groups import Group, grouped
-from qwen_precision.judge.logits import Bought, Cost, Length, a_step, bought, cost, sized
+from qwen_precision.judge.logits import Bought, Cost, Length, a_step, bought, cost, sized, together
 from qwen_precision.judge.meanings import CAUSES, Meaning
 from qwen_precision.judge.needs import (
     ANSWER,
@@ -100,6 +100,7 @@ __all__ = [
     "standing_for",
     "starts_at",
     "sums",
+    "together",
     "with_engines",
     "with_fresh_engines",
 ]

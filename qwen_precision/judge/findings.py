@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from qwen_precision.judge.logits import Bought, bought
 from qwen_precision.judge.precision import Precision, Sums, sums
 from qwen_precision.record import Run
 from qwen_precision.settings import Engine, Rule
@@ -207,6 +208,8 @@ class Corpus:
     """Path of the record with the prompt that fails first, else of one with a prompt that is worst in something."""
     sums: dict[str, Sums]
     """By dtype: what the precision of all of them is made of."""
+    bought: dict[str, Bought]
+    """By dtype: what a softmax in float32 is worth, over all of them."""
     left_out: int = 0
     """Prompts that are worst somewhere, and were too many to be opened again."""
 
@@ -234,6 +237,11 @@ class Report:
         """By dtype: how far it is from the reference, over all prompts; empty without one."""
         found = self.corpus.sums if self.corpus is not None else sums(self.run)
         return {dtype: each.precision for dtype, each in found.items()}
+
+    @property
+    def bought(self) -> dict[str, Bought]:
+        """By dtype: what a softmax in float32 is worth, over all prompts or steps; empty where none was compared."""
+        return self.corpus.bought if self.corpus is not None else bought(self.run)
 
     def tightest(self, dtype: str) -> list[Headroom]:
         """The operation with the least headroom of each layer (and of what is outside them), smallest first."""

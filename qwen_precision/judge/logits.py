@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
-from qwen_precision.record import Continuation, Generation, Run, Upcast
+from qwen_precision.record import Continuation, Count, Generation, Number, Run, Upcast
 
 LENGTHS = (8_000, 32_000, 128_000)
 """Tokens of prompts that the cost is told for, beside the run's own."""
@@ -16,33 +16,37 @@ LENGTHS = (8_000, 32_000, 128_000)
 class Bought:
     """One dtype: what a softmax of the very same logits in it is off from one in float32."""
 
-    rows: int
+    rows: Count
     """Next tokens: positions (in a generation, steps) whose whole distribution was looked at."""
-    changed: int
+    changed: Count
     """Of these, those whose likeliest token is another."""
-    ranks: int
+    ranks: Count
     """Of the ten likeliest tokens of each, those that change rank."""
-    mass_lost: float | None
+    mass_lost: Number | None
     """1 less the sum of the probabilities, of all rows the farthest from zero."""
-    tokens: int
+    tokens: Count
     """Tokens whose log-probability was compared."""
-    logprob_max: float | None
+    logprob_max: Number | None
     """Largest error of one, in nats."""
-    logprob_rms: float | None
+    logprob_rms: Number | None
     """Root mean square of them."""
-    loss: float | None
-    """Cross-entropy, in nats a token, of the row whose loss the dtype changes most; null in a generation."""
-    loss_in_dtype: float | None
+    prompt: str | None
+    """Whose loss the dtype changes most; null where there is none, and in a generation. A stranger's words."""
+    row: int | None
+    """Its row there, where it has several."""
+    loss: Number | None
+    """Cross-entropy of that row, in nats a token."""
+    loss_in_dtype: Number | None
     """The same in the dtype; infinite where a token's log-probability is."""
-    bad: int
+    bad: Count
     """Tokens whose log-probability is infinite in the dtype alone."""
-    zero: int
+    zero: Count
     """Tokens whose probability is zero in the dtype alone."""
-    by_hand: float | None
+    by_hand: Number | None
     """``mass_lost`` where every step of the softmax is rounded; null in a generation."""
-    by_hand_bad: int
+    by_hand_bad: Count
     """Rows in which that gives NaN or infinities."""
-    unshifted_bad: int
+    unshifted_bad: Count
     """Rows in which exp overflows unless the largest logit is taken off first."""
 
     @property
@@ -51,6 +55,36 @@ class Bought:
         if self.loss is None or self.loss_in_dtype is None:
             return None
         return abs(self.loss_in_dtype - self.loss)
+
+
+def together(found: Sequence[Bought]) -> Bought:
+    """Of the rows of all of them, one at least: counts add up, and of equally bad losses the first is told."""
+    worst = max(found, key=_off)
+    known = [(each.logprob_rms, max(0, each.tokens - each.bad)) for each in found if each.logprob_rms is not None]
+    return Bought(
+        rows=sum(each.rows for each in found),
+        changed=sum(each.changed for each in found),
+        ranks=sum(each.ranks for each in found),
+        mass_lost=_farthest([each.mass_lost for each in found]),
+        tokens=sum(each.tokens for each in found),
+        logprob_max=_farthest([each.logprob_max for each in found]),
+        logprob_rms=_root([rms * rms for rms, _ in known], [count for _, count in known]),
+        prompt=worst.prompt,
+        row=worst.row,
+        loss=worst.loss,
+        loss_in_dtype=worst.loss_in_dtype,
+        bad=sum(each.bad for each in found),
+        zero=sum(each.zero for each in found),
+        by_hand=_farthest([each.by_hand for each in found]),
+        by_hand_bad=sum(each.by_hand_bad for each in found),
+        unshifted_bad=sum(each.unshifted_bad for each in found),
+    )
+
+
+def _off(each: Bought) -> float:
+    """How far its loss is off; less than nothing where it has none."""
+    off = each.loss_error
+    return off if off is not None and off == off else -1.0
 
 
 class Length(NamedTuple):
@@ -79,6 +113,8 @@ class Cost:
     """Of one row each, ``LENGTHS`` tokens long."""
     held: int | None
     """Bytes of the largest tensor of logits that there was in the run; None where nobody looked."""
+    prompt: str | None
+    """Name of the run's largest prompt, where it has several and that is among them. A stranger's words."""
     pieces: int
     """So many pieces of the prompt went through one after another."""
     weights: int
@@ -128,10 +164,19 @@ def cost(run: Run) -> Cost | None:
         whole=length("this prompt", rows, tokens),
         longer=tuple(length(f"{each:,} tokens", 1, each) for each in LENGTHS),
         held=told.held,
+        prompt=_named(run, rows, tokens),
         pieces=told.chunks,
         weights=run.model.weight_bytes,
         seconds=told.upcast_seconds / told.steps if timed and told.steps else None,
     )
+
+
+def _named(run: Run, rows: int, tokens: int) -> str | None:
+    """The prompt of that size, of several."""
+    if len(run.prompts) < 2:
+        return None
+    sizes = ((each.name, len(each.rows), each.rows[0]) for each in run.prompts if each.rows)
+    return next((name for name, many, row in sizes if (many, row.padding + len(row.ids)) == (rows, tokens)), None)
 
 
 _NEGLIGIBLE = 0.01
@@ -160,35 +205,23 @@ def sized(count: int) -> str:
 
 
 def _of_prompts(run: Run, dtype: str) -> Bought | None:
-    rows = [row for each in run.passes if each.dtype == dtype for row in each.upcast if row is not None]
-    if not any(row.rows for row in rows):
-        return None
-    worst = max(rows, key=_off, default=None)
-    squares = [(row.logprob_rms**2, row.tokens) for row in rows if row.logprob_rms is not None]
+    found = [
+        _of_a_row(row, run.prompts[each.prompt].name, number if len(each.upcast) > 1 else None)
+        for each in run.passes
+        if each.dtype == dtype
+        for number, row in enumerate(each.upcast)
+        if row is not None
+    ]
+    return together(found) if any(each.rows for each in found) else None
+
+
+def _of_a_row(row: Upcast, prompt: str, number: int | None) -> Bought:
+    has_loss = row.loss is not None
     return Bought(
-        rows=sum(row.rows for row in rows),
-        changed=sum(row.changed for row in rows),
-        ranks=sum(row.ranks for row in rows),
-        mass_lost=_farthest([row.mass_lost for row in rows]),
-        tokens=sum(row.tokens for row in rows),
-        logprob_max=_farthest([row.logprob_max for row in rows]),
-        logprob_rms=_root([square for square, _ in squares], [count for _, count in squares]),
-        loss=worst.loss if worst is not None else None,
-        loss_in_dtype=worst.loss_in_dtype if worst is not None else None,
-        bad=sum(row.bad for row in rows),
-        zero=sum(row.zero for row in rows),
-        by_hand=_farthest([row.by_hand for row in rows]),
-        by_hand_bad=sum(row.by_hand_bad for row in rows),
-        unshifted_bad=sum(row.unshifted_bad for row in rows),
+        **row.model_dump(),
+        prompt=prompt if has_loss else None,
+        row=number if has_loss else None,
     )
-
-
-def _off(row: Upcast) -> float:
-    """How far the loss of a row is off; less than nothing where it has none."""
-    if row.loss is None or row.loss_in_dtype is None:
-        return -1.0
-    off = abs(row.loss_in_dtype - row.loss)
-    return off if off == off else -1.0
 
 
 # -- over steps ---------------------------------------------------------------------------------------------------
@@ -207,6 +240,8 @@ def _of_a_text(made: Generation, dtype: str) -> Bought | None:
         tokens=len(errors),
         logprob_max=_farthest([abs(value) for value in errors]),
         logprob_rms=_root([value * value for value in errors], [1] * len(errors)),
+        prompt=None,
+        row=None,
         loss=None,
         loss_in_dtype=None,
         bad=0,

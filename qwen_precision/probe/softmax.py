@@ -59,20 +59,26 @@ class Rounded(NamedTuple):
     changed: Tensor
 
 
-def rounded_chances(chances: Tensor, values: Tensor, ids: Tensor) -> Rounded:
+def rounded_chances(chances: Tensor, logits: Tensor, values: Tensor, ids: Tensor) -> Rounded:
     """What is left of distributions that were rounded to a dtype.
 
     A token's rank is how many tokens are strictly likelier, so two that became equal share one. As rounding turns no
-    order round, only that changes ranks. Of equal ones the likeliest token is that with the lowest id, as ``argmax``
-    takes it.
+    order round, only that changes ranks: two logits that the dtype tells apart, and one probability for both. Logits
+    that are one number in the dtype (equal, or nearer than its steps) are a tie in whatever the softmax is computed,
+    and change nothing. Of equal ones the likeliest token is that with the lowest id, as ``argmax`` takes it.
 
     Args:
         chances: ``[positions, vocabulary]`` probabilities in the dtype.
+        logits: of the same shape, that they were made of.
         values, ids: ``[positions, 10]`` largest logits and their tokens.
     """
-    theirs = chances.gather(-1, ids).float()
-    ranks = (_ranks(theirs) != _ranks(values)).sum(dim=-1)
-    changed = _likeliest(theirs, ids, chances.shape[-1]) != _likeliest(values, ids, chances.shape[-1])
+    theirs, held = chances.gather(-1, ids).float(), values.to(chances.dtype)
+    apart = held[..., None, :] != held[..., :, None]
+    ranks = (_ranks(theirs, apart) != _ranks(values, apart)).sum(dim=-1)
+    # Of the whole vocabulary: in a flat one more than ten may have become equal. In 16 bits a CPU takes five times as
+    # long to find it.
+    likeliest = chances.float().argmax(dim=-1, keepdim=True)
+    changed = logits.gather(-1, likeliest)[:, 0].to(chances.dtype) != held[:, 0]
     return Rounded(1 - chances.sum(dim=-1, dtype=torch.float32), ranks, changed)
 
 
@@ -91,7 +97,7 @@ def of_positions(logits: Tensor) -> Tensor:
         mass that is lost by hand, and whether exp of the largest logit overflows.
     """
     top = logits.amax(dim=-1, keepdim=True)
-    rounded = rounded_chances(torch.softmax(logits, dim=-1), *largest(logits))
+    rounded = rounded_chances(torch.softmax(logits, dim=-1), logits, *largest(logits))
     parts = (logits - top).exp()
     by_hand = 1 - (parts / parts.sum(dim=-1, keepdim=True)).sum(dim=-1, dtype=torch.float32)
     fine = torch.isfinite(torch.logsumexp(logits.float(), dim=-1))
@@ -99,10 +105,6 @@ def of_positions(logits: Tensor) -> Tensor:
     return torch.stack([each.float() for each in numbers], dim=1)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    return (values[..., None, :] > values[..., :, None]).sum(dim=-1)
-
-
-def _likeliest(values: Tensor, ids: Tensor, beyond: int) -> Tensor:
-    first = values == values.amax(dim=-1, keepdim=True)
-    return torch.where(first, ids, beyond).amin(dim=-1)
+def _ranks(values: Tensor, apart: Tensor) -> Tensor:
+    """Of each, how many are larger, of those that it is told apart from."""
+    return ((values[..., None, :] > values[..., :, None]) & apart).sum(dim=-1)

@@ -34,10 +34,10 @@ from qwen_precision.record.generation import (
     failing_step,
     mended_steps,
 )
-from qwen_precision.record.joined import WORST, joined, unmeasured, worst_first
+from qwen_precision.record.joined import WORST, joined, joined_logits, unmeasured, worst_first
 from qwen_precision.record.logits import LogitsCost, Upcast
 from qwen_precision.record.packing import check_count
-from qwen_precision.record.parts import Many, Site, in_words, rounded
+from qwen_precision.record.parts import Count, Many, Number, Site, in_words, rounded
 from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
 from qwen_precision.record.run import (
     Choice,
@@ -70,6 +70,7 @@ __all__ = [
     "Contribution",
     "Control",
     "ControlKind",
+    "Count",
     "Event",
     "Explanation",
     "Exported",
@@ -84,6 +85,7 @@ __all__ = [
     "Many",
     "Massive",
     "Model",
+    "Number",
     "Operand",
     "Pass",
     "Poison",
@@ -114,6 +116,7 @@ __all__ = [
     "in_words",
     "is_record",
     "joined",
+    "joined_logits",
     "load",
     "mended_steps",
     "parse",

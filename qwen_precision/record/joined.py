@@ -199,7 +199,7 @@ def _seconds(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, floa
     return {name: round(ours.get(name, 0.0) + theirs.get(name, 0.0), 3) for name in {**ours, **theirs}}
 
 
-def _logits(ours: LogitsCost | None, theirs: LogitsCost | None) -> LogitsCost | None:
+def joined_logits(ours: LogitsCost | None, theirs: LogitsCost | None) -> LogitsCost | None:
     """That of the largest prompt; timed over the prompts of both."""
     if ours is None or theirs is None:
         return ours or theirs
@@ -268,7 +268,7 @@ _JOINED: dict[str, Callable[[Any, Any], Any]] = {
     "weight_totals": _totals,
     "scale_faults": _once,
     "seconds": _seconds,
-    "logits": _logits,
+    "logits": joined_logits,
     "generation": _first,
     "rescue": lambda ours, theirs: None,  # the plan of some prompts is none for all
     "explanation": _explained,

@@ -45,6 +45,7 @@ class LogitsCost(Part):
 
     upcast: bool
     upcast_seconds: Number
+    """Of ``steps`` together; the first, which finds its kernel and memory, was done once more before."""
     bytes: Count
     """``[batch, 1, vocabulary]`` as it was computed with; in a probe, of the largest prompt in float32."""
     whole_prompt_bytes: Count

@@ -15,7 +15,7 @@ def _number(value: object) -> object:
     return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_number)]
 """A float that may be NaN or infinite; in JSON those are words."""
 
 

@@ -69,6 +69,19 @@ def canvas(rows: int = 1, height: float = 3.2) -> Canvas:
     return Canvas(figure, [row[0] for row in made])
 
 
+def below(drawn: Canvas, height: float) -> Any:
+    """Axes of their own under a picture, which grows by so many inches."""
+    figure = drawn.figure
+    before = figure.get_figheight()
+    figure.set_figheight(before + height)
+    each = before / len(drawn.axes)
+    grid = figure.add_gridspec(len(drawn.axes) + 1, 1, height_ratios=[*[each] * len(drawn.axes), height])
+    for number, axes in enumerate(drawn.axes):
+        axes.set_subplotspec(grid[number])
+    drawn.axes.append(figure.add_subplot(grid[len(drawn.axes)]))
+    return drawn.axes[-1]
+
+
 def label(axes: Any, across: str, up: str) -> None:
     """Names of the axes; everything but the data is grey."""
     axes.set_xlabel(across, color=GREY)

@@ -34,7 +34,7 @@ FORMATS: dict[str, Format] = {
     "html": Format(render_html, (".html", ".htm"), "one page with pictures; no network, no script"),
     "json": Format(render_json, (".json",), "for scripts; stable keys, JSON Schema in configs/schema"),
     "junit": Format(render_junit, (".xml",), "for CI servers: a case a check, the passing ones too"),
-    "svg": Format(render_svg, (".svg",), "the headroom picture alone"),
+    "svg": Format(render_svg, (".svg",), "headroom by layer and bytes of logits by length, as a picture"),
     "png": Format(render_png, (".png",), "the same, for places that take images only", binary=True),
     "repro": Format(render_repro, (".py",), "forty lines of torch and transformers that fail by themselves"),
     "github": Format(render_github, (), "GitHub annotations, and a job summary where GITHUB_STEP_SUMMARY is set"),

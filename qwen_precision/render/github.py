@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.render.text import count, safe
 from qwen_precision.render.view import View, model_named
-from qwen_precision.render.words import engines as words
+from qwen_precision.render.words import engines, logits
 
 _LEVEL = {"error": "error", "warning": "warning", "info": "notice"}
 _MOST = 9
@@ -20,7 +20,8 @@ def render_github(view: View) -> str:
     lines = list(_lines(view))
     nothing = "nothing found" if not view.changes else "nothing new"
     models = ", ".join(dict.fromkeys(safe(model_named(report)) for report in view.reports))
-    return "\n".join(lines) + "\n" if lines else f"::notice title={_property(f'qprec {models}')}::{nothing}\n"
+    lines = lines or [f"::notice title={_property(f'qprec {models}')}::{nothing}"]
+    return "\n".join([*lines, *_logits(view)]) + "\n"
 
 
 def _lines(view: View) -> Iterator[str]:
@@ -40,15 +41,25 @@ def _lines(view: View) -> Iterator[str]:
             yield f"::warning title={title}::{early}{_escaped(safe(report.stopped))}"
 
 
+def _logits(view: View) -> Iterator[str]:
+    """A notice a checkpoint: what float32 logits buy, and cost, whether or not anything is advised."""
+    told = [(report, words) for report in view.reports if (words := logits.in_brief(report))]
+    for report, words in told[:_MOST]:
+        title = _property(f"qprec {safe(model_named(report))}, float32 logits")
+        yield f"::notice title={title}::{_escaped('; '.join(safe(line, 500) for _, line in words))}"
+    if len(told) > _MOST:
+        yield f"::notice title=qprec::float32 logits of {len(told) - _MOST} more checkpoints: see the job summary"
+
+
 def _engines(report: Report) -> Iterator[str]:
     """A notice for each engine that was asked about, and in which it is not well."""
     told = [each for each in report.engines if each.verdict != "ok"]
     for each in told[:_MOST]:
         title = _property(f"qprec {safe(model_named(report))}, {safe(each.engine.name, 40)}: {each.verdict.upper()}")
-        said = [words.where(each), words.avoids(report, each), words.lacks(each)]
+        said = [engines.where(each), engines.avoids(report, each), engines.lacks(each)]
         yield f"::notice title={title}::{_escaped('; '.join(safe(part, 500) for part in said if part))}"
     if len(told) > _MOST:
-        yield f"::notice title=qprec::{len(told) - _MOST} more engines: {_escaped(safe(words.briefly(told[_MOST:])))}"
+        yield f"::notice title=qprec::{len(told) - _MOST} more engines: {_escaped(safe(engines.briefly(told[_MOST:])))}"
 
 
 def _findings(view: View, report: Report) -> list[Finding]:

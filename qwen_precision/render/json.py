@@ -12,7 +12,6 @@ from qwen_precision.judge import (
     EngineVerdict,
     Finding,
     Report,
-    bought,
     closeup_of,
     cost,
     headroom_gains,
@@ -120,7 +119,7 @@ def _engine(each: EngineVerdict) -> dict[str, Any]:
 
 def _logits(report: Report) -> dict[str, Any]:
     """What a softmax in float32 is worth by dtype, and bytes of logits by length; nothing where none were seen."""
-    found, taken = bought(report.run), cost(report.run)
+    found, taken = report.bought, cost(report.run)
     if not found and taken is None:
         return {}
     return {
@@ -132,7 +131,7 @@ def _logits(report: Report) -> dict[str, Any]:
 
 
 def _cost(taken: Cost) -> dict[str, Any]:
-    told = {name: getattr(taken, name) for name in ("vocabulary", "dtype", "held", "pieces", "seconds")}
+    told = {name: getattr(taken, name) for name in ("vocabulary", "dtype", "held", "prompt", "pieces", "seconds")}
     return {**told, "lengths": [each._asdict() for each in taken.lengths]}
 
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 from qwen_precision.dtypes import REFERENCE, RESCUED
-from qwen_precision.judge import CHECKS, Changes, Finding, Report, Subject, bought, exit_code_of
+from qwen_precision.judge import CHECKS, Changes, Finding, Report, Subject, exit_code_of
 from qwen_precision.qwen3 import placed
 from qwen_precision.record import Exported
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
-from qwen_precision.render.words import engines
+from qwen_precision.render.words import engines, logits
 from qwen_precision.settings import FAILING
 
 
@@ -52,7 +52,7 @@ def _suites(report: Report) -> Iterator[tuple[str, Subject, list[Finding]]]:
         yield f"{head}{dtype} weights", "weights", whole
         if run.reference and dtype != REFERENCE:
             yield f"{head}{dtype} precision", "precision", whole
-        if dtype in bought(run) or any(finding.kind == "advice" for finding in whole):
+        if dtype in report.bought or any(finding.kind == "advice" for finding in whole):
             yield f"{head}{dtype} logits", "logits", whole
 
 
@@ -110,13 +110,15 @@ def _finished(root: ElementTree.Element, report: Report) -> None:
     suite = ElementTree.SubElement(
         root, "testsuite", name=name, tests="1", failures="0", errors=str(int(bool(report.stopped)))
     )
-    if report.engines:  # what is so elsewhere is no test of this run
+    # What is so elsewhere, and what a setting is worth, is no test of this run.
+    told = [(f"logits.{about}", line) for about, line in logits.in_brief(report)]
+    for each in report.engines:
+        said = f"{each.verdict.upper()}: {engines.where(each) or engines.lacks(each)}"
+        told.append((f"engine.{safe(each.engine.name, 40)}", said))
+    if told:
         properties = ElementTree.SubElement(suite, "properties")
-        for each in report.engines:
-            said = f"{each.verdict.upper()}: {engines.where(each) or engines.lacks(each)}"
-            ElementTree.SubElement(
-                properties, "property", name=f"engine.{safe(each.engine.name, 40)}", value=safe(said, 500)
-            )
+        for about, line in told:
+            ElementTree.SubElement(properties, "property", name=about, value=safe(line, 500))
     case = ElementTree.SubElement(suite, "testcase", name="finished", classname=name, time="0")
     if report.stopped:
         ElementTree.SubElement(case, "error", type="stopped", message=safe(report.stopped))

@@ -333,7 +333,7 @@ def _logits(report: Report) -> str:
     parts = ["\n".join(f"- {escaped(line, 600)}" for line in logits.saved(report))]
     rows = logits.rows(report)
     if rows:
-        parts.append(_table(list(logits.COLUMNS), rows))
+        parts.append(_table(list(logits.columns(report)), rows))
     lengths = logits.lengths(report)
     if lengths:
         parts.append(_table(["logits of", "float32", logits.narrow(report), "(log scale)"], lengths))

@@ -8,9 +8,10 @@ picture is drawn, so that a table costs nothing. The same report gives the same 
 from __future__ import annotations
 
 import math
+from textwrap import wrap
 from typing import Any
 
-from qwen_precision.dtypes import DTYPES
+from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.judge import Cost, Report, cost, sized
 from qwen_precision.qwen3 import name_of
 from qwen_precision.record import Generation
@@ -20,23 +21,30 @@ from qwen_precision.render.headroom import headroom
 from qwen_precision.render.text import number as written
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
+from qwen_precision.render.words import logits
 
 _OPERATIONS = 24
 """Rows of the heat map; the operations that are largest anywhere."""
+_BELOW = 2.6
+"""Inches of the picture of logits where it stands below another."""
+_ABOVE = 50
+"""Times the largest number, as much room there is above it for words."""
+_SHORTEST = 1
+"""Tokens with which its lines begin."""
+_WORDS = 94
+"""Signs of a line above it."""
 _LEAST = -4
 """log2 of the magnitude at which the heat map's colours begin."""
 
 
 def render_svg(view: View) -> str:
-    """The headroom picture (the steps, of a generation) of the first report, as an SVG file."""
-    report = view.reports[0]
-    return on.as_svg(on.titled(_main(report), report))
+    """The headroom picture (the steps, of a generation) of the first report, above what its logits cost, as SVG."""
+    return on.as_svg(_alone(view.reports[0]))
 
 
 def render_png(view: View) -> bytes:
     """The same as a PNG file."""
-    report = view.reports[0]
-    return on.as_png(on.titled(_main(report), report))
+    return on.as_png(_alone(view.reports[0]))
 
 
 def pictures(report: Report) -> list[tuple[str, str]]:
@@ -59,7 +67,7 @@ def pictures(report: Report) -> list[tuple[str, str]]:
         ("Entropy and margin by step; a cross above marks logits that could not be used.", steps(report)),
         (
             "Bytes of logits by length of the prompt: of all its positions, as a forward gives them unasked, and of "
-            "the last alone. A ring is this run's prompt, a square what was held at once.",
+            "the last alone.",
             logits_by_length(report),
         ),
     ]
@@ -67,8 +75,14 @@ def pictures(report: Report) -> list[tuple[str, str]]:
     return [(caption, text[text.index("<svg") :]) for caption, text in texts]
 
 
-def _main(report: Report) -> Canvas:
-    return steps(report) or headroom(report) or headroom(report, wide=True) or _empty()
+def _alone(report: Report) -> Canvas:
+    """The picture that says most, and below it what float32 logits buy and cost, where that was measured."""
+    main = steps(report) or headroom(report) or headroom(report, wide=True)
+    drawn = logits_by_length(report, main) or main or _empty()
+    if cost(report.run) is not None:
+        words = "\n".join(part for line in logits.saved(report) for part in wrap(line, _WORDS))
+        drawn.axes[-1].set_title(words, loc="left", fontsize=9, color=on.GREY)
+    return on.titled(drawn, report)
 
 
 def heat_map(report: Report) -> Canvas | None:
@@ -185,44 +199,81 @@ def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def logits_by_length(report: Report) -> Canvas | None:
-    """Bytes of logits over tokens, in float32, in the narrowest dtype, and of the last position alone."""
+def logits_by_length(report: Report, main: Canvas | None = None) -> Canvas | None:
+    """Bytes of logits over tokens, in float32, in the narrowest dtype, and of the last position alone.
+
+    Args:
+        report: of one run.
+        main: a picture that it stands below; None where it stands alone.
+    """
     taken = cost(report.run)
     if taken is None:
         return None
-    drawn = on.canvas()
-    (axes,) = drawn.axes
-    ends = [1, taken.longer[-1].tokens]
-    lines = [("float32", on.DTYPES_IN["fp32"], taken.longer[0].float32 / taken.longer[0].tokens)]
-    if taken.dtype != "fp32":
-        lines.append((taken.dtype, on.DTYPES_IN[taken.dtype], taken.longer[0].narrow / taken.longer[0].tokens))
-    for name, colour, each in lines:
-        axes.plot(ends, [each * end for end in ends], color=colour, label=f"all positions, {name}")
-    axes.plot(ends, [lines[0][2]] * 2, color=on.QUIET, linestyle="--", label="last position, float32")
-    for length in taken.longer:
-        drawn.point(axes, length.tokens, length.float32, f"{length.name}: {sized(length.float32)} in float32")
-        drawn.point(axes, length.tokens, length.narrow, f"{length.name}: {sized(length.narrow)} in {taken.dtype}")
-    _our_own(drawn, axes, taken)
+    drawn = main or on.canvas()
+    axes = on.below(drawn, _BELOW) if main is not None else drawn.axes[0]
     axes.set_xscale("log")
     axes.set_yscale("log")
+    last = taken.longer[0].float32 // taken.longer[0].tokens
+    tokens = [each.tokens for each in taken.longer]
+    ends = [_SHORTEST, tokens[-1]]
+    lines = [("float32", on.DTYPES_IN["fp32"], last)]
+    if taken.dtype != REFERENCE:
+        lines.append((taken.dtype, on.DTYPES_IN[taken.dtype], taken.longer[0].narrow // tokens[0]))
+    for name, colour, each in lines:
+        axes.plot(ends, [each * end for end in ends], color=colour, label=f"whole prompt, {name}")
+        axes.plot(tokens, [each * end for end in tokens], "o", ms=4, color=colour)
+        for end in tokens:
+            drawn.point(axes, end, each * end, f"{end:,} tokens: {sized(each * end)} in {name}")
+    for end in tokens:
+        above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+        axes.annotate(sized(last * end), (end, last * end), color=on.DTYPES_IN["fp32"], **above)
+    axes.plot(ends, [last] * 2, color=on.QUIET, linestyle="--", label="last position alone, float32")
+    axes.annotate(sized(last), (tokens[0], last), color=on.QUIET, **above)
+    _our_own(drawn, axes, taken)
+    _length_axes(axes, [_SHORTEST, *tokens])
+    return drawn
+
+
+def _length_axes(axes: Any, tokens: list[int]) -> None:
+    """Numbers along the edges: a few lengths, a few powers of ten, and room above for what is written there."""
     low, high = axes.get_ylim()
-    axes.set_yticks([10.0**power for power in range(16) if low <= 10.0**power <= high])
+    axes.set_ylim(low, high * _ABOVE)
+    axes.set_yticks([10.0**power for power in range(0, 16, 2) if low <= 10.0**power <= high])
     axes.set_yticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: sized(int(value)))
+    axes.set_xticks(tokens)
+    axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    on.label(axes, "tokens of the prompt (log scale)", "bytes of logits (log scale)")
-    axes.legend(frameon=False, labelcolor=on.GREY)
-    return drawn
+    on.label(axes, "tokens of a prompt (log scale)", "bytes of its logits\n(log scale)")
+    axes.legend(frameon=False, labelcolor=on.GREY, fontsize=9, loc="upper left")
 
 
 def _our_own(drawn: Canvas, axes: Any, taken: Cost) -> None:
     """Where the run's own prompt is, with all rows of its batch, and what was held of it."""
     whole = taken.whole
     tokens = whole.rows * whole.tokens
-    axes.plot([tokens], [whole.float32], marker="o", ms=9, mfc="none", color=on.DTYPES_IN["fp32"], linestyle="")
+    axes.plot(
+        [tokens],
+        [whole.float32],
+        marker="o",
+        ms=9,
+        mfc="none",
+        color=on.DTYPES_IN["fp32"],
+        linestyle="",
+        label="this run",
+    )
     drawn.point(axes, tokens, whole.float32, f"this prompt, {tokens:,} tokens: {sized(whole.float32)} in float32")
     if taken.held is not None:
-        axes.plot([tokens], [taken.held], marker="s", ms=6, mfc="none", color=on.QUIET, linestyle="")
+        axes.plot(
+            [tokens],
+            [taken.held],
+            marker="s",
+            ms=6,
+            mfc="none",
+            color=on.QUIET,
+            linestyle="",
+            label="held at once here",
+        )
         drawn.point(axes, tokens, taken.held, f"held at once here: {sized(taken.held)}")
 
 

@@ -114,7 +114,8 @@ def _without_texts(report: Report) -> Report:
     """A merged report, redacted: names of prompts may be texts as well."""
     assert report.corpus is not None
     across = tuple(each._replace(worst=()) for each in report.corpus.across)
-    return judge(redacted(report.run), name=report.name, corpus=replace(report.corpus, across=across))
+    bought = {dtype: replace(each, prompt=None, row=None) for dtype, each in report.corpus.bought.items()}
+    return judge(redacted(report.run), name=report.name, corpus=replace(report.corpus, across=across, bought=bought))
 
 
 def _shape(report: Report) -> tuple[str, int, int]:

@@ -167,6 +167,8 @@ def test_a_folder_that_vanishes_and_a_full_disk_are_sentences_and_leave_nothing(
         ('"standing":[["', '"standing":[["x",0.0,99],["'),
         ('"names":["', '"names":["x","'),
         ('"agree":', '"agree":"x"'),
+        ('"bought":{"fp16"', '"bought":{"fp99"'),
+        ('"tokens":', '"tokens":-'),
     ],
 )
 def test_a_summary_of_a_stranger_that_fits_nothing_is_left_alone(old: str, new: str, tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """A folder as one report: what one process would have found, whichever record is taken first, and what is missing."""
 
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen_precision.blocks import Folder, reports
 from qwen_precision.blocks.merge import Tally, _across, _summed
-from qwen_precision.blocks.summary import read_summary, summary_of
+from qwen_precision.blocks.summary import Summary, read_summary, summary_of
 from qwen_precision.errors import QprecError
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
 from qwen_precision.record import joined, load
+from support.builders import an_upcast
 from support.folders import made_up, records
 
 SIZES = [100.0, 70_000.0, 40_000.0, 300.0, 90_000.0, 200.0, 66_000.0, 50_000.0, 400.0]
@@ -39,6 +42,29 @@ def test_verdict_findings_and_rooms_are_those_of_one_process(tmp_path: Path) -> 
     ]
     assert rooms[0] == rooms[1]
     assert ours.precision == whole.precision
+
+
+def test_what_float32_logits_buy_and_cost_is_told_of_all_prompts_and_not_of_those_that_are_opened_alone(
+    tmp_path: Path,
+) -> None:
+    report, whole = merged(tmp_path), as_one(tmp_path)
+    ours, theirs = report.bought["fp16"], whole.bought["fp16"]
+    assert replace(ours, logprob_rms=0.0) == replace(theirs, logprob_rms=0.0)
+    assert ours.logprob_rms == pytest.approx(theirs.logprob_rms)
+    # The three that fail have none, and the one whose loss is furthest off is worst in nothing else.
+    assert (ours.rows, ours.tokens, ours.prompt) == (12, 1 + 3 + 4 + 6 + 8 + 9, "prompt 8")
+    assert "prompt 8" not in [prompt.name for prompt in report.run.prompts]
+    assert report.run.logits == whole.run.logits and report.run.logits is not None and report.run.logits.steps == 9
+
+
+def test_an_infinite_loss_is_infinite_in_a_summary_too(tmp_path: Path) -> None:
+    made_up(tmp_path / "runs", SIZES[:1])
+    (path,) = Folder(tmp_path / "runs").records()
+    run = load(path)
+    lost = run.passes[1].model_copy(update={"upcast": [an_upcast(bad=1, loss_in_dtype=math.inf)]})
+    summary = summary_of(judge(run.model_copy(update={"passes": [run.passes[0], lost]})), b"", (0, 1))
+    again = Summary.model_validate_json(summary.model_dump_json())
+    assert again.bought["fp16"].loss_error == math.inf and again == summary
 
 
 def test_prompts_that_are_worst_in_nothing_are_counted_and_not_opened(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qwen_precision.probe.softmax import of_positions, of_tokens
+from qwen_precision.probe.softmax import largest, of_positions, of_tokens, rounded_chances
 from qwen_precision.torch_dtypes import torch_dtype
 
 NARROW = pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -142,6 +142,39 @@ def test_two_tokens_that_become_equal_share_a_rank_and_the_lower_id_comes_first(
     assert positions(logits)[0][2:4] == [2, 1]  # ids 0 and 1 were second, and are first now
     logits[0, 2] = 0.5
     assert positions(logits)[0][2:4] == [0, 0]
+
+
+@NARROW
+def test_logits_that_are_equal_in_the_dtype_are_a_tie_and_a_difference_that_the_softmax_lost_is_a_change(
+    dtype: str,
+) -> None:
+    tie, lost, kept = (torch.full((1, 600), -8.0, dtype=torch_dtype(dtype)) for _ in range(3))
+    tie[0, [5, 3]] = 2.0**-4
+    lost[0, 5], lost[0, 3] = 2.0**-4 * (1 + 2 * STEP[dtype]), 2.0**-4  # neighbours in the dtype
+    kept[0, 5], kept[0, 3] = 2.0**-3, 2.0**-4
+    assert len(torch.softmax(lost, dim=-1)[0, [5, 3]].unique()) == 1  # id 5 was likelier; now 3 is, by its id
+    assert [positions(logits)[0][2:4] for logits in (tie, lost, kept)] == [[0, 0], [1, 1], [0, 0]]
+
+
+@NARROW
+@pytest.mark.parametrize(("steps", "changes"), [(0.4, [0, 0]), (1.0, [1, 1])])
+def test_logits_within_half_a_step_of_the_dtype_are_a_tie_also_where_a_model_gives_them_in_float32(
+    dtype: str, steps: float, changes: list[int]
+) -> None:
+    logits = torch.full((1, 600), -8.0)
+    logits[0, 5], logits[0, 3] = 2.0**-4 * (1 + steps * 2 * STEP[dtype]), 2.0**-4
+    found = rounded_chances(torch.softmax(logits, dim=-1).to(torch_dtype(dtype)), logits, *largest(logits))
+    assert [int(found.ranks), int(found.changed)] == changes
+
+
+def test_of_more_than_ten_that_became_equal_the_lowest_id_of_the_whole_vocabulary_is_the_likeliest() -> None:
+    logits = torch.full((1, 300), -8.0, dtype=torch.bfloat16)
+    logits[0, 20:40] = torch.arange(20, 0, -1).mul(2.0**-16).bfloat16()
+    logits[0, 7] = 2.0**-17  # the least of 21 that bf16 gives one probability
+    assert len(torch.softmax(logits, dim=-1)[0, [7, *range(20, 40)]].unique()) == 1
+    assert positions(logits)[0][3] == 1
+    logits[0, 7] = -8.0
+    assert positions(logits)[0][3] == 0
 
 
 def test_ranks_are_those_of_a_count_in_float64() -> None:

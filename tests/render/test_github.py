@@ -20,7 +20,9 @@ def test_a_title_names_the_model_whatever_signs_are_in_its_name(source: str, nam
     model = a_model(source=source)
     title = annotations(overflowing_run(model=model))[0].split("::")[1]
     assert title == f"error title=qprec {named}%2C fp16%3A overflow%2C layer 31%2C residual add after mlp"
-    assert annotations(healthy_run(model=model)) == [f"::notice title=qprec {named}::nothing found"]
+    nothing, logits = annotations(healthy_run(model=model))
+    assert nothing == f"::notice title=qprec {named}::nothing found"
+    assert logits.startswith(f"::notice title=qprec {named}%2C float32 logits::bf16: upcasting saves 0.00405 of loss")
 
 
 def test_two_models_side_by_side_are_told_apart() -> None:
@@ -44,3 +46,9 @@ def test_github_is_given_ten_annotations_at_most_and_the_last_counts_the_rest() 
     lines = annotations(run)
     assert len(lines) == 10 and lines[-1].endswith("::5 more findings of this severity, of 5 other operations")
     assert str(FORMATS["github"].render(one(judge(run)))).count("\n") == 10
+
+
+def test_of_more_than_nine_checkpoints_with_logits_the_rest_is_counted() -> None:
+    runs = [healthy_run(model=a_model(source=f"model {number}")) for number in range(11)]
+    lines = [line for line in annotations(*runs) if "float32 logits" in line]
+    assert len(lines) == 10 and lines[-1].endswith("::float32 logits of 2 more checkpoints: see the job summary")

@@ -10,21 +10,23 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from qwen_precision.judge import judge
+from qwen_precision.judge import judge, sized
 from qwen_precision.record.run import Run, Site
 from qwen_precision.render import FORMATS, one
 from qwen_precision.render.canvas import Canvas, as_svg, titled
 from qwen_precision.render.headroom import headroom
-from qwen_precision.render.pictures import error_growth, heat_map, pictures, steps
+from qwen_precision.render.pictures import error_growth, heat_map, logits_by_length, pictures, steps
 from support.builders import (
     a_continuation,
     a_generation,
     a_model,
     a_pass,
     a_run,
+    advised_run,
     an_event,
     generated,
     healthy_run,
+    healthy_text_run,
     hostile_run,
     overflowing_run,
 )
@@ -230,3 +232,41 @@ def test_a_strangers_text_is_inert_in_every_picture(text: str) -> None:
 def test_no_picture_has_a_script() -> None:
     for _, svg in pictures(judge(deep_run(28))):
         assert not re.search(r"<script|\son\w+=", svg)
+
+
+# -- what logits cost ----------------------------------------------------------------------------------------------
+
+
+def parts(run: Run) -> list[str]:
+    """What is drawn of a picture that goes about alone."""
+    text = str(FORMATS["svg"].render(one(judge(run))))
+    return [part.strip() for part in re.findall(r"<!--(.*?)-->", text, flags=re.DOTALL)]
+
+
+def test_below_the_picture_of_a_run_stands_what_its_logits_take_at_three_lengths() -> None:
+    said = parts(healthy_run())
+    for words in ("whole prompt, float32", "whole prompt, fp16", "last position alone, float32", "8,000", "128,000"):
+        assert words in said, words
+    for size in (8_000 * 151936 * 4, 32_000 * 151936 * 4, 128_000 * 151936 * 4, 151936 * 4):
+        assert sized(size) in said
+    assert any(words.startswith("bf16: upcasting saves 0.00405 of loss error") for words in said)
+    assert LIMIT in said  # above it
+
+
+@pytest.mark.parametrize("run", [healthy_run, advised_run, healthy_text_run])
+def test_its_words_touch_neither_each_other_nor_the_lines(run: Any) -> None:
+    drawn = alone(logits_by_length(judge(run()), steps(judge(run())) or headroom(judge(run()))), run())
+    axes = drawn.axes[-1]
+    boxes = [each.get_window_extent() for each in (*axes.texts, axes.get_legend())]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    float32 = axes.lines[0].get_xydata()
+    points = [(x, y) for (x0, y0), (x1, y1) in itertools.pairwise(float32) for x, y in ((x0, y0), (x1, y1))]
+    ends = axes.transData.transform(points)
+    across = [ends[0] + (ends[-1] - ends[0]) * share / 100 for share in range(101)]
+    assert not [box for box in boxes if any(box.contains(*point) for point in across)]
+    heights = [each.get_position().height for each in drawn.axes]
+    assert min(heights) > 0.15
+
+
+def test_without_logits_a_picture_is_what_it_was() -> None:
+    assert "whole prompt, float32" not in parts(overflowing_run()) and len(pictures(judge(overflowing_run()))) == 3

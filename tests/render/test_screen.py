@@ -17,6 +17,8 @@ from support.builders import (
     a_plan,
     a_prompt,
     a_run,
+    advised_run,
+    an_upcast,
     generated,
     healthy_run,
     hostile_run,
@@ -92,6 +94,19 @@ def test_what_is_worth_least_goes_first_where_there_is_no_room() -> None:
     # Eight rows of a batch and every fact there is do not fit; verdict, place and cause always do.
     text = screen(generated(a_generation([*RUNS["text-recovered"]().generation.rows] * 4), ["fp16", "bf16"]))  # type: ignore[union-attr]
     assert "qprec report" in text and "and 6 more rows" in text and len(text.splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_advice_on_logits_is_whole_on_the_screen_and_ends_with_what_to_do(width: int) -> None:
+    infinite = an_upcast(tokens=8191, bad=3, loss_in_dtype=float("inf"), rows=5678, changed=1234, mass_lost=-0.0134)
+    both = [a_pass("fp32", HEALTHY), *(a_pass(dtype, HEALTHY, upcast=[infinite]) for dtype in ("fp16", "bf16"))]
+    for passes in (advised_run().passes, both):
+        text = screen(advised_run().model_copy(update={"passes": passes}), width)
+        told = " ".join(text[text.index("Logits ") : text.index("Layer ")].split())
+        assert "…" not in told and len(text.splitlines()) <= MOST_LINES
+        assert "8,192 tokens take 4.98 GB in float32, the last position 608 kB do: train with the loss's" in told
+        assert told.endswith("sample from float32; long prompts: logits_to_keep=1, chunked prefill, vLLM")
+    assert "softmax in fp16: loss infinite; 1,234 of 5,678 next tokens change" in told
 
 
 def test_without_a_record_no_command_names_one() -> None:

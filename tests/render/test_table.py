@@ -8,7 +8,22 @@ from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
 from qwen_precision.render import FORMATS, View, one
 from qwen_precision.render.table.table import render_table as rendered
-from support.builders import RUNS, healthy_run, many_overflows_run, overflowing_run
+from support.builders import (
+    HEALTHY,
+    RUNS,
+    a_cost,
+    a_pass,
+    a_prompt,
+    a_run,
+    advised_run,
+    an_event,
+    an_upcast,
+    healthy_run,
+    many_overflows_run,
+    overflowing_run,
+)
+
+INF = float("inf")
 
 
 def render_table(report: Report, width: int = 80, colour: bool = False) -> str:
@@ -51,6 +66,34 @@ def test_a_healthy_model_shows_where_it_is_tightest() -> None:
     rows = [line for line in room.splitlines() if "█" in line and "by layer" not in line]
     rooms = [float(line.split()[-2].removesuffix("x").replace(",", "")) for line in rows]
     assert len(rooms) == 3 and rooms == sorted(rooms)
+
+
+def test_what_to_do_stands_under_the_finding_that_it_is_for_and_once_in_full() -> None:
+    text = " ".join(render_table(judge(advised_run())).split())
+    first, loss, token = (text.index(f"advice logits, {name}") for name in ("long prompt", "loss", "next token"))
+    for at, end, words in (
+        (first, loss, "do For text, ask for the last position alone"),
+        (loss, token, "do To train or fine-tune in bf16"),
+        (token, text.index("Headroom in"), "do Upcast the last position's logits"),
+    ):
+        assert at < text.index(words) < end
+    size = [1.5, 70_000.0, 300.0, 40_000.0, 74_945.8, 31.0]
+    both = [an_event(1), an_event(4)]
+    twice = a_run([a_pass("fp32", size), a_pass("fp16", [1.5, INF, 300.0, 40_000.0, INF, 31.0], both)])
+    told = " ".join(render_table(judge(twice)).split())
+    assert "2. overflow" in told and "do as for 1" in told[told.index("2. overflow") :]
+
+
+def test_several_prompts_are_told_apart_by_name_and_row() -> None:
+    prompts = [a_prompt("plain"), a_prompt("a batch of two rows").model_copy(update={"rows": [*a_prompt().rows] * 2})]
+    off = [an_upcast(), an_upcast(loss_in_dtype=2.4)]
+    passes = [a_pass("fp32", HEALTHY), a_pass("fp16", HEALTHY, upcast=[an_upcast()])]
+    passes += [a_pass("fp32", HEALTHY, prompt=1), a_pass("fp16", HEALTHY, prompt=1, upcast=off)]
+    largest = a_cost(bytes=2 * 607744, whole_prompt_bytes=4 * 607744)
+    text = " ".join(render_table(judge(a_run(passes, prompts=prompts, logits=largest))).split())
+    assert '"a batch of two…" row 1' in text and '"a batch of two…" (2 x 2 tokens) 2.43 MB' in text
+    alone = render_table(judge(healthy_run()))
+    assert "loss of" not in alone and "this prompt (2 tokens)" in alone
 
 
 def test_many_findings_of_one_kind_are_one_group_with_its_layers() -> None:

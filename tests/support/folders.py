@@ -10,7 +10,7 @@ from qwen_precision.judge.checks import judge
 from qwen_precision.record import Run, joined
 from qwen_precision.record.file import load
 from qwen_precision.settings import Corpus, load_settings
-from support.builders import HEALTHY, a_pass, a_prompt, a_run, an_event
+from support.builders import HEALTHY, a_cost, a_pass, a_prompt, a_run, an_event, an_upcast
 
 LARGEST = 65_504.0
 TEXTS = ["The capital of France is", "Hello", "上海有个非常出名的地方，", "def f(x):", "1, 2, 3, 4", "import os"]
@@ -88,8 +88,9 @@ def _run_of(source: str, first: int, sizes: list[float], text: str) -> Run:
     for number, size in enumerate(sizes):
         column = [*HEALTHY[:4], size, HEALTHY[5]]
         close = {"layer_error": [1e-4 * (number + 1)], "kl": [1e-3 * size], "logprob_error": [0.1]}
+        worth = None if size > LARGEST else an_upcast(tokens=first + number + 1, loss_in_dtype=2.3451 + size * 1e-8)
         ours, bad = [*HEALTHY[:4], size if size < LARGEST else math.inf, HEALTHY[5]], [an_event(4)]
         passes.append(a_pass("fp32", column, prompt=number))
-        passes.append(a_pass("fp16", ours, bad if size > LARGEST else [], prompt=number, **close))
-    run = a_run(passes, dtypes=["fp16"], prompts=prompts)
+        passes.append(a_pass("fp16", ours, bad if size > LARGEST else [], prompt=number, upcast=[worth], **close))
+    run = a_run(passes, dtypes=["fp16"], prompts=prompts, logits=a_cost(steps=len(sizes)))
     return run.model_copy(update={"model": run.model.model_copy(update={"source": source})})

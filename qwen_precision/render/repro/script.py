@@ -14,6 +14,7 @@ from qwen_precision.record import Model, ScaleFault, Weight
 from qwen_precision.render.repro.case import Case, case_of, gguf_of
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
+from qwen_precision.render.words import logits
 
 LONGEST = 40
 """Lines of a script."""
@@ -77,16 +78,23 @@ def render_repro(view: View) -> str:
     """
     case = case_of(view)
     damaged = case.damaged
-    for ids in (_wrapped(case), [_literal(case)]):
-        blocks = _of_a_tensor(case, damaged) if damaged is not None else _of_a_forward(case, ids)
-        for between in ("\n\n", "\n"):
-            text = between.join("\n".join(block) for block in blocks if block) + "\n"
-            if text.count("\n") <= LONGEST:
-                return text
+    told = _logits(case)
+    notes = [f"# {part}" for line in told for part in wrap(line, _WIDTH - 2)]
+    # What has no room goes: lines of ids first, then blank ones, then notes but for the first.
+    layouts = [(notes, ids, between) for ids in (_wrapped(case), [_literal(case)]) for between in ("\n\n", "\n")]
+    for kept, ids, between in [
+        *layouts,
+        ([f"# {line}" for line in told[:1]], [_literal(case)], "\n"),
+        ([], [_literal(case)], "\n"),
+    ]:
+        blocks = _of_a_tensor(case, damaged, kept) if damaged is not None else _of_a_forward(case, ids, kept)
+        text = between.join("\n".join(block) for block in blocks if block) + "\n"
+        if text.count("\n") <= LONGEST:
+            return text
     return text
 
 
-def _of_a_forward(case: Case, ids: list[str]) -> list[list[str]]:
+def _of_a_forward(case: Case, ids: list[str], notes: list[str]) -> list[list[str]]:
     hook = _HOOK.format(seen="seen(value)" if case.sifted else "value")
     run = _sampled(case) if case.asserts == "scores" else [*_forward(case), *_said(case)]
     return [
@@ -94,6 +102,7 @@ def _of_a_forward(case: Case, ids: list[str]) -> list[list[str]]:
         ["import torch", "import transformers"],
         [
             *_found(case),
+            *notes,
             f"MODEL = {_source(case.report.run.model)}",
             _asked(case),
             *ids,
@@ -108,14 +117,14 @@ def _of_a_forward(case: Case, ids: list[str]) -> list[list[str]]:
     ]
 
 
-def _of_a_tensor(case: Case, damaged: Weight | ScaleFault) -> list[list[str]]:
+def _of_a_tensor(case: Case, damaged: Weight | ScaleFault, notes: list[str]) -> list[list[str]]:
     """The file is at fault by itself: one tensor is read, and no forward is needed to see it."""
     model = case.report.run.model
     fine, what = _fine(case, damaged)
     return [
         [_TOP, *_imports(case)],
         ["import torch", "from safetensors import safe_open", "from transformers.utils import cached_file"],
-        [*_found(case), f"MODEL = {_source(model)}", f"FILE, NAME = {damaged.file!a}, {damaged.name!a}"],
+        [*_found(case), *notes, f"MODEL = {_source(model)}", f"FILE, NAME = {damaged.file!a}, {damaged.name!a}"],
         [
             f'with safe_open(cached_file(MODEL, FILE{_which(model)}), framework="pt") as file:',
             "    tensor = file.get_tensor(NAME)",
@@ -156,7 +165,13 @@ def _found(case: Case) -> list[str]:
         said += f": {finding.kind}, {where}"
     told = [f"{name} {run.environment[name]}" for name in ("torch", "transformers") if name in run.environment]
     measured = f"Measured with {', '.join([*told, case.told.get('device', 'cpu')])}."
-    return [f"# {safe(text, _WIDTH - 2)}" for text in (said, " ".join([measured, *_how(case)]), *_computed(case))]
+    lines = (said, " ".join([measured, *_how(case)]), *_computed(case))
+    return [f"# {safe(text, _WIDTH - 2)}" for text in lines]
+
+
+def _logits(case: Case) -> list[str]:
+    """What float32 logits buy in the script's dtype, and cost."""
+    return [f"Logits: {line}" for about, line in logits.in_brief(case.report) if about in (case.dtype, "cost")]
 
 
 def _computed(case: Case) -> list[str]:

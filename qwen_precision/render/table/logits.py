@@ -18,7 +18,7 @@ def logits_parts(report: Report) -> Iterator[RenderableType]:
         yield Text("\nWhat float32 logits buy (a softmax in the dtype, against one in float32)", style="bold")
         for line in words.saved(report):
             yield Text(safe(line, 400))
-        yield _table(words.COLUMNS, rows)
+        yield _table(words.columns(report), rows)
     if lengths:
         yield Text("\nWhat they cost", style="bold")
         yield _table(("logits of", "float32", words.narrow(report), "(log scale)"), lengths)
@@ -29,7 +29,7 @@ def logits_parts(report: Report) -> Iterator[RenderableType]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in head:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(safe(each)) for each in row))
     return table

@@ -134,17 +134,17 @@ def _what_was_done(report: Report) -> str:
 
 
 def _findings(report: Report, groups: list[Group]) -> Iterator[RenderableType]:
-    shown = groups[:_GROUPS]
+    shown, given = groups[:_GROUPS], dict[str, int]()
     for position, group in enumerate(shown, 1):
-        yield _group(report, position, group)
-    for advice in dict.fromkeys(group.first.cause.advice for group in shown):
-        yield Text(f"Do: {safe(advice, 500)}")
+        advice = group.first.cause.advice
+        first = given.setdefault(advice, position)
+        yield _group(report, position, group, advice if first == position else f"as for {first}")
     if len(groups) > len(shown):
         rest = sum(len(group.findings) for group in groups[_GROUPS:])
         yield Text(f"… and {rest} more findings of {len(groups) - len(shown)} other operations.", style="dim")
 
 
-def _group(report: Report, position: int, group: Group) -> RenderableType:
+def _group(report: Report, position: int, group: Group, advice: str) -> RenderableType:
     style = {"error": "bold red", "warning": "yellow"}.get(group.first.severity, "dim")
     title = Text(f"{position}. ")
     title.append(group.first.kind, style)
@@ -154,6 +154,8 @@ def _group(report: Report, position: int, group: Group) -> RenderableType:
     table.add_column("value", overflow="fold")
     for key, line in facts(report, group):
         table.add_row(key, Text(safe(line, 500)))
+    if advice:
+        table.add_row("do", Text(safe(advice, 500)))
     return Stacked(title, Padding(table, (0, 0, 0, 3)))
 
 

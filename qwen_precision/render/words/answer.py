@@ -303,13 +303,15 @@ def _notes(report: Report) -> Iterator[Fact]:
 
 
 def _logits(report: Report) -> Iterator[Fact]:
-    """What is advised about them, where anything is."""
+    """What is advised about them, where anything is: a line a dtype, one of memory, and what to do."""
     advised = [each for each in report.findings if each.kind == "advice" and each.place.op != "setting"]
     softmax = {each.dtype for each in advised if each.place.op == "softmax"}
-    said = [line for line in logits.saved(report) if line.partition(":")[0] in softmax]
-    said += [each.cause.sentence.rstrip(".") for each in advised if each.place.op == "memory"]
+    said = [logits.at_a_glance(dtype, each) for dtype, each in report.bought.items() if dtype in softmax]
+    if any(each.place.op == "memory" for each in advised):
+        said.append(logits.memory(report))
     if said:
-        yield Fact("Logits", "; ".join(each[0].lower() + each[1:] for each in said))
+        said.append(f"do: {logits.remedies(advised)}")
+    yield from (Fact("" if number else "Logits", line) for number, line in enumerate(said))
 
 
 def _rescued(report: Report) -> Iterator[Fact]:
