@@ -45,8 +45,7 @@ def _engines(report: Report) -> Iterator[str]:
     told = [each for each in report.engines if each.verdict != "ok"]
     for each in told[:_MOST]:
         title = _property(f"qprec {safe(model_named(report))}, {safe(each.engine.name, 40)}: {each.verdict.upper()}")
-        said = [words.where(each), words.avoids(report, each), words.lacks(each)]
-        yield f"::notice title={title}::{_escaped('; '.join(safe(part, 500) for part in said if part))}"
+        yield f"::notice title={title}::{_escaped(safe(words.told(report, each), 1000))}"
     if len(told) > _MOST:
         yield f"::notice title=qprec::{len(told) - _MOST} more engines: {_escaped(safe(words.briefly(told[_MOST:])))}"
 

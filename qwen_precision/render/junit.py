@@ -113,7 +113,7 @@ def _finished(root: ElementTree.Element, report: Report) -> None:
     if report.engines:  # what is so elsewhere is no test of this run
         properties = ElementTree.SubElement(suite, "properties")
         for each in report.engines:
-            said = f"{each.verdict.upper()}: {engines.where(each) or engines.lacks(each)}"
+            said = f"{each.verdict.upper()}: {engines.told(report, each)}"
             ElementTree.SubElement(
                 properties, "property", name=f"engine.{safe(each.engine.name, 40)}", value=safe(said, 500)
             )

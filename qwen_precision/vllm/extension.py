@@ -28,8 +28,8 @@ class WorkerExtension:
         """Begin to watch.
 
         Raises:
-            QprecError: vLLM compiled the model, its runner is not the V1 one or lacks what the one of vLLM 0.32 has, its
-                checkpoint is nothing that qprec reads, or it is being watched already.
+            QprecError: vLLM compiled the model, its runner is not the V1 one or lacks what the one of vLLM 0.32 has,
+                its checkpoint is nothing that qprec reads, or it is being watched already.
         """
         if self._qprec is not None:
             raise QprecError("qprec_start: this worker is being watched already; call qprec_stop first.")

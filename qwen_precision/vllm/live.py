@@ -216,7 +216,8 @@ class Live:
         rank = f"rank {self._worker.rank} of {self._worker.ranks}"
         choices = [Choice(what="engine", value=f"vLLM {engine_version()}", reason=f"watched in its worker, {rank}")]
         if self._worker.replica:
-            choices.append(Choice(what="data parallel", value=f"rank {self._worker.replica}", reason="as vLLM started it"))
+            copy = f"rank {self._worker.replica}"
+            choices.append(Choice(what="data parallel", value=copy, reason="as vLLM started it"))
         if self._left_out:
             reason = f"only the first {MOST_BATCHES} different batches of requests are kept"
             choices.append(Choice(what="forwards left out", value=str(self._left_out), reason=reason))

@@ -1,4 +1,7 @@
-"""Between an engine and who watches it: a fault of ours ends the watching, and never reaches the engine. Nothing heavy."""
+"""Between an engine and who watches it: a fault of ours ends the watching, and never reaches the engine.
+
+Nothing heavy: every vLLM beside this package loads it.
+"""
 
 import logging
 from collections.abc import Callable

@@ -311,6 +311,18 @@ def test_installed_and_named_it_acts_once_and_the_other_keeps_quiet(
     assert not kind(config(), torch.device("cpu"), False)._idle, "another engine of the process has its own"
 
 
+def test_of_it_and_its_subclasses_one_acts_in_an_engine_in_either_interface(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = type("One", (kind,), {}), type("Other", (kind,), {})
+    for states in (torch.device("cpu"), slots([[16]], [1])):
+        same = config()
+        both = [each(same, states) for each in (one, other, kind)]
+        assert [each.add_request(0, params()) for each in both] == [True, False, False] and not caplog.records
+    both[0].apply(torch.full((1, 512), NAN), step([(0, 0, 0)]))
+    assert trips(tmp_path) == [([16], 0)]
+
+
 def test_the_package_names_the_class_as_an_entry_point() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["entry-points"]["vllm.logits_processors"] == {"qprec": NAME}

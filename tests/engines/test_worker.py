@@ -11,8 +11,8 @@ import torch
 from engines.pretend import BAD, Engine, Worker
 from qwen_precision.errors import QprecError
 from qwen_precision.judge import Finding, judge, with_fresh_engines
-from qwen_precision.qwen3 import name_of
 from qwen_precision.probe import Collector
+from qwen_precision.qwen3 import name_of
 from qwen_precision.record import Run, load, save
 from qwen_precision.render import FORMATS
 from qwen_precision.report import view
@@ -238,7 +238,7 @@ def test_a_runner_that_lacks_what_another_vllm_has_is_refused_in_a_sentence_and_
 ) -> None:
     engine = Engine()
     monkeypatch.setattr(live, "attached", raises(AttributeError("no such thing")))
-    with pytest.raises(QprecError, match="is not as 0.32 is"):
+    with pytest.raises(QprecError, match=r"is not as 0\.32 is"):
         Worker(engine).qprec_start()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in engine.modules())
 
