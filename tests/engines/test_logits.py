@@ -155,6 +155,7 @@ def test_the_guard_mends_a_partly_bad_row_of_who_asked_for_it_alone(kind: Any) -
 def test_what_a_request_may_ask_for_is_checked_before_it_runs(kind: Any) -> None:
     for wish in ("watch", "guard", None):
         kind.validate_params(params(wish))
+    kind.validate_params(Another())  # no fault of whoever asked
     with pytest.raises(ValueError, match="expected 'watch' or 'guard'"):
         kind.validate_params(params("everything"))
 

@@ -209,6 +209,24 @@ def test_a_fault_of_ours_ends_the_watching_keeps_what_there_was_and_changes_no_a
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
+def test_an_operation_that_writes_runs_once_whatever_befalls_us_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    worker = Worker(engine)
+    worker.qprec_start()
+    sound = Watcher._read
+
+    def fails_behind_attention(self: Any, rule: Any, *rest: Any) -> None:
+        sound(self, rule, *rest)
+        if "attention" in rule.op:
+            raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(Watcher, "_read", fails_behind_attention)
+    engine.run({"a": (0, [1, 2, 3])})
+    assert {len(kept) for kept in engine.cache.values()} == {3}, "else its cache held every token twice"
+    with pytest.raises(QprecError, match="a bug of ours"):
+        worker.qprec_stop()
+
+
 def test_where_it_is_shown_a_record_says_that_the_watching_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
