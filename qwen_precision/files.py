@@ -248,7 +248,7 @@ def remove_dead(path: Path) -> None:
         return
     for name in names:
         number = name.removeprefix(prefix).partition("-")[0]
-        if number.isdigit() and not _lives(int(number)):
+        if number.isdigit() and not is_running(int(number)):
             _remove(path.parent / name)
 
 
@@ -259,7 +259,8 @@ def _prefix(path: Path) -> str:
     return f"{_NAME}{what}-{host}-"
 
 
-def _lives(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether a process of this machine lives."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

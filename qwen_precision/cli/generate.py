@@ -98,4 +98,4 @@ def generate(
     if text and run.generation is not None:
         terminal.result("".join(f"{row.text}\n" for row in run.generation.rows))
         wanted = replace(wanted, shown=None)
-    outcome.show(judge(run), wanted, fail_on)
+    outcome.show(judge(run, record=outcome.word(wanted.record)), wanted, fail_on)

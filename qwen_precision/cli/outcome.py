@@ -106,13 +106,18 @@ def save(run: Run, output: Output) -> None:
         saved.append(output.record)
 
 
+def word(record: Path | None) -> str:
+    """Where a run is saved, as a word of a command line; empty where it is not."""
+    return shlex.quote(str(record)) if record is not None else ""
+
+
 def show(report: Report, output: Output, fail_on: str, rescue_asked: bool = False) -> NoReturn:
     """What was found: saved, in a report, on stdout; and the exit code of the run, or of the rescue asked for.
 
     Raises:
         QprecError: a file could not be written; all the rest was, and was shown.
     """
-    view = View((report,), fail_on, record=shlex.quote(str(output.record)) if output.record is not None else "")
+    view = View((report,), fail_on, record=word(output.record))
     failed: list[QprecError] = []
     for path, write_it in ((output.record, _save_run), (output.report, _save_report)):
         try:

@@ -43,7 +43,9 @@ Subject = Literal["prompt", "weights", "precision", "logits", "generation"]
 logits, a generated text."""
 
 
-def judge(run: Run, limits: Limits | None = None, name: str = "", corpus: Corpus | None = None) -> Report:
+def judge(
+    run: Run, limits: Limits | None = None, name: str = "", corpus: Corpus | None = None, record: str = ""
+) -> Report:
     """Judge a Run.
 
     Args:
@@ -51,13 +53,14 @@ def judge(run: Run, limits: Limits | None = None, name: str = "", corpus: Corpus
         limits: from where on something is worth a finding; None for those that the run was made with.
         name: of its file, where it is shown beside others.
         corpus: of what more prompts it stands for.
+        record: where it is saved, as a word of a command line; empty where it is not, or not known.
     """
-    columns = Columns(run, limits or limits_of(run.settings), corpus)
+    columns = Columns(run, limits or limits_of(run.settings), corpus, record or "RUN")
     findings = [finding for check in CHECKS.values() for finding in check.find(columns)]
     findings.sort(key=partial(_order, columns))
     headroom = {dtype: columns.headroom(dtype) for dtype in run.dtypes}
     verdict = {dtype: _verdict(run, dtype, findings) for dtype in run.dtypes}
-    return Report(verdict, findings, headroom, run.stopped, run, name, corpus=corpus)
+    return Report(verdict, findings, headroom, run.stopped, run, name, corpus=corpus, record=record)
 
 
 def _order(columns: Columns, finding: Finding) -> tuple[int, bool, float]:

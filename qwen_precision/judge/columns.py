@@ -35,10 +35,11 @@ class Columns:
         run: the columns.
         limits: from where on something is worth a finding.
         corpus: of what more prompts the run's stand for.
+        record: where the run is saved, as a word of a command line.
     """
 
-    def __init__(self, run: Run, limits: Limits, corpus: Corpus | None = None) -> None:
-        self.run, self.limits = run, limits
+    def __init__(self, run: Run, limits: Limits, corpus: Corpus | None = None, record: str = "RUN") -> None:
+        self.run, self.limits, self.record = run, limits, record
         self._corpus = corpus
         self.by_key = {(each.dtype, each.prompt): each for each in run.passes}
         self.sparse = {site.layer for site in run.sites if ".experts" in site.module}

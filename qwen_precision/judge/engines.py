@@ -18,7 +18,7 @@ from qwen_precision.dtypes import DTYPES, REFERENCE, RESCUED
 from qwen_precision.judge.columns import Array, Columns, narrow_sums, place_of
 from qwen_precision.judge.findings import EngineVerdict, Finding, Place, Report, limits_of
 from qwen_precision.qwen3 import CACHED, is_product, layer_of, name_of, operands, row_of
-from qwen_precision.settings import ALL, Engine, Rule, load_engines
+from qwen_precision.settings import ALL, EVIDENCE, Engine, Option, Rule, load_engines
 
 FORMAT = DTYPES[RESCUED]
 """The format that all rules are about."""
@@ -59,33 +59,72 @@ def _verdict(values: "_Values", engine: Engine) -> EngineVerdict:
     rules = [rule for rule in engine.rules if not rule.models or values.run.model.architecture in rule.models]
     passing = list(_passing(values, rules))
     missing = values.missing(each for rule in rules for each in rule.values)
+    absent = tuple(_absent(values, engine, rules))
     failing = [each for each in passing if each.fails]
     near = [each for each in passing if each.headroom < values.near]
-    verdict = "fail" if failing else "risk" if near else "incomplete" if missing else "ok"
-    if failing:
-        shown = min(failing, key=lambda each: each.order)
-    elif passing:
-        shown = min(passing, key=lambda each: each.headroom)
-    else:
-        return EngineVerdict(engine, verdict, None, None, None, None, None, missing)
+    verdict = "fail" if failing else "risk" if near else "incomplete" if missing or absent else "ok"
+    if not passing:
+        return EngineVerdict(engine, verdict, None, None, None, None, None, missing, absent)
+    shown = min(failing, key=lambda each: each.order) if failing else min(passing, key=lambda each: each.headroom)
     place = shown.where if isinstance(shown.where, Place) else values.place(shown.where)
-    return EngineVerdict(engine, verdict, place, shown.value, shown.rule, shown.magnitude, shown.headroom, missing)
+    bad = failing or near
+    by = [rule for rule in rules if any(each.rule is rule for each in bad)]
+    kinds = tuple(dict.fromkeys(each.value for each in bad))
+    numbers = shown.value, shown.rule, shown.magnitude, shown.headroom
+    return EngineVerdict(engine, verdict, place, *numbers, missing, absent, tuple(by), kinds, tuple(_ways(by)))
+
+
+def _ways(rules: Sequence[Rule]) -> list[tuple[Option, ...]]:
+    """What avoids all of these rules: each option that does alone; else options that do together, one for each rule."""
+    if not rules:
+        return []
+    told: dict[str, Option] = {}  # where one is told in several rules, with the weakest evidence
+    for option in (each for rule in rules for each in rule.avoid):
+        known = told.setdefault(option.option, option)
+        if EVIDENCE.index(option.evidence) > EVIDENCE.index(known.evidence):
+            told[option.option] = option
+    avoided = [[option.option for option in rule.avoid] for rule in rules]
+    alone = [name for name in avoided[0] if all(name in each for each in avoided)]
+    if alone or not all(avoided):
+        return [(told[name],) for name in alone]
+    together: list[str] = []
+    for names in avoided:
+        if not set(names) & set(together):
+            together.append(max(names, key=lambda name: sum(name in each for each in avoided)))
+    return [tuple(told[name] for name in together)]
+
+
+def _absent(values: "_Values", engine: Engine, rules: Sequence[Rule]) -> Iterator[str]:
+    """What rules are about and the run has none of, although it has others of the kind."""
+    if engine.rules and not rules:
+        yield f"none of its rules is about {values.run.model.architecture}"
+    for rule in rules:
+        for value in rule.values:
+            kind = values.sites(value)
+            if values.ran and value in SITES and not values.sites(value, rule) and (kind or value in _BY_TYPE):
+                more = f" and {len(rule.modules) - _NAMED} more" if len(rule.modules) > _NAMED else ""
+                within = f" in {', '.join(rule.modules[:_NAMED])}{more}" if kind else ""
+                yield f"{value}{within}: no operation of this kind in the run"
+
+
+_BY_TYPE = ("outputs", "outputs but scores", "products", "sums")
+"""Kinds that are told by what an operation is; of others a record may hold some and not know them by name."""
+_NAMED = 2
+"""Paths of a rule that are named; the rest is counted."""
 
 
 def _passing(values: "_Values", rules: Sequence[Rule]) -> Iterator[_Passing]:
-    """Of what passes through fp16 as each kind of value: the first that fails, and what has the least headroom.
+    """By rule, of what passes through fp16 as each kind of value: the first that fails, what has the least headroom.
 
-    An operation that several rules are about is told once, with the first of them; one of them that saturates holds.
+    Of an operation that saturates by one rule no other fails.
     """
     saturating = {site for rule in rules if rule.saturates for each in rule.values for site in values.sites(each, rule)}
-    seen: set[int] = set()
     for rule in rules:
         for value in rule.values:
             if value == "weights":
                 yield from values.weights(rule)
             yield from values.measured(value, rule)
-            mine = values.sites(value, rule) - seen
-            seen |= mine
+            mine = values.sites(value, rule)
             first = values.first_beyond(mine - saturating)
             for site in {each for each in (first, values.tightest(mine)) if each is not None}:
                 size, order = float(values.peaks[0][site]), values.run.casts.get(site, site)
@@ -135,6 +174,11 @@ class _Values:
         sixteen = next((each for each in (RESCUED, "bf16") if self.columns.passes(each)), None)
         return (self.columns.wider(sixteen) if sixteen else set()) | _INSIDE(self)
 
+    @property
+    def ran(self) -> bool:
+        """Whether anything ran in the reference."""
+        return bool((self.peaks[0] >= 0).any())
+
     @cached_property
     def operands(self) -> tuple[set[int], list[str]]:
         """What products read, and products of which that is not known."""
@@ -180,19 +224,21 @@ class _Values:
     def weights(self, rule: Rule) -> Iterator[_Passing]:
         """Weights that fp16 cannot hold."""
         for weight in self.run.weights:
-            if weight.overflow.get(RESCUED):
-                module, _, leaf = weight.parameter.rpartition(".")
+            module, _, leaf = weight.parameter.rpartition(".")
+            if weight.overflow.get(RESCUED) and rule.holds_for(module):
                 name = f"{module.rpartition('.')[2] or weight.parameter} {leaf}"
                 place = Place(layer=layer_of(module), module=module, op="weight", name=name)
                 yield _Passing(place, "weights", rule, float(weight.abs_max), -1, not rule.saturates)
 
     def measured(self, value: str, rule: Rule) -> Iterator[_Passing]:
         """Overflows of the fp16 pass itself although fp32's magnitude is inside: a sum left the range on its way."""
-        if value != ("sums" if narrow_sums(self.run) else "outputs"):
+        if value not in (("sums",) if narrow_sums(self.run) else ("outputs", "outputs but scores")):
             return
         for each in self._findings:
             site, size = each.place.site, each.magnitude.reference
             if (each.dtype, each.kind, each.severity) != (RESCUED, "overflow", "error") or site is None:
+                continue
+            if not rule.holds_for(self.run.sites[site].module) or (value in SITES and site not in self.sites(value)):
                 continue
             if is_product(self.run.sites[site]) and size is not None and size < FORMAT.overflows_from:
                 yield _Passing(each.place, "sums", rule, size, site, not rule.saturates)
@@ -219,7 +265,7 @@ class _Values:
             yield f"what is multiplied for {', '.join(unknown[:2])}{more}"
         elif value.endswith("squares") and any(site.op.endswith(_FUSED) for site in self.run.sites):
             yield "the insides of norms, which ran as one kernel"
-        elif value in SITES and not self.sites(value):
+        elif value in SITES and value not in _BY_TYPE and not self.sites(value):
             yield f"{value}: none is known by name"
 
 
@@ -245,10 +291,15 @@ def _products(values: _Values) -> set[int]:
     return {number for number, site in enumerate(values.run.sites) if is_product(site)}
 
 
+def _outputs(values: _Values) -> set[int]:
+    return set(range(len(values.run.sites))) - values.wide
+
+
 _INSIDE = _named("square", "mean square", "mean square plus eps", "reciprocal root")
 
 SITES: dict[str, _Select] = {
-    "outputs": lambda values: set(range(len(values.run.sites))) - values.wide,
+    "outputs": _outputs,
+    "outputs but scores": lambda values: _outputs(values) - _in_role("scores")(values),
     "products": _products,
     "sums": _products,
     "operands": lambda values: values.operands[0],

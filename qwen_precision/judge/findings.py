@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from qwen_precision.judge.logits import Bought, bought
 from qwen_precision.judge.precision import Precision, Sums, sums
 from qwen_precision.record import Run
-from qwen_precision.settings import Engine, Rule
+from qwen_precision.settings import Engine, Option, Rule
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,21 @@ class EngineVerdict:
     value: str | None
     """Of ``settings.VALUES``: as what it passes through fp16; None of what is not finite in fp32 either."""
     rule: Rule | None
-    """That says so, and how to avoid it."""
+    """That says so."""
     magnitude: float | None
     """Largest magnitude there in fp32."""
     headroom: float | None
     missing: tuple[str, ...]
     """What the record does not hold and a rule needs."""
+    absent: tuple[str, ...] = ()
+    """What rules are about and the model has none of."""
+    rules: tuple[Rule, ...] = ()
+    """All by which it fails, or is at risk; the one above is among them."""
+    values: tuple[str, ...] = ()
+    """As what it passes through fp16 there."""
+    avoid: tuple[tuple[Option, ...], ...] = ()
+    """Ways to avoid it, the best first: each the options to be taken together, after which none of the rules fails;
+    empty where the engine has no such options."""
 
 
 class Headroom(NamedTuple):
@@ -231,6 +240,8 @@ class Report:
     """Of each engine that was asked about."""
     corpus: Corpus | None = None
     """Of a report over a folder of records; its run is then joined from those that are worst somewhere."""
+    record: str = ""
+    """Where the run is saved, as a word of a command line; empty where that is not known."""
 
     @property
     def precision(self) -> dict[str, Precision]:

@@ -31,11 +31,11 @@ def next_probe(run: Run, row: Continuation, record: str = "RUN") -> str:
     return " ".join([*parts, f"--dtype {dtype}", _prompt(row.input) if plain else f"--prompts {record}"])
 
 
-def to_its_origin(run: Run, row: Continuation) -> str:
+def to_its_origin(run: Run, row: Continuation, record: str = "RUN") -> str:
     """Advice that ends in the probe to run next; of a redacted run, which holds nothing to probe, in where to look."""
     if run.redacted:
         return "Find the origin: this record is redacted; the one it was made from names the probe to run."
-    return f"Find the origin: {next_probe(run, row)}"
+    return f"Find the origin: {next_probe(run, row, record)}"
 
 
 def _prompt(text: str) -> str:

@@ -44,11 +44,11 @@ def nonfinite_logits(columns: Columns) -> Iterator[Finding]:
         for dtype in columns.run.dtypes:
             bad = [t for t in bad_trips(made.trips, row.row) if t.dtype == dtype and t.kind not in FILTERED]
             if bad:
-                yield _bad_row(columns.run, made, row, bad)
+                yield _bad_row(columns, made, row, bad)
 
 
-def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> Finding:
-    first = bad[0]
+def _bad_row(columns: Columns, made: Generation, row: Continuation, bad: list[Trip]) -> Finding:
+    run, first = columns.run, bad[0]
     steps = {trip.step for trip in bad}
     done = [t for t in made.trips if t.acted and t.kind in MENDED and t.row == row.row and t.step in steps]
     mended = steps <= mended_steps(made.trips, row.row)
@@ -73,7 +73,7 @@ def _bad_row(run: Run, made: Generation, row: Continuation, bad: list[Trip]) -> 
         "warning" if mended else "error",
         first.dtype,
         cause,
-        to_its_origin(run, row),
+        to_its_origin(run, row, columns.record),
         row=row.row,
         step=first.step,
     )
@@ -148,12 +148,12 @@ def degenerate_text(columns: Columns) -> Iterator[Finding]:
     top_k = made.options.get("top_k") if made.options.get("do_sample") else 0
     for row in made.rows:
         for symptom in symptoms(row.ids, settings.degenerate, top_k if isinstance(top_k, int) else 0):
-            yield _symptom(columns.run, made, row, symptom, settings.watch.enabled)
-    yield from _same_whatever_the_seed(columns.run, made, settings)
+            yield _symptom(columns, made, row, symptom, settings.watch.enabled)
+    yield from _same_whatever_the_seed(columns, made, settings)
 
 
-def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, watched: bool) -> Finding:
-    span = range(symptom.start, symptom.end)
+def _symptom(columns: Columns, made: Generation, row: Continuation, symptom: Symptom, watched: bool) -> Finding:
+    run, span = columns.run, range(symptom.start, symptom.end)
     mended = mended_steps(made.trips, row.row)
     bad = [t for t in bad_trips(made.trips, row.row) if t.step in span]
     left = [trip for trip in bad if trip.step not in mended]
@@ -163,10 +163,10 @@ def _symptom(run: Run, made: Generation, row: Continuation, symptom: Symptom, wa
     stretch = [each.dtype for each in row.stretches if each.start <= symptom.start]
     if left:
         cause = f"{what}: the logits were not usable at {len(left)} of these steps, so the text means nothing."
-        severity, advice = "error", to_its_origin(run, row)
+        severity, advice = "error", to_its_origin(run, row, columns.record)
     elif bad:
         cause = f"{what}: the logits were repaired at {len({t.step for t in bad})} of these steps."
-        severity, advice = "warning", to_its_origin(run, row)
+        severity, advice = "warning", to_its_origin(run, row, columns.record)
     elif watched:
         cause = f"{what}: the logits were healthy all along, so the model merely repeats itself."
         severity, advice = "info", "This is not a numerical fault: sample, or raise the repetition penalty a little."
@@ -202,7 +202,7 @@ def _described(row: Continuation, symptom: Symptom) -> str:
     return f"{symptom.length} tokens from step {symptom.start} on are {shown!r} {tail[symptom.kind]}{after}"
 
 
-def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings) -> Iterator[Finding]:
+def _same_whatever_the_seed(columns: Columns, made: Generation, settings: GuardSettings) -> Iterator[Finding]:
     """Rows draw from different random numbers; the same ids for different prompts, from logits that were bad or that
     nobody watched, come from no distribution. (Healthy logits that are sure of a text give it to both.)"""
     if not made.options.get("do_sample"):
@@ -217,13 +217,13 @@ def _same_whatever_the_seed(run: Run, made: Generation, settings: GuardSettings)
         if settings.watch.enabled and not bad:
             continue
         yield _finding(
-            run,
+            columns.run,
             "degenerate-text",
             "error",
-            row.stretches[-1].dtype if row.stretches else run.dtypes[0],
+            row.stretches[-1].dtype if row.stretches else columns.run.dtypes[0],
             f"Rows {other.row} and {row.row} have different prompts and were drawn with different random numbers, "
             f"yet their {len(key)} tokens are the same: the text depends on neither, as with NaN logits.",
-            to_its_origin(run, row),
+            to_its_origin(columns.run, row, columns.record),
             row=row.row,
             step=0,
             name="generated text",
@@ -240,7 +240,7 @@ def masked_rows(columns: Columns) -> Iterator[Finding]:
         if trip.poisoned is not None and trip.poisoned.in_padding:
             mended = trip.step in mended_steps(made.trips, trip.row)
             row = next((each for each in made.rows if each.row == trip.row), None)
-            find = f" {to_its_origin(columns.run, row)}" if row is not None else ""
+            find = f" {to_its_origin(columns.run, row, columns.record)}" if row is not None else ""
             before = f"layers up to {trip.poisoned.layer - 1}" if trip.poisoned.layer else "the embedding"
             yield _finding(
                 columns.run,

@@ -56,8 +56,7 @@ def _engines(report: Report) -> Iterator[str]:
     told = [each for each in report.engines if each.verdict != "ok"]
     for each in told[:_MOST]:
         title = _property(f"qprec {safe(model_named(report))}, {safe(each.engine.name, 40)}: {each.verdict.upper()}")
-        said = [engines.where(each), engines.avoids(report, each), engines.lacks(each)]
-        yield f"::notice title={title}::{_escaped('; '.join(safe(part, 500) for part in said if part))}"
+        yield f"::notice title={title}::{_escaped(safe(engines.told(report, each), 1000))}"
     if len(told) > _MOST:
         yield f"::notice title=qprec::{len(told) - _MOST} more engines: {_escaped(safe(engines.briefly(told[_MOST:])))}"
 

@@ -106,6 +106,7 @@ def _engine(each: EngineVerdict) -> dict[str, Any]:
     return {
         "engine": each.engine.name,
         "runs": each.engine.runs,
+        "note": each.engine.note,
         "verdict": each.verdict,
         "value": each.value,
         **{key: getattr(place, key, None) for key in ("layer", "module", "op", "name", "prompt", "channel")},
@@ -113,6 +114,8 @@ def _engine(each: EngineVerdict) -> dict[str, Any]:
         "reference_abs_max": each.magnitude,
         "headroom": each.headroom,
         "missing": each.missing,
+        "absent": each.absent,
+        "avoid": [[option.model_dump() for option in way] for way in each.avoid],
         "rule": each.rule.model_dump() if each.rule is not None else None,
     }
 

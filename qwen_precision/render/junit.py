@@ -113,7 +113,7 @@ def _finished(root: ElementTree.Element, report: Report) -> None:
     # What is so elsewhere, and what a setting is worth, is no test of this run.
     told = [(f"logits.{about}", line) for about, line in logits.in_brief(report)]
     for each in report.engines:
-        said = f"{each.verdict.upper()}: {engines.where(each) or engines.lacks(each)}"
+        said = f"{each.verdict.upper()}: {engines.told(report, each)}"
         told.append((f"engine.{safe(each.engine.name, 40)}", said))
     if told:
         properties = ElementTree.SubElement(suite, "properties")

@@ -169,7 +169,9 @@ def _engines(report: Report) -> str:
             f"| {escaped(each.engine.name, 40)} | **{each.verdict.upper()}** | {room(each.headroom)} | "
             f"{escaped(told, 500)} | {escaped(engines.avoids(report, each), 400)} |"
         )
-    return "## Engines\n\n" + "\n".join(lines)
+    notes = [each.engine for each in report.engines if each.engine.note]
+    said = [f"- **{escaped(each.name, 40)}**: {escaped(each.note, 500)}" for each in notes]
+    return "## Engines\n\n" + "\n".join([*lines, *([""] if said else []), *said])
 
 
 def _ruled_out(told: Answer) -> str:

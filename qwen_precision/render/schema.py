@@ -135,12 +135,16 @@ def report_schema() -> dict[str, Any]:
     }
 
 
+_OPTION = ["option", "evidence", "source", "version"]
+
+
 def _engine() -> dict[str, Any]:
     """What comes of the checkpoint in an engine that was asked about."""
     text, size = {"type": ["string", "null"]}, {"anyOf": [{"type": ["number", "null"]}, _WORDS]}
     properties = {
         "engine": {"type": "string"},
         "runs": {"type": "string"},
+        "note": {"type": "string"},
         "verdict": {"enum": list(_VERDICTS)},
         "value": {"enum": [*VALUES, None]},
         "layer": {"type": ["integer", "null"]},
@@ -150,6 +154,8 @@ def _engine() -> dict[str, Any]:
         "reference_abs_max": size,
         "headroom": size,
         "missing": {"type": "array", "items": {"type": "string"}},
+        "absent": {"type": "array", "items": {"type": "string"}},
+        "avoid": {"type": "array", "items": {"type": "array", "items": {"type": "object", "required": _OPTION}}},
         "rule": {"type": ["object", "null"], "required": ["because", "source", "version", "avoid"]},
     }
     return {"type": "object", "properties": properties, "required": list(properties)}

@@ -44,7 +44,7 @@ def one(report: Report, fail_on: str = "fail") -> View:
 
 def record_of(report: Report) -> str:
     """The file that a command reads the prompts of a report from."""
-    return report.corpus.record if report.corpus is not None else report.name or "run.json"
+    return report.corpus.record if report.corpus is not None else report.record or report.name or "run.json"
 
 
 def model_named(report: Report) -> str:

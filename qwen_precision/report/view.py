@@ -1,6 +1,7 @@
 """What `qprec report` does between its arguments and its text: open, judge, compare, choose a format, redact."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,7 +11,7 @@ from qwen_precision.blocks import Folder
 from qwen_precision.blocks import reports as folder_reports
 from qwen_precision.errors import UsageError
 from qwen_precision.judge import Corpus, Report, changes, judge, with_engines, with_fresh_engines
-from qwen_precision.record import Run, parse, read
+from qwen_precision.record import Run, is_record, parse, read
 from qwen_precision.render import FORMATS, View
 from qwen_precision.report.bundle import pack, unpack
 from qwen_precision.report.redact import redacted, without_paths
@@ -102,7 +103,8 @@ def _judged(paths: Sequence[Path], redact: bool) -> list[tuple[Path, Report]]:
             found += [(path, _without_texts(each) if redact else each) for each in folder_reports(Folder(path))]
             continue
         runs = [(name, next(told)) for name, _ in named]
-        found += [(path, judge(redacted(run) if redact else run, name=name)) for name, run in runs]
+        record = shlex.quote(str(path)) if is_record(path) else ""  # prompts are not read out of a bundle
+        found += [(path, judge(redacted(run) if redact else run, name=name, record=record)) for name, run in runs]
     return found
 
 

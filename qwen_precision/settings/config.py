@@ -264,10 +264,13 @@ def first_error(error: ValidationError) -> tuple[str, str]:
     return ".".join(str(part) for part in first["loc"]), f"{message[0].lower()}{message[1:]}"
 
 
-def near_or_known(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a word that is not in a table: the nearest that is, or all of them."""
+def near_or_known(word: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """The end of a sentence about a word that is not in a table: the nearest that is, or all of them.
+
+    ``cutoff`` is how alike they must be, from 0 to 1.
+    """
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}."
 
 

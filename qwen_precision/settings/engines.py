@@ -3,7 +3,10 @@
 An engine is a YAML file of ``configs/engines/`` by its name, or any such file by its path; nothing of it is code.
 """
 
+import os
 import re
+from collections import Counter
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +28,7 @@ ALL = "all"
 VALUES: dict[str, str] = {
     "weights": "as a weight",
     "outputs": "",
+    "outputs but scores": "",
     "products": "as a product's output",
     "operands": "as a product's operand",
     "residual": "in the residual stream",
@@ -34,7 +38,8 @@ VALUES: dict[str, str] = {
     "sums": "as a sum on its way",
 }
 """What can pass through fp16, and how that is said of a place. ``outputs`` are those of every operation but the insides
-of norms; ``squares`` and ``mean squares`` are these insides; ``sums`` are the partial sums of products."""
+of norms, with the scores of eager attention where a record holds them; ``squares`` and ``mean squares`` are these
+insides; ``sums`` are the partial sums of products."""
 
 
 _PATH = re.compile(r"!?[\w.*-]{1,200}")
@@ -107,6 +112,8 @@ class Engine(BaseModel):
     """Of its file."""
     runs: Annotated[str, Field(min_length=1)]
     """What it is, and how it is started so that the rules hold."""
+    note: str = ""
+    """What a user should know of it that no rule says, in a sentence."""
     order: int = 100
     """Where it is named among others: the lowest first."""
     rules: Annotated[list[Rule], FailFast(), Field(max_length=100)]
@@ -131,19 +138,26 @@ def load_engines(asked: list[str]) -> tuple[Engine, ...]:
     Raises:
         UsageError: no such engine, or a file that is not one; what is wrong in it is named.
     """
-    found: dict[str, Engine] = {}
+    found: dict[str, Engine] = {}  # by name, or by path: a file may be called as one that comes with qprec is
+    bundled = {engine.name: engine for engine in _bundled()}
     for each in asked:
-        bundled = {engine.name: engine for engine in _bundled()}
         if each == ALL:
             found |= bundled
         elif each in bundled:
             found[each] = bundled[each]
         elif Path(each).suffix in (".yaml", ".yml"):
-            engine = _read(Path(each), Path(each).stem)
-            found[engine.name] = engine
+            found[str(Path(each).absolute())] = _read(Path(each), Path(each).stem)
         else:
-            raise UsageError(f"--engine: unknown engine {each!r}; {near_or_known(each, [*bundled, ALL])}")
-    return tuple(found.values())
+            raise UsageError(f"--engine: unknown engine {each!r}; {near_or_known(each, [*bundled, ALL], cutoff=0.65)}")
+    return tuple(_apart(found))
+
+
+def _apart(found: dict[str, Engine]) -> Iterator[Engine]:
+    """Those of one name told apart by where they were read."""
+    names = Counter(engine.name for engine in found.values())
+    for key, engine in found.items():
+        alike = names[engine.name] > 1 and key != engine.name
+        yield engine.model_copy(update={"name": os.path.relpath(key)}) if alike else engine
 
 
 def _read(path: Path, name: str) -> Engine:

@@ -49,9 +49,15 @@ class Asked:
         return sum(bool(each.after) for each in self.trips)
 
 
+def wish_of(params: Any) -> Any:
+    """What is asked for in vLLM's sampling parameters; None where nothing is."""
+    extra = getattr(params, "extra_args", None)
+    return extra.get(ASK) if isinstance(extra, dict) else None
+
+
 def asked(params: Any, prompt: list[int] | None, made: list[int]) -> Asked | None:
     """The request behind vLLM's sampling parameters, if it asks for anything; embeddings have no ids to run again."""
-    wish = (params.extra_args or {}).get(ASK)
+    wish = wish_of(params)
     if wish is None or prompt is None:
         return None
     temperature, penalty = float(params.temperature or 1.0), float(params.repetition_penalty or 1.0)

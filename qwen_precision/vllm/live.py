@@ -1,10 +1,12 @@
 """Watches the model of one worker from start to stop, and makes a Run of what was measured."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from qwen_precision.record import Choice, Prompt, Row, Run
 from qwen_precision.settings import ProbeSettings, as_text, text_of
 from qwen_precision.version import __version__
 from qwen_precision.vllm.batch import FlatInspector, Request, Spoilt, batch_of
+from qwen_precision.vllm.names import PROCESS
+from qwen_precision.vllm.seam import Seam
 from qwen_precision.watcher import Located, Reading, Watcher, attached, storages
 
 MOST_BATCHES = 256
@@ -32,14 +36,41 @@ class Worker:
     dtype: str
     rank: int
     ranks: int
+    replica: int = 0
+    """Which of the engine's data parallel copies it belongs to."""
 
 
-class _Uncompiled(Watcher):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """vLLM compiles a few functions even in its eager mode, and Dynamo would compile the watcher with them."""
+class _Guest(Watcher):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """The watcher in somebody else's engine: an operation runs once and gives what it gives, whatever befalls us."""
 
+    def __init__(self, seam: Seam) -> None:
+        super().__init__()
+        self._seam = seam
+        self._given: list[Any] = []
+        self._theirs: BaseException | None = None
+
+    # vLLM compiles a few functions even in its eager mode, and Dynamo would compile the watcher with them.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        if self._seam.stopped:
+            return self.run(func, args, kwargs)
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except Exception as error:
+            if error is self._theirs:
+                raise
+            self._seam.end(error)
+            return self._given[0] if self._given else self.run(func, args, kwargs)
+        finally:
+            self._given, self._theirs = [], None
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            self._given = [super().run(func, args, kwargs)]
+        except Exception as error:  # the engine's own
+            self._theirs = error
+            raise
+        return self._given[0]
 
 
 class Live:
@@ -56,34 +87,44 @@ class Live:
 
     def __init__(self, runner: Any, model: nn.Module, worker: Worker) -> None:
         self._runner, self._model, self._worker = runner, model, worker
-        self._watcher, self._collector = _Uncompiled(), Collector()
+        self._seam = Seam()
+        self._watcher, self._collector = _Guest(self._seam), Collector()
         self._near = ProbeSettings().near_overflow
         self._weights = storages(model)
         self._requests: list[Request] = []
         self._inspector: FlatInspector | None = None
+        self._outermost: nn.Module | None = None
         self._spoilt: Spoilt = set()
         self._ids: dict[str, list[int]] = {}
         self._prompts: dict[tuple[str, ...], list[Request]] = {}
         self._left_out = 0
-        self._hooks = ExitStack()
-        self._attach()
+        with ExitStack() as hooks:  # where one of them cannot be put on, none stays
+            self._attach(hooks)
+            self._hooks = hooks.pop_all()
 
-    def _attach(self) -> None:
+    def _attach(self, hooks: ExitStack) -> None:
         # Whatever thread runs the model: the watcher is on from the outermost module's first hook to its last.
         modules = list(self._model.modules())
-        hooks = [self._model.register_forward_pre_hook(self._given, with_kwargs=True)]
-        hooks += [module.register_forward_pre_hook(self._enter) for module in modules]
-        self._hooks.enter_context(attached(self._model, self._watcher))
-        hooks += [module.register_forward_hook(self._leave, always_call=True) for module in modules]
-        for hook in hooks:
-            self._hooks.callback(hook.remove)
+        given, enter = self._guarded(self._given), self._guarded(self._enter)
+        hooks.callback(self._model.register_forward_pre_hook(given, with_kwargs=True).remove)
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+        hooks.enter_context(attached(self._model, self._watcher, self._guarded))
+        leave = partial(self._seam.call, self._leave, always=True)  # the watcher must not stay on
+        for module in modules:
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+    def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
+        return partial(self._seam.call, hook)
 
     def _given(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._outermost is not None:
+            self._off()  # Ctrl-C broke the forward before this one off, and no hook ran
         tokens = kwargs.get("input_ids", args[0] if args else None)
         self._requests = batch_of(self._runner, tokens if isinstance(tokens, Tensor) else None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._watcher.inside:
+        if self._outermost is not None:
             return
         rows = list(enumerate(self._requests))
         last = [(row, len(each.ids) - 1) for row, each in rows]
@@ -97,14 +138,24 @@ class Live:
         )
         self._watcher.inspect = self._inspector
         self._watcher.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._outermost = module
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self._watcher.inside or self._inspector is None:
+        if module is not self._outermost:
             return
+        readings, found = self._off()
+        if not self._seam.stopped:  # what was read of a forward up to a fault may be wrong
+            self._keep(readings, found)
+            self._seam.step += module is self._model
+
+    def _off(self) -> tuple[list[Reading], list[Located]]:
+        """Take the watcher off this thread; what it read."""
+        self._outermost = None
         self._watcher.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        readings, found = self._watcher.take(), self._inspector.found
+        readings = self._watcher.take()
+        found = self._inspector.found if self._inspector is not None else []
         self._watcher.inspect = self._inspector = None
-        self._keep(readings, found)
+        return readings, found
 
     def _keep(self, readings: list[Reading], found: list[Located]) -> None:
         if not self._requests:
@@ -113,18 +164,21 @@ class Live:
         if names not in self._prompts and len(self._prompts) >= MOST_BATCHES:
             self._left_out += 1
             return
+        number = list(self._prompts).index(names) if names in self._prompts else len(self._prompts)
+        renamed = fused_norms(readings)
+        self._collector.add(self._worker.dtype, number, [_as(each, renamed) for each in readings])
+        self._collector.add_located(self._worker.dtype, number, [_at(each, renamed) for each in found])
         for each in self._requests:  # what was run is known; the runner's own list may hold placeholders before it
             known = self._ids.get(each.id, [])
             self._ids[each.id] = [*known[: each.start], *each.ids[len(known[: each.start]) :]]
         self._prompts[names] = self._requests
-        key = self._worker.dtype, list(self._prompts).index(names)
-        renamed = fused_norms(readings)
-        self._collector.add(*key, [_as(each, renamed) for each in readings])
-        self._collector.add_located(*key, [_at(each, renamed) for each in found])
 
-    def stop(self) -> Run:
-        """Take the hooks off; what was measured, as a record that `qprec report` shows like a probe's."""
+    def close(self) -> None:
+        """Take the hooks off."""
         self._hooks.close()
+
+    def run(self) -> Run:
+        """What was measured so far, as a record that `qprec report` shows like a probe's."""
         worker, device = self._worker, next(self._model.parameters()).device
         layers = int(getattr(worker.checkpoint.text_config, "num_hidden_layers", 0))
         settings = ProbeSettings(dtypes=[worker.dtype], reference=False)
@@ -132,10 +186,10 @@ class Live:
             tool=f"qprec {__version__}",
             verb="probe",
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            stopped=None,
+            stopped=self._seam.stopped or None,
             unfinished=None,
             model=model_part(worker.checkpoint, worker.source, type(self._model).__name__, layers),
-            environment={**environment(device), "vllm": engine_version()},
+            environment={**environment(device), **of_engine()},
             settings=settings.model_dump(),
             choices=self._choices(),
             prompts=[self._prompt(number, each) for number, each in enumerate(self._prompts.values())],
@@ -161,6 +215,9 @@ class Live:
     def _choices(self) -> list[Choice]:
         rank = f"rank {self._worker.rank} of {self._worker.ranks}"
         choices = [Choice(what="engine", value=f"vLLM {engine_version()}", reason=f"watched in its worker, {rank}")]
+        if self._worker.replica:
+            copy = f"rank {self._worker.replica}"
+            choices.append(Choice(what="data parallel", value=copy, reason="as vLLM started it"))
         if self._left_out:
             reason = f"only the first {MOST_BATCHES} different batches of requests are kept"
             choices.append(Choice(what="forwards left out", value=str(self._left_out), reason=reason))
@@ -176,6 +233,11 @@ class Live:
 def row_of_ids(ids: list[int], tokenizer: Any) -> Row:
     """A request's tokens as a row of a prompt."""
     return Row(text=text_of(ids, tokenizer), ids=ids, tokens=[as_text(each, tokenizer) for each in ids], padding=0)
+
+
+def of_engine() -> dict[str, str]:
+    """What an environment says of the engine."""
+    return {"vllm": engine_version(), PROCESS: str(os.getpid())}
 
 
 def engine_version() -> str:

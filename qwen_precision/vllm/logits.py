@@ -12,12 +12,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from qwen_precision.vllm.asked import ASK, GUARD, WATCH, Asked, asked
+from qwen_precision.vllm.asked import ASK, GUARD, WATCH, Asked, asked, wish_of
+from qwen_precision.vllm.seam import Seam
 
 try:
-    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SlotsProcessor
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+except ImportError:  # a vLLM that has only the second interface
+
+    class LogitsProcessor:  # type: ignore[no-redef]
+        """In place of the first."""
+
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotsProcessor
 except ImportError:  # a vLLM that has only the first interface
 
     class SlotsProcessor:  # type: ignore[no-redef]
@@ -41,8 +49,8 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse what it does not know. Raises a ValueError, which a server answers with 400."""
-        wish = (sampling_params.extra_args or {}).get(ASK, WATCH)
-        if wish not in (WATCH, GUARD):
+        wish = wish_of(sampling_params)
+        if wish is not None and wish not in (WATCH, GUARD):
             raise ValueError(f"{ASK}: is {wish!r}; expected {WATCH!r} or {GUARD!r}.")
 
     def __init__(self, vllm_config: Any, states: Any, is_pin_memory: bool = False) -> None:
@@ -51,13 +59,14 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
         self._asked: dict[int, Asked] = {}
         self._trips: Any = None
         self._warned = False
-        self._idle = self._why_idle()
+        self._idle, self._seam = OTHER, Seam(self._end)
+        self._idle = self._seam.call(self._why_idle, instead=OTHER)
         if not self._idle:
-            type(self)._acting = weakref.ref(self)
+            WatchLogits._acting = weakref.ref(self)
 
     def _why_idle(self) -> str:
         """Who runs the server decides whether a file is written, never who sends a request."""
-        other = self._acting() if self._acting is not None else None
+        other = WatchLogits._acting() if WatchLogits._acting is not None else None
         if other is not None and other._config is self._config:
             return OTHER
         named = [str(each) for each in self._config.model_config.logits_processors or ()]
@@ -73,8 +82,10 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
 
     def update_state(self, batch_update: Any) -> None:
         """Requests come, go and change places."""
-        if batch_update is None:
-            return
+        if batch_update is not None:
+            self._seam.call(self._update, batch_update)
+
+    def _update(self, batch_update: Any) -> None:
         for row in batch_update.removed:
             self._asked.pop(row, None)
         for row, params, prompt, made in batch_update.added:
@@ -98,8 +109,11 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Whether the request in this slot asks for anything; its ids are read once they are needed."""
-        self._begin(req_idx, asked(sampling_params, [], []))
-        return req_idx in self._asked
+        return bool(self._seam.call(self._add, req_idx, sampling_params, instead=False))
+
+    def _add(self, slot: int, params: Any) -> bool:
+        self._begin(slot, asked(params, [], []))
+        return slot in self._asked
 
     def _rows(self, context: Any) -> dict[int, Asked]:
         """Rows of this step that are of a request that asks; of drafted tokens, which may yet be refused, the first."""
@@ -127,25 +141,30 @@ class WatchLogits(LogitsProcessor, SlotsProcessor):  # type: ignore[misc]  # vLL
             logits: ``[rows, vocabulary]``; given back as they are, but for a partly bad row of who asked for the guard.
             ctx: V2's: whose rows they are.
         """
-        rows = self._asked if ctx is None else self._rows(ctx)
-        if rows:
-            numbers = sorted(rows)
+        if self._asked:
+            self._seam.call(self._apply, logits, ctx)
+        return logits
+
+    def _apply(self, logits: Tensor, context: Any) -> None:
+        rows = self._asked if context is None else self._rows(context)
+        numbers = sorted(rows)
+        if numbers:
             largest = logits[numbers].amax(dim=-1)  # NaN and +inf carry; -inf is left where nothing can be drawn
             bad = (~torch.isfinite(largest)).tolist()
             self._look({row: rows[row] for row, is_bad in zip(numbers, bad, strict=True) if is_bad}, logits)
-        return logits
+        self._seam.step += 1
 
     def _look(self, rows: Mapping[int, Asked], logits: Tensor) -> None:
         for row, request in rows.items():
-            try:
-                mended = self._file().meet(request, logits[row])
-            except Exception as error:  # whatever it is: nobody's answer may depend on who watches
-                self._idle = f"{type(error).__name__}: {error}"
-                self._warn(f"stopped watching: {self._idle}")
-                self._asked.clear()
-                return
+            mended = self._file().meet(request, logits[row])
             if mended is not None:
                 logits[row] = mended
+
+    def _end(self) -> None:
+        """After a fault of ours, whoever asked: what was met is kept, and the file says that it is not all."""
+        self._asked.clear()
+        if not self._idle:
+            self._file().end(self._seam.stopped)
 
     def _warn(self, what: str) -> None:
         """Once: who sends requests shall not fill a log."""

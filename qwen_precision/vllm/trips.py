@@ -17,7 +17,8 @@ from qwen_precision.settings import GuardSettings, Watch, as_text
 from qwen_precision.torch_dtypes import short_name
 from qwen_precision.version import __version__
 from qwen_precision.vllm.asked import Asked, Met
-from qwen_precision.vllm.live import engine_version, row_of_ids
+from qwen_precision.vllm.live import engine_version, of_engine, row_of_ids
+from qwen_precision.vllm.names import own_file
 from qwen_precision.watcher import bound, clamped, look, may_repair
 
 MOST_REQUESTS = 64
@@ -36,11 +37,16 @@ def trip_file() -> Path:
 
 
 def trips_of(config: Any) -> "Trips":
-    """Those of the engine that is configured so; of several workers, whose logits are the same, the first writes."""
+    """Those of the engine that is configured so; of workers that see the same logits the first writes."""
     model = config.model_config
     folder, commit = locate(str(model.model), model.revision)
     checkpoint = open_checkpoint(folder, str(model.model), commit)
-    path = None if config.parallel_config.rank else trip_file()
+    parallel = config.parallel_config
+    # where each worker draws the tokens of some requests, none of them sees all
+    alone = getattr(parallel, "enable_batch_sharded_sampling", None)
+    path = own_file(trip_file(), parallel, parallel.rank, os.getpid()) if alone or not parallel.rank else None
+    if path is not None and ".pid" in path.name:
+        logging.getLogger(__name__).warning("qprec: another process writes %s, this one %s.", trip_file(), path)
     return Trips(checkpoint, str(model.model), short_name(model.dtype), path)
 
 
@@ -56,6 +62,7 @@ class Trips:
     def __init__(self, checkpoint: Checkpoint, source: str, dtype: str, path: Path | None) -> None:
         self._checkpoint, self._source, self._dtype, self._path = checkpoint, source, dtype, path
         self._failed: list[Asked] = []
+        self._stopped: str | None = None
         self._guards = GuardSettings().clamp
 
     def meet(self, request: Asked, row: Tensor) -> Tensor | None:
@@ -92,6 +99,11 @@ class Trips:
             request.trips.append(met)
             self._save()
 
+    def end(self, why: str) -> None:
+        """Say in the file, too, that nobody looks any more."""
+        self._stopped = why
+        self._save()
+
     def _save(self) -> None:
         """A disk that is full ends the writing, and not the mending: of several workers only one writes."""
         if self._path is None:
@@ -112,10 +124,10 @@ class Trips:
             tool=f"qprec {__version__}",
             verb="generate",
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            stopped=None,
+            stopped=self._stopped,
             unfinished=None,
             model=model_part(checkpoint, self._source, str(architectures[0]), layers),
-            environment={**environment(torch.device("cpu")), "vllm": engine_version()},
+            environment={**environment(torch.device("cpu")), **of_engine()},
             settings={"dtype": self._dtype},
             choices=[Choice(what="engine", value=f"vLLM {engine_version()}", reason="logits watched as it served")],
             prompts=[Prompt(name="requests", rows=rows, failed=None)],

@@ -161,7 +161,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             return self._run_and_read_written(func, rule, args, kwargs)
         if self.inspect is not None:
             self._spoiled = self._bad_before(args[0]) if rule.mutates else None
-        out = func(*args, **kwargs) if kwargs else func(*args)
+        out = self.run(func, args, kwargs)
         if (rule.may_mask or self.masks) and self._read_masked(func, rule, args, kwargs, out):
             return out
         kind = rule.kind
@@ -182,6 +182,10 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if rule.mutates:
             self._last = None  # what was read last may just have been written over, through whatever view
         return out
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        """The operation itself, as it came."""
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _bad_before(self, target: Any) -> Tensor | None:
         """Where a tensor that is about to be written over is bad already."""
@@ -226,7 +230,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         bad = [None if name in OUTPUTS else self._bad_before(each) for name, each in named]
         rows = [each.any(dim=-1, keepdim=True) for each in bad if each is not None and each.dim()]
         spoiled = [_any_of(each, rows) for each in bad]
-        func(*args, **(kwargs or {}))
+        self.run(func, args, kwargs)
         given = (*args, *(kwargs or {}).values())
         inputs = tuple(each for each in given if not any(each is one for one in written))
         for each, before in zip(written, spoiled, strict=True):
@@ -286,12 +290,16 @@ def _any_of(bad: Tensor | None, rows: list[Tensor]) -> Tensor | None:
     return bad
 
 
+Hook = Callable[..., None]
+
+
 @contextmanager
-def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+def attached(model: nn.Module, watcher: Watcher, around: Callable[[Hook], Hook] = lambda hook: hook) -> Iterator[None]:
     """Hook every submodule of ``model`` for its path; unhook on the way out, whatever happened.
 
     The second hook runs even when a forward raises (``always_call``), so that the stack stays true. A module that
-    several others share (an engine's rotary embedding) runs under the one that calls it.
+    several others share (an engine's rotary embedding) runs under the one that calls it. ``around`` is put around
+    each hook.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -303,8 +311,8 @@ def attached(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     handles = []
     try:
         for module, paths in names.items():
-            handles.append(module.register_forward_pre_hook(_entering(watcher, paths)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+            handles.append(module.register_forward_pre_hook(around(_entering(watcher, paths))))
+            handles.append(module.register_forward_hook(around(leave), always_call=True))
         yield
     finally:
         for handle in handles:

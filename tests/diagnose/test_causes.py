@@ -27,6 +27,7 @@ from support.plants import (
     enough_of_them,
     half_a_sum,
     ids_of,
+    loud_scores,
     loud_token,
     mark,
     one_channel,
@@ -35,17 +36,6 @@ from support.plants import (
 from support.runs import TEXTS, explained, faults, first_of
 
 # -- the faults ------------------------------------------------------------------------------------------------
-
-
-def loud_scores(size: float) -> Callable[[Any], None]:
-    """q and k of layer 1 so large that their product, before it is scaled, leaves fp16's range (or just does not)."""
-
-    def plant(model: Any) -> None:
-        attention = model.model.layers[1].self_attn
-        attention.q_norm.weight.fill_(size)
-        attention.k_norm.weight.fill_(size)
-
-    return plant
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,24 @@ def serve(
     asks: list[str | None] | None = None,
     tokens: int = 6,
     workers: int = 1,
+    fault: int = 0,
 ) -> Texts:
     """Texts of a fresh engine, round by round.
 
     Args:
         record: watch every operation, and save it in the folder by this name.
         asks: what the prompts of a round ask of the logits processor, one after another.
+        fault: the reading at which the watcher fails, of all that it takes; 0 for none.
     """
     to = folder / f"{len(list(folder.iterdir()))}.texts.json"
     asked: dict[str, Any] = {"model": str(model), "dtype": dtype, "rounds": rounds, "asks": asks or [None]}
-    asked |= {"record": str(folder / record) if record else "", "tokens": tokens, "workers": workers, "to": str(to)}
+    asked |= {
+        "record": str(folder / record) if record else "",
+        "tokens": tokens,
+        "workers": workers,
+        "to": str(to),
+        "fault": fault,
+    }
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "QPREC_TRIPS": str(folder / "trips.json")}
     command = [sys.executable, str(Path(__file__).parent / "serve.py"), json.dumps(asked)]

@@ -3,8 +3,9 @@
 import json
 import os
 import sys
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
@@ -24,6 +25,17 @@ if __name__ == "__main__":
         worker_extension_cls="qwen_precision.vllm.WorkerExtension",
         logits_processors=["qwen_precision.vllm.logits:WatchLogits"],
     )
+    if asked["fault"]:
+        from qwen_precision.watcher import Watcher
+
+        sound, left = Watcher._read, count(asked["fault"], -1)
+
+        def read(self: Watcher, *args: Any) -> None:
+            sound(self, *args)
+            if not next(left):
+                raise MemoryError("planted")
+
+        Watcher._read = read  # type: ignore[method-assign]
     if asked["record"]:
         llm.collective_rpc("qprec_start")
 

@@ -61,6 +61,13 @@ def test_watching_changes_no_token(watched: Texts, plain: Texts) -> None:
     assert watched == plain
 
 
+def test_a_fault_of_ours_in_the_middle_changes_no_token_and_the_record_says_so(plain: Texts, folder: Path) -> None:
+    assert serve(folder, DEMO, "float16", [BAD], [CLEAN], record="fault.json", fault=400) == plain
+    run = load(folder / "fault.json")
+    assert run.stopped is not None and run.stopped.endswith("MemoryError: planted")
+    assert first_place(run) == ORIGIN, "what was seen before is kept"
+
+
 def test_a_clean_request_behind_a_bad_one_fails_and_in_a_fresh_engine_it_does_not(plain: Texts, fresh: Texts) -> None:
     assert plain[1] != fresh[0]
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_precision.record import load
+from qwen_precision.judge import judge
+from qwen_precision.record import load, save
 from qwen_precision.settings import read_prompts
+from qwen_precision.vllm.names import PROCESS
 from support.checkpoints import DEMO, ROOT
 
 NAME = "qwen_precision.vllm.logits:WatchLogits"
@@ -50,9 +53,9 @@ class Second(ABC):
     def apply(self, logits: Any, ctx: Any) -> Any: ...
 
 
-def pretended(monkeypatch: pytest.MonkeyPatch, second: bool = True) -> None:
+def pretended(monkeypatch: pytest.MonkeyPatch, first: bool = True, second: bool = True) -> None:
     """The modules that the processor imports of vLLM."""
-    places = {FIRST: First, **({f"{SECOND}.interface": Second} if second else {})}
+    places = {**({FIRST: First} if first else {}), **({SECOND: Second} if second else {})}
     for place, base in places.items():
         parts = place.split(".")
         for number in range(1, len(parts) + 1):
@@ -152,6 +155,7 @@ def test_the_guard_mends_a_partly_bad_row_of_who_asked_for_it_alone(kind: Any) -
 def test_what_a_request_may_ask_for_is_checked_before_it_runs(kind: Any) -> None:
     for wish in ("watch", "guard", None):
         kind.validate_params(params(wish))
+    kind.validate_params(Another())  # no fault of whoever asked
     with pytest.raises(ValueError, match="expected 'watch' or 'guard'"):
         kind.validate_params(params("everything"))
 
@@ -166,7 +170,103 @@ def test_a_fault_of_its_own_ends_the_watching_and_never_the_engine(
     for _ in range(3):
         processor.update_state(update([(0, params(), [16], [])]))
         assert processor.apply(logits) is logits
-    assert len(caplog.records) == 1 and "stopped watching" in caplog.text
+    assert len(caplog.records) == 1 and "watching stopped after step 0: QprecError: " in caplog.text
+
+
+def raises(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a bug")
+
+
+class Another:
+    """Something of another vLLM: whatever is asked of it is not there, or is not as it was."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"another vLLM has no {name}")
+
+
+def test_what_another_vllm_lacks_ends_the_watching_at_any_call_and_no_logit_changes(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logits, bare = torch.full((1, 512), NAN), SimpleNamespace(extra_args={"qprec": "watch"})
+    for fault in ("made", "told", "began", "stepped"):
+        caplog.clear()
+        processor = kind(Another() if fault == "made" else config(), slots([[16]], [1]))
+        processor.update_state(Another() if fault == "told" else None)
+        taken = processor.add_request(0, bare if fault == "began" else params())
+        for _ in range(2):
+            assert processor.apply(logits, Another()) is logits and logits.isnan().all()
+        assert taken == (fault == "stepped"), "V2 is not told to process who is not looked at"
+        assert [each.getMessage().startswith("qprec: watching stopped after") for each in caplog.records] == [True]
+        assert processor.add_request(0, params()) is False, "off for good"
+
+
+def test_what_was_met_before_a_fault_is_kept_and_the_file_says_that_it_is_not_all(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = kind(config(), torch.device("cpu"), False)
+    processor.update_state(update([(0, params(), [16, 17], [])]))
+    processor.apply(torch.full((1, 512), NAN))
+    monkeypatch.setattr(processor._trips, "meet", raises)
+    processor.update_state(update([(1, params(), [18], [])]))
+    processor.apply(torch.full((2, 512), NAN))
+    run = load(tmp_path / "trips.json")
+    assert trips(tmp_path) == [([16, 17], 0)]
+    assert run.stopped == "watching stopped after step 1: RuntimeError: a bug"
+
+
+def test_a_fault_before_anything_failed_leaves_a_file_that_says_so_and_is_no_ok(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = kind(config(), torch.device("cpu"), False)
+    processor.update_state(update([(0, params(), [16, 17], [])]))
+    monkeypatch.setattr(processor, "_look", raises)
+    processor.apply(torch.zeros(1, 512))
+    run = load(tmp_path / "trips.json")
+    assert run.stopped == "watching stopped after step 0: RuntimeError: a bug"
+    assert judge(run).verdict == {"fp16": "incomplete"} and judge(run).exit_code("fail") == 3
+
+
+def test_every_data_parallel_copy_has_a_trip_file_of_its_own_and_of_its_workers_the_first_that_see_it(
+    kind: Any, tmp_path: Path
+) -> None:
+    for copy, rank, sharded in ((0, 0, None), (1, 0, None), (1, 1, None), (0, 1, True)):
+        made = config()
+        made.parallel_config = SimpleNamespace(
+            rank=rank, data_parallel_rank=0, data_parallel_index=copy, enable_batch_sharded_sampling=sharded
+        )
+        processor = kind(made, torch.device("cpu"), False)
+        processor.update_state(update([(0, params(), [16], [])]))
+        processor.apply(torch.full((1, 512), NAN))
+    names = {"trips.json", "trips.dp1.json", "trips.rank1.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_two_engines_that_were_given_one_file_write_two_and_the_second_says_which(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        processor = kind(config(), torch.device("cpu"), False)
+        processor.update_state(update([(0, params(), [16], [])]))
+        processor.apply(torch.full((1, 512), NAN))
+
+    fail()
+    mine = load(tmp_path / "trips.json")
+    theirs = {**mine.environment, PROCESS: str(os.getppid())}
+    save(mine.model_copy(update={"environment": theirs}), tmp_path / "trips.json")
+    fail()
+    assert load(tmp_path / "trips.json").environment == theirs
+    assert (tmp_path / f"trips.pid{os.getpid()}.json").exists() and f"trips.pid{os.getpid()}.json" in caplog.text
+
+
+def test_what_ends_a_process_is_not_held_back(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    processor = kind(config(), torch.device("cpu"), False)
+    processor.update_state(update([(0, params(), [16], [])]))
+    monkeypatch.setattr(processor, "_look", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        processor.apply(torch.zeros(1, 512))
 
 
 def test_a_file_that_cannot_be_written_ends_the_writing_and_not_the_mending(
@@ -212,6 +312,18 @@ def test_installed_and_named_it_acts_once_and_the_other_keeps_quiet(
     assert not kind(config(), torch.device("cpu"), False)._idle, "another engine of the process has its own"
 
 
+def test_of_it_and_its_subclasses_one_acts_in_an_engine_in_either_interface(
+    kind: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = type("One", (kind,), {}), type("Other", (kind,), {})
+    for states in (torch.device("cpu"), slots([[16]], [1])):
+        same = config()
+        both = [each(same, states) for each in (one, other, kind)]
+        assert [each.add_request(0, params()) for each in both] == [True, False, False] and not caplog.records
+    both[0].apply(torch.full((1, 512), NAN), step([(0, 0, 0)]))
+    assert trips(tmp_path) == [([16], 0)]
+
+
 def test_the_package_names_the_class_as_an_entry_point() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["entry-points"]["vllm.logits_processors"] == {"qprec": NAME}
@@ -235,10 +347,22 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 def test_a_vllm_that_has_only_the_first_interface_loads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pretended(monkeypatch, second=False)
+    kind = loaded()
+    assert issubclass(kind, First) and kind(config(), torch.device("cpu"), False) is not None
+
+
+def test_a_vllm_that_has_only_the_second_interface_loads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended(monkeypatch, first=False)
+    kind = loaded()
+    assert issubclass(kind, Second) and kind(config(), slots([[16]], [1])).add_request(0, params())
+
+
+def loaded() -> Any:
+    """The class, on what is there now."""
     sys.modules.pop("qwen_precision.vllm.logits", None)
     kind = importlib.import_module("qwen_precision.vllm.logits").WatchLogits
     sys.modules.pop("qwen_precision.vllm.logits", None)
-    assert issubclass(kind, First) and kind(config(), torch.device("cpu"), False) is not None
+    return kind
 
 
 # -- V2 ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The trip file: a record that `qprec report` shows and of which `qprec probe` runs what failed; no engine needed."""
 
+import html
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from qwen_precision.judge import judge
 from qwen_precision.model import open_checkpoint
 from qwen_precision.record import load
+from qwen_precision.render import FORMATS
+from qwen_precision.report import view
 from qwen_precision.settings import read_prompts
 from qwen_precision.vllm.asked import Asked, Met
 from qwen_precision.vllm.trips import MOST_REQUESTS, MOST_STEPS, Trips, trip_file
@@ -70,6 +73,15 @@ def test_the_environment_says_where_it_is_written(monkeypatch: pytest.MonkeyPatc
     assert trip_file() == Path("qprec-trips.json")
     monkeypatch.setenv("QPREC_TRIPS", "/somewhere/else.json")
     assert trip_file() == Path("/somewhere/else.json")
+
+
+@pytest.mark.parametrize("name", ["table", "markdown", "html", "json", "screen", "junit"])
+def test_the_command_that_a_report_of_it_names_is_one_to_paste(name: str, trips: Trips, tmp_path: Path) -> None:
+    trips.add(Asked([20, 21, 22], [5, 6]), Met(2, WHOLE))
+    path = (tmp_path / "trips.json").rename(tmp_path / "my trips.json")
+    out = html.unescape(" ".join(str(FORMATS[name].render(view([path], "fail", None, False, []))).split()))
+    assert "--prompts RUN" not in out and f"--prompts '{path}'" in out
+    assert read_prompts(None, str(path))[0].rows
 
 
 def row(**held: float) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A worker of a serving engine is watched from start to stop: what its record says, without any engine installed."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,15 @@ import torch
 from engines.pretend import BAD, Engine, Worker
 from qwen_precision.errors import QprecError
 from qwen_precision.judge import Finding, judge, with_fresh_engines
+from qwen_precision.probe import Collector
 from qwen_precision.qwen3 import name_of
 from qwen_precision.record import Run, load, save
+from qwen_precision.render import FORMATS
 from qwen_precision.report import view
+from qwen_precision.vllm import extension, live
+from qwen_precision.vllm.batch import FlatInspector
+from qwen_precision.vllm.names import PROCESS
+from qwen_precision.watcher import Watcher, aten
 
 
 def watched(*forwards: dict[str, tuple[int, list[int]]], slots: dict[str, int] | None = None) -> Run:
@@ -97,6 +104,189 @@ def test_every_rank_saves_a_record_of_its_own(tmp_path: Path) -> None:
         worker.qprec_stop(str(tmp_path / "run.json"))
         [engine_choice, *_] = load(tmp_path / name).choices
         assert f"rank {rank} of 2" in engine_choice.reason
+
+
+def test_every_data_parallel_copy_saves_records_of_its_own(tmp_path: Path) -> None:
+    named = {(1, 0): "run.dp1.json", (1, 1): "run.dp1.rank1.json"}
+    for (copy, rank), name in named.items():
+        worker = Worker(Engine(), rank=rank)
+        worker.vllm_config.parallel_config.data_parallel_index = copy
+        worker.vllm_config.parallel_config.data_parallel_rank = 0  # what vLLM says of a dense model
+        stopped(worker, tmp_path / "run.json")
+        assert [each.value for each in load(tmp_path / name).choices if each.what == "data parallel"] == ["rank 1"]
+    assert {path.name for path in tmp_path.iterdir()} == set(named.values())
+
+
+def test_a_record_of_another_engine_that_still_runs_is_left_alone_and_one_of_who_is_gone_is_replaced(
+    tmp_path: Path,
+) -> None:
+    run, path = watched({"a": (0, [1])}), tmp_path / "run.json"
+    for process, name in ((os.getppid(), f"run.pid{os.getpid()}.json"), (2**22 + 1, "run.json")):
+        save(run.model_copy(update={"environment": {**run.environment, PROCESS: str(process)}}), path)
+        stopped(Worker(Engine()), path)
+        assert load(tmp_path / name).environment[PROCESS] == str(os.getpid())
+        assert load(path).environment[PROCESS] == (str(process) if name != "run.json" else str(os.getpid()))
+
+
+def stopped(worker: Worker, path: Path) -> None:
+    """A watch of one request, saved."""
+    worker.qprec_start()
+    worker.model_runner.get_model().run({"a": (0, [1])})
+    worker.qprec_stop(str(path))
+
+
+@pytest.mark.parametrize("bad", ["nowhere/run.json", "."])
+def test_a_record_that_cannot_be_written_there_is_not_lost(bad: str, tmp_path: Path) -> None:
+    worker = Worker(Engine())
+    worker.qprec_start()
+    engine = worker.model_runner.get_model()
+    engine.run({"a": (0, [1])})
+    with pytest.raises(QprecError, match="qprec_stop") as refused:
+        worker.qprec_stop(str(tmp_path / bad))
+    assert "\n" not in str(refused.value)
+    engine.run({"b": (0, [BAD])})
+    worker.qprec_stop(str(tmp_path / "run.json"))
+    assert [each.name for each in load(tmp_path / "run.json").prompts] == ["request a", "request b"]
+
+
+def test_a_disk_that_is_full_only_once_it_is_written_loses_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(Engine())
+    worker.qprec_start()
+    worker.model_runner.get_model().run({"a": (0, [1])})
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "save", raises(QprecError("no space left")))
+        with pytest.raises(QprecError, match="no space left"):
+            worker.qprec_stop(str(tmp_path / "run.json"))
+    assert Run.model_validate(worker.qprec_stop()).prompts[0].name == "request a"
+
+
+# -- a fault of ours ------------------------------------------------------------------------------------------------
+
+
+def raises(error: BaseException) -> Any:
+    def fault(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fault
+
+
+FAULTS = {
+    "the batch cannot be told": (live, "batch_of"),
+    "no inspector can be made": (live, "FlatInspector"),
+    "a module's name cannot be entered": (Watcher, "enter_module"),
+    "a module's name cannot be left": (Watcher, "leave_module"),
+    "an output cannot be read": (Watcher, "_read"),
+    "what a kernel wrote cannot be told": (aten.Rule, "written"),
+    "an operation cannot be looked at closely": (FlatInspector, "__call__"),
+    "the readings cannot be brought": (Watcher, "take"),
+    "the readings cannot be kept": (Collector, "add"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_ours_ends_the_watching_keeps_what_there_was_and_changes_no_answer(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds: list[dict[str, tuple[int, list[int]]]] = [{"a": (0, [1, 2])}, {"b": (0, [BAD])}, {"c": (0, [5])}]
+    plain, engine = Engine(), Engine()
+    worker = Worker(engine)
+    worker.qprec_start()
+    answers = [engine.run(rounds[0])]
+    with monkeypatch.context() as patch:
+        patch.setattr(*FAULTS[fault], raises(RuntimeError("a bug of ours")))
+        answers.append(engine.run(rounds[1]))
+    answers.append(engine.run(rounds[2]))  # sound again, and off all the same
+    run = Run.model_validate(worker.qprec_stop())
+    for answer, requests in zip(answers, rounds, strict=True):
+        assert torch.equal(answer.nan_to_num(), plain.run(requests).nan_to_num())
+    assert run.stopped == "watching stopped after step 1: RuntimeError: a bug of ours"
+    assert len(caplog.records) == 1 and run.stopped in caplog.text
+    assert [each.name for each in run.prompts] == ["request a"] and len(run.passes) == 1
+    assert judge(run).verdict == {"fp16": "incomplete"}
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in engine.modules())
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_an_operation_that_writes_runs_once_whatever_befalls_us_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    worker = Worker(engine)
+    worker.qprec_start()
+    sound = Watcher._read
+
+    def fails_behind_attention(self: Any, rule: Any, *rest: Any) -> None:
+        sound(self, rule, *rest)
+        if "attention" in rule.op:
+            raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(Watcher, "_read", fails_behind_attention)
+    engine.run({"a": (0, [1, 2, 3])})
+    assert {len(kept) for kept in engine.cache.values()} == {3}, "else its cache held every token twice"
+    with pytest.raises(QprecError, match="a bug of ours"):
+        worker.qprec_stop()
+
+
+def test_where_it_is_shown_a_record_says_that_the_watching_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(Engine())
+    worker.qprec_start()
+    engine = worker.model_runner.get_model()
+    engine.run({"a": (0, [1])})
+    monkeypatch.setattr(live, "batch_of", raises(RuntimeError("a bug")))
+    engine.run({"b": (0, [1])})
+    worker.qprec_stop(str(tmp_path / "run.json"))
+    shown = view([tmp_path / "run.json"], "never", None, False, [])
+    said = "watching stopped after step 1: RuntimeError: a bug"
+    assert all(said in " ".join(FORMATS[name].render(shown).split()) for name in ("screen", "table", "markdown"))
+
+
+def test_where_it_stopped_at_once_that_is_what_the_stop_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(Engine())
+    worker.qprec_start()
+    monkeypatch.setattr(live, "batch_of", raises(RuntimeError("a bug")))
+    worker.model_runner.get_model().run({"a": (0, [1])})
+    with pytest.raises(QprecError, match="watching stopped after step 0: RuntimeError: a bug, and no request ran"):
+        worker.qprec_stop()
+
+
+def test_a_runner_that_lacks_what_another_vllm_has_is_refused_in_a_sentence_and_no_hook_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    monkeypatch.setattr(live, "attached", raises(AttributeError("no such thing")))
+    with pytest.raises(QprecError, match=r"is not as 0\.32 is"):
+        Worker(engine).qprec_start()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in engine.modules())
+
+
+def test_an_error_of_the_engine_is_its_own_and_the_watch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    worker = Worker(engine)
+    worker.qprec_start()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "slots", [0])
+        engine.cache[0, 0] = [torch.zeros(3)]  # of another shape: its attention raises
+        with pytest.raises(RuntimeError, match="stack expects"):
+            engine.run({"a": (0, [1])})
+    engine.cache.clear()
+    engine.run({"b": (0, [BAD])})
+    run = Run.model_validate(worker.qprec_stop())
+    assert run.stopped is None and "request b" in [each.name for each in run.prompts]
+
+
+def test_ctrl_c_passes_and_the_forward_behind_it_is_watched_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    worker = Worker(engine)
+    worker.qprec_start()
+    with monkeypatch.context() as patch:
+        patch.setattr(Watcher, "_read", raises(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            engine.run({"a": (0, [1])})
+    engine.run({"b": (0, [3, BAD])})
+    run = Run.model_validate(worker.qprec_stop())
+    assert origins(run) == [("layers.0.down_proj", "request b", (0, 1, BAD))] and run.stopped is None
 
 
 def test_a_compiled_model_is_refused_in_a_sentence() -> None:

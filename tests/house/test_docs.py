@@ -81,7 +81,8 @@ def engines_block() -> str:
             clipped = ", which become the largest number" if rule.saturates else ""
             values.append(f"{', '.join(rule.values)} ([{rule.version}]({rule.source})){clipped}{only}")
             options |= {each.option: f"`{each.option}` ([{each.evidence}]({each.source}))" for each in rule.avoid}
-        lines.append(f"| `{engine.name}` | {engine.runs} | {'; '.join(values)} | {', '.join(options.values())} |")
+        how = f"{engine.runs}. {engine.note}" if engine.note else engine.runs
+        lines.append(f"| `{engine.name}` | {how} | {'; '.join(values)} | {', '.join(options.values())} |")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from support.builders import (
     stopped_run,
 )
 from support.checkpoints import ROOT, make_checkpoint
-from support.plants import half_a_sum, lm_head_output, one_channel, one_unit, residual_add, swiglu_product
+from support.plants import half_a_sum, lm_head_output, loud_scores, one_channel, one_unit, residual_add, swiglu_product
 from support.runs import run_probe
 
 TEXT = "The capital of France is Paris"
@@ -178,6 +178,17 @@ def test_the_row_of_transformers_is_what_the_fp16_pass_measured(
         assert (found.place.name, found.place.layer) == (first.place.name, first.place.layer)
 
 
+@pytest.mark.arithmetic
+def test_scores_that_only_eager_attention_stores_fail_in_no_engine_that_keeps_them_in_fp32(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", dtype="float32", edit=loud_scores(120.0))
+    run = run_probe(folder, [TEXT], dtypes=["fp16"], attention="eager")
+    transformers, vllm = told(run, *load_engines(["transformers", "vllm"]))
+    assert (transformers.verdict, vllm.verdict) == ("fail", "ok")
+    assert transformers.place is not None and transformers.place.name == "attention scores"
+    left, _ = leaves(folder, TEXT, "outputs but scores")
+    assert not left, "in fp16 with sdpa, which keeps them so"
+
+
 @pytest.mark.transformers
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", [{}, {"moe": True}, {"family": "llama"}, {"family": "gemma3_text"}], ids=str)
@@ -267,8 +278,75 @@ def test_a_rule_for_some_modules_or_models_holds_for_no_other() -> None:
         {"models": ["Gemma3ForCausalLM"]},
         {"modules": ["*mlp"]},
     ]
-    found = [told(run, engine("outputs", **rule))[0].verdict for rule in rules]
-    assert found == ["ok", "ok", "fail"]
+    found = [told(run, engine("outputs", **rule))[0] for rule in rules]
+    assert [each.verdict for each in found] == ["ok", "incomplete", "fail"]
+    assert found[1].absent == ("none of its rules is about Qwen3ForCausalLM",)
+
+
+def test_modules_are_heeded_for_weights_and_for_sums_that_were_measured() -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    counts: dict[str, Any] = {"underflow": {}, "inexact": {}, "nan": 0, "inf": 0, "elements": 8, "file": "a"}
+    weight = Weight(name=name, parameter=name, abs_max=70_000.0, overflow={"fp16": 1}, **counts)
+    sizes = [1.0, 1.0, 1.0, 40_000.0, 1.0]
+    passes = [a_pass("fp32", sizes), a_pass("fp16", [1.0, 1.0, 1.0, math.inf, 1.0], [an_event(3)])]
+    sums = a_run(passes, sites=NORMED, wider={"fp16": {0: "fp32", 1: "fp32"}})
+    sums = sums.model_copy(update={"settings": {**sums.settings, "arithmetic": "fp16-accumulate"}})
+    for run, values in ((healthy_run(weights=[weight]), ["weights"]), (sums, ["sums"])):
+        here, there = told(run, engine(*values, modules=["*down_proj"]), engine(*values, modules=["*", "!*down_proj"]))
+        assert here.verdict == "fail" and there.verdict != "fail"
+
+
+def test_every_rule_by_which_an_engine_fails_is_kept_also_where_two_are_about_one_operation() -> None:
+    """A value is an operand of attention's product, and is in the cache: each option alone leaves the other failing."""
+    value = Site(layer=0, module="model.layers.0.self_attn.v_proj", op="linear", call=0)
+    attention = Site(layer=0, module="model.layers.0.self_attn", op="scaled_dot_product_attention", call=0)
+    run = a_run([a_pass("fp32", [70_000.0, 1.0])], sites=[value, attention])
+    (found,) = told(run, *load_engines(["llama.cpp-f16"]))
+    assert found.verdict == "fail" and set(found.values) == {"operands", "keys and values"}
+    [way] = found.avoid
+    options = ["GGML_CUDA_CUBLAS_COMPUTE_TYPE=f32", "--cache-type-k bf16 --cache-type-v bf16"]
+    assert [each.option for each in way] == options
+
+
+def test_one_option_that_avoids_all_is_named_alone() -> None:
+    magnitudes: list[float | None] = [1.0, 70_000.0, 70_000.0, 1.0, 1.0]
+    sites = [site.model_copy(update={"layer": 1, "module": site.module.replace(".0", ".1")}) for site in NORMED]
+    (found,) = told(record(magnitudes, sites=sites), *load_engines(["onnxruntime-1.24"]))
+    assert len(found.rules) == 2
+    assert [[each.option for each in way] for way in found.avoid] == [
+        ["--precision int4 --extra_options use_cuda_bf16=true"]
+    ]
+
+
+def test_a_rule_that_is_about_no_operation_of_the_run_is_said_and_is_no_ok() -> None:
+    run = record([1.0, 1.0, 1.0, 1.0, 1.0])
+    elsewhere, none, unknown = told(
+        run,
+        engine("mean squares", "outputs", modules=["*ln_1", "*ln_2", "*ln_f"]),
+        engine("products", modules=["*c_attn"]),
+        engine("keys and values"),
+    )
+    assert elsewhere.absent[0] == "mean squares in *ln_1, *ln_2 and 1 more: no operation of this kind in the run"
+    assert none.absent == ("products in *c_attn: no operation of this kind in the run",)
+    assert unknown.absent == () and unknown.missing == ("keys and values: none is known by name",)
+    assert {each.verdict for each in (elsewhere, none, unknown)} == {"incomplete"}
+
+
+def test_a_model_that_has_no_operation_of_a_kind_is_told_from_a_record_that_does_not_name_them() -> None:
+    run = a_run([a_pass("fp32", [1.0])], sites=[NORMED[0]])
+    products, squares = told(run, engine("products"), engine("mean squares"))
+    assert products.absent == ("products: no operation of this kind in the run",) and not products.missing
+    assert squares.missing == ("mean squares: none is known by name",) and not squares.absent
+
+
+@pytest.mark.parametrize("name", ["lm_head", "transformer.h.0.attn.c_attn", "backbone.layers.0.mixer.in_proj"])
+def test_products_of_weights_are_judged_whatever_a_family_calls_them_and_attentions_own_are_not(name: str) -> None:
+    product = Site(layer=0, module=name, op="linear", call=0)
+    scores = Site(layer=0, module="model.layers.0.self_attn", op="matmul", call=0)
+    engines = load_engines(["llama.cpp-f16-sums"])
+    failing = a_run([a_pass("fp32", [70_000.0, 1.0])], sites=[product, scores])
+    fine = a_run([a_pass("fp32", [1.0, 70_000.0])], sites=[product, scores])
+    assert [told(run, *engines)[0].verdict == "fail" for run in (failing, fine)] == [True, False]
 
 
 def test_an_engine_through_which_nothing_passes_in_fp16_is_ok() -> None:

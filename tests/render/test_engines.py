@@ -93,8 +93,59 @@ def test_what_a_strangers_engine_is_called_is_inert(name: str, text: str) -> Non
         assert max(map(len, out.splitlines())) <= 80
 
 
+def two_rules(*avoided: list[str]) -> Engine:
+    """An engine that fails by two rules at one place; of each the options that avoid it."""
+    options = [[Option(option=each, evidence="read in the source", **READ) for each in names] for names in avoided]
+    kinds = (["outputs"], ["residual"])
+    rules = [Rule(values=kind, because="x", avoid=each, **READ) for kind, each in zip(kinds, options, strict=True)]
+    return Engine(name="two", runs="x", rules=rules)
+
+
+BOTH: dict[str, tuple[list[str], list[str], str]] = {
+    "an option each": (["A=1"], ["B=1"], "A=1 and B=1 (read in the source)"),
+    "one for both": (["A=1", "--wide"], ["--wide", "B=1"], "--wide (read in the source)"),
+    "the same one": (["--wide"], ["--wide"], "--wide (read in the source)"),
+    "none for one of them": (["A=1"], [], "no option of the engine is known for residual"),
+    "none at all": ([], [], "no option of the engine is known"),
+}
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_no_option_is_named_that_leaves_another_rule_failing(case: str) -> None:
+    first, second, expected = BOTH[case]
+    for one, other in ((first, second), (second, first)):
+        report = with_engines(judge(overflowing_run()), [two_rules(one, other)])
+        said = avoids(report, report.engines[0])
+        if one is first:
+            assert said == expected
+        assert set(said.replace("(read in the source)", "").split(" and ")) != {"A=1 "} and "or B" not in said
+
+
+def test_an_option_is_told_with_the_weakest_evidence_that_any_rule_has_for_it() -> None:
+    known, reported = WIDE[:1], [WIDE[0].model_copy(update={"evidence": "reported by users"})]
+    rules = [Rule(values=[v], because="x", avoid=o, **READ) for v, o in (("outputs", known), ("residual", reported))]
+    report = with_engines(judge(overflowing_run()), [Engine(name="two", runs="x", rules=rules)])
+    assert avoids(report, report.engines[0]) == "--dtype bfloat16 (reported by users)"
+
+
+@pytest.mark.parametrize("name", [*SUFFIX])
+def test_every_format_names_the_options_that_go_together(name: str) -> None:
+    report = with_engines(judge(overflowing_run()), [two_rules(["A=1"], ["B=1"])])
+    out = " ".join(shown(report, name).split())
+    assert "A=1 and B=1" in out if name != "json" else "A=1" in out and "B=1" in out
+
+
+@pytest.mark.parametrize("name", ["table", "markdown", "html", "json"])
+def test_what_a_user_should_know_of_an_engine_is_shown_with_its_verdict(name: str) -> None:
+    engine = ENGINES[0].model_copy(update={"note": "It does not start on Tuesdays."})
+    assert "not start on Tuesdays" in " ".join(shown(with_engines(judge(overflowing_run()), [engine]), name).split())
+
+
 def test_a_rescaled_checkpoint_is_named_only_where_it_helps() -> None:
     outputs, sums = with_engines(judge(overflowing_run()), [an_engine("a", "outputs"), an_engine("b", "sums")]).engines
     assert avoids(with_some(), outputs) == "--rescue-to"
     assert avoids(judge(overflowing_run()), outputs) == "no option of the engine is known"
+    assert "avoided by no option" not in "".join(
+        shown(with_engines(judge(overflowing_run()), ENGINES), n) for n in SUFFIX
+    )
     assert sums.verdict == "risk" and avoids(with_some(), sums) == "no option of the engine is known"

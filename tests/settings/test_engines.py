@@ -45,7 +45,11 @@ def test_an_engine_is_asked_for_once_however_often_it_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "near"),
-    [("vlm", "did you mean 'vllm'?"), ("llamacpp", "did you mean 'llama.cpp'?"), ("xyzw", "known: transformers, vllm")],
+    [
+        ("vlm", "did you mean 'vllm'?"),
+        ("llamacpp", "did you mean 'llama.cpp'?"),
+        *((each, "known: transformers, vllm") for each in ("nope", "tensorrt")),
+    ],
 )
 def test_an_unknown_engine_is_one_sentence_with_the_nearest_name(asked: str, near: str) -> None:
     with pytest.raises(UsageError, match="unknown engine") as caught:
@@ -57,6 +61,19 @@ def test_an_engine_of_ones_own_is_a_file_and_costs_no_code(tmp_path: Path) -> No
     rule = {"values": ["squares"], "because": "x", "source": "https://example.org", "version": "1"}
     (engine,) = load_engines([written(tmp_path, yaml.safe_dump({"runs": "mine", "rules": [rule]}))])
     assert (engine.name, engine.rules[0].values, engine.rules[0].avoid) == ("mine", ["squares"], [])
+
+
+def test_a_file_that_is_called_as_another_engine_is_drops_neither(tmp_path: Path) -> None:
+    text = yaml.safe_dump({"runs": "mine", "rules": []})
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "vllm.yaml").write_text(text, encoding="utf-8")
+    files = [str(tmp_path / folder / "vllm.yaml") for folder in ("a", "b")]
+    found = load_engines([files[0], "vllm", files[1], files[0]])
+    names = [each.name for each in found]
+    assert len(set(names)) == 3 and names[1] == "vllm"
+    assert [Path(names[n]).resolve() for n in (0, 2)] == [Path(each).resolve() for each in files]
+    assert [each.name for each in load_engines(files[:1])] == ["vllm"], "alone it keeps its name"
 
 
 OUTPUTS = "runs: x\nrules: [{values: [outputs], because: x, source: 'https://a', version: '1'"

@@ -106,7 +106,7 @@ def _ids(folder: Path, text: str) -> Tensor:
 def leaves(folder: Path, text: str, value: str) -> tuple[bool, Tensor]:
     """Whether a value of this kind leaves fp16's range in a forward that stores it so, and the logits that come out."""
     ids = _ids(folder, text)
-    if value == "outputs":
+    if value in ("outputs", "outputs but scores"):
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()(ids).logits
         return not bool(logits.isfinite().all()), logits
     model, mode = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), _Half(value)

@@ -241,6 +241,17 @@ def averaging(model: Any, layer: int, source: int, target: int, gain: float) -> 
     attention.o_proj.weight[target, 0] = gain
 
 
+def loud_scores(size: float) -> Callable[[Any], None]:
+    """q and k of layer 1 so large that their product, before it is scaled, leaves fp16's range (or just does not)."""
+
+    def plant(model: Any) -> None:
+        attention = model.model.layers[1].self_attn
+        attention.q_norm.weight.fill_(size)
+        attention.k_norm.weight.fill_(size)
+
+    return plant
+
+
 def low_score(size: float, token: str = "Z") -> Callable[[Any], None]:
     """In layer 1 every query meets the key of one token with minus ``size``, every other key with next to nothing."""
 

@@ -31,6 +31,9 @@ def engine_parts(report: Report) -> Iterator[RenderableType]:
     if table.row_count:
         yield Text()
         yield table
+    for each in report.engines:
+        if each.engine.note:
+            yield Text(f"\n{safe(each.engine.name, 40)}: {safe(each.engine.note, 500)}", style="dim")
 
 
 def _table(*columns: str) -> Table:

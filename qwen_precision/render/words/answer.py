@@ -341,9 +341,9 @@ def _by_engine(report: Report) -> Iterator[Fact]:
         said = [engines.where(each), left, engines.lacks(each)]
         text = "; ".join(part for part in said if part)
         yield Fact("Engine", f"{each.engine.name} {each.verdict.upper()}: {text}")
-        avoid = engines.avoids(report, each)
-        if avoid:
-            yield Fact("", f"avoided by {avoid}")
+        avoided = engines.avoided(report, each)
+        if avoided:
+            yield Fact("", avoided)
 
 
 # -- room ---------------------------------------------------------------------------------------------------------

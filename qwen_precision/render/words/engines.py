@@ -11,7 +11,10 @@ from qwen_precision.settings import VALUES
 _MOST = 2
 """Engines of one verdict that are named in a line; the rest is counted."""
 _MOVED = frozenset(VALUES) - {"squares", "mean squares", "sums"}
-"""What a rescaling brings into the range; the insides of norms stay as large as they are."""
+"""What a rescaling is planned for; whether it brings insides of norms and sums on their way in range nobody looks."""
+
+
+_NONE = "no option of the engine is known"
 
 
 def briefly(engines: Sequence[EngineVerdict]) -> str:
@@ -35,7 +38,7 @@ def shortly(each: EngineVerdict) -> str:
 def where(each: EngineVerdict) -> str:
     """The same with token, channel and magnitude."""
     if each.place is None:
-        return "" if each.missing else "nothing passes through fp16"
+        return "" if each.missing or each.absent else "nothing passes through fp16"
     at = ", ".join([placed(each.place.layer, each.place.name), *inside(each.place)])
     if each.value is None:
         return f"{at}: not finite in fp32 either"
@@ -53,15 +56,38 @@ def avoids(report: Report, each: EngineVerdict) -> str:
     if each.verdict not in ("fail", "risk") or each.rule is None:
         return ""
     by_evidence: dict[str, list[str]] = {}
-    for option in each.rule.avoid:
-        by_evidence.setdefault(option.evidence, []).append(option.option)
+    for way in each.avoid:
+        evidence = " and ".join(dict.fromkeys(option.evidence for option in way))
+        by_evidence.setdefault(evidence, []).append(" and ".join(option.option for option in way))
     ways = [f"{' or '.join(options)} ({evidence})" for evidence, options in by_evidence.items()]
     plan = report.run.rescue
-    if plan is not None and plan.possible and each.value in _MOVED:
+    if plan is not None and plan.possible and _MOVED.issuperset(each.values):
         ways.append("--rescue-to")
-    return " or ".join(ways) or "no option of the engine is known"
+    return " or ".join(ways) or _no_way(each)
+
+
+def _no_way(each: EngineVerdict) -> str:
+    """Why no option is named: each would leave something failing."""
+    without = [rule for rule in each.rules if not rule.avoid]
+    if len(without) == len(each.rules):
+        return _NONE
+    kinds = " and ".join(dict.fromkeys(value for rule in without for value in rule.values if value in each.values))
+    return f"{_NONE} for {kinds}"
+
+
+def avoided(report: Report, each: EngineVerdict) -> str:
+    """The same as a part of a sentence."""
+    said = avoids(report, each)
+    return said if not said or said.startswith(_NONE) else f"avoided by {said}"
+
+
+def told(report: Report, each: EngineVerdict) -> str:
+    """All of it in one line: the place, what avoids it, what was not judged."""
+    said = [where(each), avoided(report, each), lacks(each)]
+    return "; ".join(part for part in said if part)
 
 
 def lacks(each: EngineVerdict) -> str:
-    """What the record does not tell."""
-    return f"not in the record: {'; '.join(each.missing)}" if each.missing else ""
+    """What was not judged, and why: the record does not tell, or the model has none."""
+    told = {"not in the record": each.missing, "not judged": each.absent}
+    return "; ".join(f"{what}: {'; '.join(said)}" for what, said in told.items() if said)

@@ -51,7 +51,8 @@ def _repairs(report: Report, first: Group | None, record: str) -> Iterator[Step]
             "a plain checkpoint: transformers, vLLM (--dtype float16) and others load it as it is",
         )
         return
-    rescue, origin = next_rescue(report, record or "RUN"), next_command(report, record or "RUN")
+    known = record or report.record or "RUN"
+    rescue, origin = next_rescue(report, known), next_command(report, known)
     if origin is not None:
         yield Step("Find it", origin, "where it starts, and why")
     if rescue is not None:
