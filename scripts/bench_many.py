@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen_precision.blocks import Folder, Plan
 from qwen_precision.blocks.summary import SUFFIX, Summary, _ends
+from qwen_precision.settings import DIGITS
 
 BLOCKS = 10_000
 PROMPTS = 16
@@ -95,15 +96,21 @@ def merging(base: Path) -> None:
 def copied(folder: Folder, count: int) -> int:
     """So many records and summaries from the one that is there, with its plan; gives their bytes."""
     (record,) = folder.records()
-    (plan,) = folder.plans()
+    ((kept,), _) = folder.plans()
+    plan = kept.plan
     summary = Summary.model_validate_json(record.with_suffix(SUFFIX).read_text())
     text, dice = record.read_text(encoding="utf-8"), random.Random(0)
     (folder.path / plan.name).unlink()
     blocks = []
     for number in range(count):
         digest, first = f"{number:032x}", number * PROMPTS
-        block = summary.block.model_copy(update={"digest": digest, "first": first})
-        data = text.replace('"name":"p', f'"name":"b{number}p').replace(summary.block.digest, digest).encode()
+        keys = [f"{dice.randrange(16**DIGITS):0{DIGITS}x}" for _ in range(PROMPTS)]
+        told = {"digest": digest, "first": first, "hashes": "".join(keys)}
+        block = summary.block.model_copy(update=told)
+        changed = text.replace(summary.block.hashes, block.hashes)
+        for old, new in zip(summary.block.keys, keys, strict=True):
+            changed = changed.replace(old, new)
+        data = changed.replace('"name":"p', f'"name":"b{number}p').replace(summary.block.digest, digest).encode()
         path = folder.record(f"{number:024x}")
         path.write_bytes(data)
         path.with_suffix(SUFFIX).write_text(_another(summary, data, block, dice).model_dump_json())
@@ -124,7 +131,7 @@ def _another(summary: Summary, data: bytes, block: Any, dice: random.Random) -> 
     standing = [(key, score * dice.uniform(0.5, 2.0), prompt) for key, score, prompt in summary.standing]
     told = {"size": len(data), "ends": _ends(data[: 16 << 10], data[-(16 << 10) :]), "block": block, "rows": rows}
     names = [f"b{block.first // PROMPTS}{name}" for name in summary.names]
-    hashes = [dice.randrange(2**56) for _ in summary.prompts]
+    hashes = [int(key, 16) for key in block.keys]
     return summary.model_copy(update={**told, "names": names, "prompts": hashes, "standing": standing})
 
 

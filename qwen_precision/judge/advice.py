@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place
-from qwen_precision.judge.logits import Bought, Cost, a_step, bought, cost, sized
+from qwen_precision.judge.logits import Bought, Cost, a_step, cost, sized
 from qwen_precision.judge.text import bad_settings, is_advised
 
 MUCH = 1 << 30
@@ -24,7 +24,7 @@ def advice(columns: Columns) -> Iterator[Finding]:
     if not is_advised(columns.run):
         return
     taken = cost(columns.run)
-    for dtype, found in bought(columns.run).items():
+    for dtype, found in columns.bought.items():
         yield from _training(columns, dtype, found, taken)
         yield from _next_token(columns, dtype, found, taken)
     if taken is not None:

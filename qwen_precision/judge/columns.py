@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qwen_precision.dtypes import REFERENCE, largest, overflows_from
 from qwen_precision.judge.findings import Corpus, Headroom, Limits, Place, Token
+from qwen_precision.judge.logits import Bought, bought
 from qwen_precision.judge.precision import Sums, sums
 from qwen_precision.qwen3 import has_qk_norm, name_of, row_of
 from qwen_precision.record import Event, Pass, Run, Site
@@ -66,6 +67,11 @@ class Columns:
     def sums(self) -> Mapping[str, Sums]:
         """By dtype: what its precision is made of."""
         return self._corpus.sums if self._corpus is not None else sums(self.run)
+
+    @cached_property
+    def bought(self) -> Mapping[str, Bought]:
+        """By dtype: what float32 logits are worth."""
+        return self._corpus.bought if self._corpus is not None else bought(self.run)
 
     def failing(self, dtype: str) -> tuple[int, int] | None:
         """How many prompts fail, of how many; None where the run holds all of them."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from qwen_precision.judge.logits import Bought, bought
 from qwen_precision.judge.precision import Precision, Sums, sums
 from qwen_precision.record import Run
 from qwen_precision.settings import Engine, Rule
@@ -189,6 +190,8 @@ class Across(NamedTuple):
     """Shares of the prompts, and the headroom that so many of them do not exceed."""
     worst: tuple[tuple[str, float], ...]
     """Names of the prompts with the least headroom, and what they have; those that fail first."""
+    fail: tuple[str, ...] = ()
+    """Names of all prompts that fail, in the order of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -197,18 +200,31 @@ class Corpus:
 
     prompts: int
     """That were seen; the run of the report holds those that are worst somewhere."""
+    asked: int
+    """That all plans ask for, seen or not."""
     blocks: int
-    """Of the plan."""
+    """Of the plans."""
     missing: tuple[str, ...]
-    """Blocks of the plan that were not seen, in words."""
+    """Prompts of the plans that were not seen, in words."""
     missing_blocks: int
+    """Blocks of which something was not seen."""
+    do: tuple[str, ...]
+    """What to do about what was not seen, a sentence each."""
     across: tuple[Across, ...]
     record: str
     """Path of the record with the prompt that fails first, else of one with a prompt that is worst in something."""
     sums: dict[str, Sums]
     """By dtype: what the precision of all of them is made of."""
+    bought: dict[str, Bought]
+    """By dtype: what float32 logits are worth, over all of them."""
     left_out: int = 0
     """Prompts that are worst somewhere, and were too many to be opened again."""
+    replaced: int = 0
+    """Prompts in records of weights that it had before, which are left out."""
+    sources: tuple[str, ...] = ()
+    """Every name that the weights were given, as typed; the first is the report's."""
+    settings: str = ""
+    """A hash of the settings that change what is measured, without the version of qprec."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +250,11 @@ class Report:
         """By dtype: how far it is from the reference, over all prompts; empty without one."""
         found = self.corpus.sums if self.corpus is not None else sums(self.run)
         return {dtype: each.precision for dtype, each in found.items()}
+
+    @property
+    def bought(self) -> dict[str, Bought]:
+        """By dtype: what float32 logits are worth, over all prompts; empty where nothing was compared."""
+        return self.corpus.bought if self.corpus is not None else bought(self.run)
 
     def tightest(self, dtype: str) -> list[Headroom]:
         """The operation with the least headroom of each layer (and of what is outside them), smallest first."""

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.record import Continuation, Generation, Run, Upcast
@@ -30,6 +30,8 @@ class Bought:
     """Largest error of one, in nats."""
     logprob_rms: float | None
     """Root mean square of them."""
+    compared: int
+    """Tokens that it is made of."""
     loss: float | None
     """Cross-entropy, in nats a token, of the row whose loss the dtype changes most; null in a generation."""
     loss_in_dtype: float | None
@@ -51,6 +53,20 @@ class Bought:
         if self.loss is None or self.loss_in_dtype is None:
             return None
         return abs(self.loss_in_dtype - self.loss)
+
+    def __add__(self, other: "Bought") -> "Bought":
+        worst = max(self, other, key=lambda each: each.loss_error if each.loss_error is not None else -1.0)
+        rms = [(each.logprob_rms, each.compared) for each in (self, other) if each.logprob_rms is not None]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in (*_ADDED, *_OUTERMOST)}
+        together: dict[str, Any] = {name: sum(pairs[name]) for name in _ADDED}
+        together |= {name: _farthest(pairs[name]) for name in _OUTERMOST}
+        together["logprob_rms"] = _root([value**2 for value, _ in rms], [count for _, count in rms])
+        return replace(worst, **together)  # whose loss it is
+
+
+_ADDED = ("rows", "changed", "ranks", "tokens", "compared", "bad", "zero", "by_hand_bad", "unshifted_bad")
+_OUTERMOST = ("mass_lost", "logprob_max", "by_hand")
+"""Of ``Bought``: what is added up over prompts, and of what the one farthest from zero is kept."""
 
 
 class Length(NamedTuple):
@@ -173,6 +189,7 @@ def _of_prompts(run: Run, dtype: str) -> Bought | None:
         tokens=sum(row.tokens for row in rows),
         logprob_max=_farthest([row.logprob_max for row in rows]),
         logprob_rms=_root([square for square, _ in squares], [count for _, count in squares]),
+        compared=sum(count for _, count in squares),
         loss=worst.loss if worst is not None else None,
         loss_in_dtype=worst.loss_in_dtype if worst is not None else None,
         bad=sum(row.bad for row in rows),
@@ -207,6 +224,7 @@ def _of_a_text(made: Generation, dtype: str) -> Bought | None:
         tokens=len(errors),
         logprob_max=_farthest([abs(value) for value in errors]),
         logprob_rms=_root([value * value for value in errors], [1] * len(errors)),
+        compared=len(errors),
         loss=None,
         loss_in_dtype=None,
         bad=0,

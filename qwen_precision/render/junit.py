@@ -9,12 +9,12 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 from qwen_precision.dtypes import REFERENCE, RESCUED
-from qwen_precision.judge import CHECKS, Changes, Finding, Report, Subject, bought, exit_code_of
+from qwen_precision.judge import CHECKS, Changes, Finding, Report, Subject, exit_code_of
 from qwen_precision.qwen3 import placed
 from qwen_precision.record import Exported
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
-from qwen_precision.render.words import engines
+from qwen_precision.render.words import corpus, engines
 from qwen_precision.settings import FAILING
 
 
@@ -29,6 +29,11 @@ def render_junit(view: View) -> str:
         if exported is not None:
             _rescued(root, report, exported, view)
         _finished(root, report)
+    several = corpus.checkpoints(view.reports)
+    if several:
+        suite = ElementTree.SubElement(root, "testsuite", name="checkpoints", tests="1", failures="0", errors="0")
+        case = ElementTree.SubElement(suite, "testcase", name="compared", classname="checkpoints", time="0")
+        ElementTree.SubElement(case, "system-out").text = several
     for key in ("tests", "failures", "errors"):
         root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
     ElementTree.indent(root)
@@ -52,7 +57,7 @@ def _suites(report: Report) -> Iterator[tuple[str, Subject, list[Finding]]]:
         yield f"{head}{dtype} weights", "weights", whole
         if run.reference and dtype != REFERENCE:
             yield f"{head}{dtype} precision", "precision", whole
-        if dtype in bought(run) or any(finding.kind == "advice" for finding in whole):
+        if dtype in report.bought or any(finding.kind == "advice" for finding in whole):
             yield f"{head}{dtype} logits", "logits", whole
 
 
@@ -110,16 +115,33 @@ def _finished(root: ElementTree.Element, report: Report) -> None:
     suite = ElementTree.SubElement(
         root, "testsuite", name=name, tests="1", failures="0", errors=str(int(bool(report.stopped)))
     )
-    if report.engines:  # what is so elsewhere is no test of this run
+    told = dict(_properties(report))
+    if told:
         properties = ElementTree.SubElement(suite, "properties")
-        for each in report.engines:
-            said = f"{each.verdict.upper()}: {engines.where(each) or engines.lacks(each)}"
-            ElementTree.SubElement(
-                properties, "property", name=f"engine.{safe(each.engine.name, 40)}", value=safe(said, 500)
-            )
+        for key, said in told.items():
+            ElementTree.SubElement(properties, "property", name=key, value=safe(said, 500))
     case = ElementTree.SubElement(suite, "testcase", name="finished", classname=name, time="0")
     if report.stopped:
         ElementTree.SubElement(case, "error", type="stopped", message=safe(report.stopped))
+    if report.corpus is not None:
+        lines = [corpus.counted(report), *report.corpus.do]
+        ElementTree.SubElement(case, "system-out").text = "\n".join(safe(each, 600) for each in lines)
+
+
+def _properties(report: Report) -> Iterator[tuple[str, str]]:
+    """What is no test of this run: what is so elsewhere, and how many prompts of a folder there are."""
+    for each in report.engines:
+        yield (
+            f"engine.{safe(each.engine.name, 40)}",
+            f"{each.verdict.upper()}: {engines.where(each) or engines.lacks(each)}",
+        )
+    told = report.corpus
+    if told is not None:
+        yield "prompts", str(told.prompts)
+        yield "blocks", str(told.blocks)
+        yield "blocks.missing", str(told.missing_blocks)
+        for dtype in report.verdict:
+            yield f"prompts.failing.{dtype}", str(corpus.failing(report, dtype))
 
 
 def _line(finding: Finding) -> str:

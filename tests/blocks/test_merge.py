@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from qwen_precision.blocks import Folder, reports
-from qwen_precision.blocks.merge import Tally, _across, _summed
+from qwen_precision.blocks.merge import _across, _summed
 from qwen_precision.blocks.summary import read_summary, summary_of
+from qwen_precision.blocks.tally import Tally
 from qwen_precision.errors import QprecError
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
@@ -76,7 +77,7 @@ def test_it_does_not_matter_which_records_are_taken_together_first(seed: int, tm
 
     one, other = tally(), tally()
     assert (one.best, one.worst, one.blocks, one.ranks) == (other.best, other.worst, other.blocks, other.ranks)
-    assert list(_across(one)) == list(_across(other))
+    assert list(_across(one, {})) == list(_across(other, {}))
     assert _summed(one) == _summed(other)
 
 
@@ -90,7 +91,7 @@ def test_precision_leaves_out_the_prompt_that_a_part_of_a_sweep_runs_once_more(t
     made_up(tmp_path / "runs", SIZES[:2])
     (path,) = Folder(tmp_path / "runs").records()
     run = load(path)
-    part = {**run.settings["block"], "block": {**run.settings["block"]["block"], "kind": "sweep"}}
+    part = {**run.settings["block"], "block": {**run.settings["block"]["block"], "kind": "sweep", "hashes": ""}}
     swept = judge(run.model_copy(update={"settings": {**run.settings, "block": part}}))
     assert summary_of(judge(run), b"", (0, 1)).sums and not summary_of(swept, b"", (0, 1)).sums
 
@@ -107,8 +108,9 @@ def test_a_record_that_is_there_twice_counts_its_prompts_once(tmp_path: Path) ->
 def test_blocks_that_are_missing_are_named_and_what_is_not_seen_is_no_pass(tmp_path: Path) -> None:
     report = merged(tmp_path, [100.0] * 9, skip={1, 2, 4})
     assert report.verdict == {"fp16": "incomplete"} and report.exit_code("fail") == 3
-    assert report.stopped == "not seen: 3 of 5 blocks (prompts 3 to 6, prompt 9)"
+    assert report.stopped == "not seen: 5 of 9 prompts (prompts 3 to 6, prompt 9)"
     assert report.corpus is not None and report.corpus.missing == ("prompts 3 to 6", "prompt 9")
+    assert (report.corpus.prompts, report.corpus.asked, report.corpus.missing_blocks) == (4, 9, 3)
 
 
 def test_a_failure_is_one_whatever_is_missing(tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_another_corpus_in_the_same_folder_is_more_prompts(tmp_path: Path) -> No
     report = merged(tmp_path, SIZES, block=4)
     assert report.corpus is not None and report.corpus.blocks == 3
     report = merged(tmp_path, SIZES[:8], block=8)
-    assert report.corpus is not None and report.corpus.prompts == 9 and report.corpus.blocks == 4
+    assert report.corpus is not None and report.corpus.prompts == 9 and report.corpus.blocks == 2
 
 
 def test_a_folder_without_records_of_a_folder_is_a_sentence(tmp_path: Path) -> None:

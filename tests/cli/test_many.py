@@ -49,7 +49,7 @@ def test_a_share_ends_with_0_whatever_was_found_and_the_merged_report_with_the_v
     assert measured(out, "demo", *FP16, "--prompts", corpus, "--shard", "1/2") == 0
     assert main(["report", str(out), "-f", "json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["verdict"] == {"fp16": "fail"} and found["corpus"]["not_seen"] == ["prompts 3 to 6, share 2 of 2"]
+    assert found["verdict"] == {"fp16": "fail"} and found["corpus"]["not_seen"] == ["prompts 3 to 6, --shard 2/2"]
     assert measured(out, "demo", *FP16, "--prompts", corpus, "--shard", "2/2") == 0
     assert main(["report", str(out), "-f", "json"]) == 1
     found = json.loads(capsys.readouterr().out)
@@ -117,18 +117,24 @@ def test_prompts_that_are_too_many_for_the_memory_are_measured_in_halves(
 def test_checkpoints_stand_side_by_side_and_one_that_cannot_be_opened_stops_no_other(
     corpus: str, healthy: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    words = ("demo", "./nothing", str(healthy), *FP16, "--prompts", corpus)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    words = ("demo", "./broken", str(healthy), *FP16, "--prompts", corpus)
     assert main(["probe", *words, "-o", "runs/"]) == 1
     said = capsys.readouterr()
-    assert said.err.count("./nothing: no such folder") == 1 and "6 blocks measured" in said.err
-    head, demo, nothing, fine = said.out.splitlines()[:4]
-    assert "least room" in head and "INCOMPLETE" in nothing
+    assert said.err.count("config.json") == 1 and "6 blocks measured" in said.err
+    head, demo, broken, fine = said.out.splitlines()[:4]
+    assert "least room" in head and broken.startswith("broken ") and "INCOMPLETE" in broken
     assert "FAIL" in demo and "5 of 6" in demo and "OK" in fine and "0 of 6" in fine
 
 
-def test_nothing_at_all_is_the_sentence_alone(corpus: str, capsys: Capture) -> None:
-    assert main(["probe", "./nothing", "--prompts", corpus, "-o", "runs/", "-q"]) == 3
-    assert "./nothing: no such folder" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("typo", ["./nothing", "./empty"])
+def test_a_checkpoint_that_is_not_there_is_a_sentence_and_leaves_no_plan(
+    typo: str, corpus: str, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["probe", "demo", typo, "--prompts", corpus, "-o", "runs/", "-q"]) == 3
+    assert f"{typo}: " in sentence(capsys) and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if not row.binary])
@@ -172,17 +178,19 @@ def test_a_folder_is_compared_with_an_older_one_checkpoint_by_checkpoint(tmp_pat
         assert "b" in capsys.readouterr().out
 
 
-def test_what_a_command_would_do_is_told_without_torch(
-    corpus: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_what_a_command_would_do_is_told_before_anything_is_done(
+    corpus: str, healthy: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    assert (
-        main(["probe", "a", "b", "--prompts", corpus, "--block", "2", "-o", "runs/", "--dry-run", "--shard", "2/3"])
-        == 0
-    )
+    monkeypatch.setattr("qwen_precision.model.weights.read_tensor", None)  # no weight is read
+    words = ["probe", "demo", str(healthy), "--prompts", corpus, "--block", "2", "-o", "runs/", "--dry-run"]
+    assert main([*words, "--shard", "2/3"]) == 0
     shown = capsys.readouterr().out
-    assert "6 in 3 blocks" in shown and "2 of 6 blocks; first a, prompts 5 to 6" in shown
+    assert "6 in 3 blocks" in shown and "2 of 6 blocks; first demo, prompts 5 to 6" in shown
+    assert "demo: 2 prompts in 1 block\n" in shown and f"{healthy}: 2 prompts in 1 block\n" in shown
+    assert shown.count("  memory") == shown.count("  time") == shown.count("  download") == 2
     assert not (tmp_path / "runs").exists()
+    assert main([*words[:2], "./nothing", *words[3:]]) == 3
+    assert "./nothing: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

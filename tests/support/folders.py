@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qwen_precision.blocks import Folder, Plan, for_block, plan_for
+from qwen_precision.blocks import Folder, Plan, Told, for_block, plan_for
 from qwen_precision.cli import main
 from qwen_precision.judge.checks import judge
 from qwen_precision.record import Run, joined
@@ -78,7 +78,8 @@ def made_up(
         if item.block.first // block not in (skip or set()):
             run = _run_of(item.source, item.block.first, part, text)
             weights = f"weights of {item.source}"
-            folder.save(plan.key(weights, item.block), judge(for_block(run, weights, plan, item.block)), (0, 1))
+            told = {prompt.name: Told(key, True) for prompt, key in zip(run.prompts, item.block.keys, strict=True)}
+            folder.save(plan.key(weights, item.block), judge(for_block(run, weights, plan, item.block, told)), (0, 1))
     return plan
 
 

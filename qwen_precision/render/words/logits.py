@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from qwen_precision.judge import Bought, Report, a_step, bought, cost, sized
+from qwen_precision.judge import Bought, Report, a_step, cost, sized
 from qwen_precision.render.text import count, number
 
 COLUMNS = ("dtype", "loss", "loss error", "log-prob. error", "at most", "mass lost", "ranks", "next")
@@ -23,7 +23,7 @@ _IN_A_TEXT = "ranks are of the ten likeliest tokens at each step."
 
 def saved(report: Report) -> Iterator[str]:
     """A line a dtype, that with the largest error of the loss first: what is lost where logits are not upcast."""
-    for dtype, each in sorted(bought(report.run).items(), key=lambda item: -(item[1].loss_error or 0.0)):
+    for dtype, each in sorted(report.bought.items(), key=lambda item: -(item[1].loss_error or 0.0)):
         yield f"{dtype}: upcasting saves {_saves(each)} here; without it {_next(each)}{_lost(each)}"
 
 
@@ -62,7 +62,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
             f"{each.ranks:,} of {10 * each.rows:,}",
             f"{each.changed:,} of {each.rows:,}",
         )
-        for dtype, each in bought(report.run).items()
+        for dtype, each in report.bought.items()
     ]
 
 
@@ -90,7 +90,7 @@ def lengths(report: Report) -> list[tuple[str, str, str, str]]:
 
 def notes(report: Report) -> Iterator[str]:
     """How it was measured, what was really held, and what the upcast takes."""
-    if bought(report.run):
+    if report.bought:
         yield _HOW + (_IN_A_PROMPT if report.run.generation is None else _IN_A_TEXT)
     yield from _by_hand(report)
     taken = cost(report.run)
@@ -104,7 +104,7 @@ def notes(report: Report) -> Iterator[str]:
 
 def _by_hand(report: Report) -> Iterator[str]:
     """A softmax of which every step is rounded, as an export or code by hand has it."""
-    for dtype, each in bought(report.run).items():
+    for dtype, each in report.bought.items():
         if each.by_hand is None and not each.by_hand_bad:
             continue
         said = [f"sums to {1 - each.by_hand:.6g} where it is worst"] if each.by_hand is not None else []
