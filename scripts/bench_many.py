@@ -19,20 +19,33 @@ PROMPTS = 16
 """Of a block: a record of 36 layers has 1 MB then."""
 LISTED = 100_000
 RUNS = 3
-_PEAK = """
+_COMMAND = """
 import sys
 from qwen_precision.cli import main
 code = main(sys.argv[1:])
+"""
+_PEAK = """
 with open("/proc/self/status") as file:  # what getrusage tells is that of the parent, if that was larger
     sys.stderr.write("peak " + next(line.split()[1] for line in file if line.startswith("VmHWM")))
 sys.exit(code)
 """
 
 
-def commanded(words: list[str], folder: Path) -> tuple[float, float]:
+_LISTED = """
+import sys
+from qwen_precision.blocks import plan_for
+from qwen_precision.settings import Corpus, load_settings
+plan = plan_for(["Qwen/Qwen3-8B"], None, load_settings(None, {}), Corpus(None, sys.argv[1]))
+print(len(plan.share(2, 8)), len(plan.text()))
+code = 0
+"""
+"""What a command with a folder does before it looks for a checkpoint."""
+
+
+def commanded(words: list[str], folder: Path, code: str = _COMMAND) -> tuple[float, float]:
     """Seconds of a whole command in a process of its own, and its peak memory in MB."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", _PEAK, *words], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code + _PEAK, *words], cwd=folder, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     if done.returncode not in (0, 1):
         raise RuntimeError(done.stderr)
@@ -66,10 +79,9 @@ def corpus(path: Path, count: int) -> Path:
 
 
 def listing(base: Path) -> None:
-    """100,000 prompts listed and planned for eight ranks: the whole command."""
+    """100,000 prompts listed and planned for eight ranks: the whole process."""
     corpus(base / "listed.jsonl", LISTED)
-    words = ["probe", "Qwen/Qwen3-8B", "--prompts", "listed.jsonl", "-o", "listed/", "--dry-run", "--shard", "3/8"]
-    seconds, peak = min(commanded(words, base) for _ in range(3))
+    seconds, peak = min(commanded(["listed.jsonl"], base, _LISTED) for _ in range(3))
     print(f"\n{LISTED:,} prompts listed and planned: {seconds:.1f} s, {peak:.0f} MB")
 
 

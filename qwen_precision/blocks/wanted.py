@@ -4,6 +4,7 @@ A plan that was given up (a prompt was corrected, blocks were made larger) stays
 for too is asked for once, and what only an older one asks for is named with the file that asks.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,25 +60,36 @@ def wanted(
     for kept in plans:
         for source in kept.plan.sources:
             place = (source, kept.plan.revision)
-            weights = [known[place]] if place in known else _called(source, kept.plan.settings_digest, found)
-            for each in weights or [""]:
+            for each in _weights(place, kept.plan.settings_digest, found, known):
                 # Without weights it is a checkpoint of its own.
                 key = Group(each or repr(place), kept.plan.settings_digest)
                 mine = made.setdefault(key, Wanted(each))
                 mine.sources += [source] if source not in mine.sources else []
                 mine.plans.append((kept, source))
     for mine in made.values():
-        mine.newest = next(
-            kept for kept in reversed(plans) if not mine.sources or {*mine.sources} & {*kept.plan.sources}
-        )
+        mine.newest = next(kept for kept in reversed(plans) if not set(mine.sources).isdisjoint(kept.plan.sources))
         _ask(mine)
     return made
 
 
-def _called(source: str, settings: str, found: Mapping[Group, Tally]) -> list[str]:
-    """Weights that records call so: of these settings, else of any."""
+def _weights(
+    place: tuple[str, str | None],
+    settings: str,
+    found: Mapping[Group, Tally],
+    known: Mapping[tuple[str, str | None], str],
+) -> list[str]:
+    """Weights that a name and revision stand for; an empty word where nobody can tell.
+
+    As they were met, else as records of these settings call them, or of others; else another spelling of the name.
+    """
+    if place in known:
+        return [known[place]]
+    source, revision = place
     every = [group for group, tally in found.items() if source in tally.sources]
-    return [group.weights for group in every if group.settings == settings] or [group.weights for group in every[:1]]
+    mine = [group.weights for group in every if group.settings == settings] or [group.weights for group in every[:1]]
+    path = os.path.normpath(source)
+    other = [weights for (name, its), weights in known.items() if (os.path.normpath(name), its) == (path, revision)]
+    return mine or other[-1:] or [""]
 
 
 def _ask(mine: Wanted) -> None:
