@@ -43,8 +43,8 @@ def _lines(view: View) -> Iterator[str]:
         if report.stopped:
             title = _property(f"qprec {safe(model_named(report))}")
             early = "stopped early: " if report.corpus is None else ""
-            do = " ".join(report.corpus.do[:1]) if report.corpus is not None else ""
-            yield f"::warning title={title}::{_escaped(f'{early}{safe(report.stopped)} {safe(do)}'.rstrip())}"
+            do = "".join(f". {each}" for each in report.corpus.do[:1]) if report.corpus is not None else ""
+            yield f"::warning title={title}::{_escaped(f'{early}{safe(report.stopped)}{safe(do)}')}"
 
 
 def _engines(report: Report) -> Iterator[str]:

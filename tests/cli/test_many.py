@@ -343,7 +343,7 @@ def test_ci_formats_tell_how_many_prompts_and_checkpoints_fail_and_what_is_missi
     shown = capsys.readouterr().out
     assert "::notice title=qprec::2 checkpoints; fp16: 2 FAIL\n" in shown
     assert "::notice title=qprec a::fp16: 1 of 4 prompts fail\n" in shown
-    assert "not seen: 1 of 5 prompts (prompt 5) The command that began plan-" in shown
+    assert "not seen: 1 of 5 prompts (prompt 5). The command that began plan-" in shown
     assert main(["report", "runs", "-f", "junit"]) == 1
     root = ElementTree.fromstring(capsys.readouterr().out)
     told = {each.get("name"): each.get("value") for each in root.findall("testsuite[@name='a run']//property")}

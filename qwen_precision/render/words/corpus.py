@@ -66,6 +66,8 @@ def counted(report: Report) -> str:
     """How many prompts fail in each dtype, of how many that were seen; nothing of a report over one record."""
     if report.corpus is None:
         return ""
+    if not report.corpus.prompts:
+        return "no prompt was seen"
     seen = count(report.corpus.prompts, "prompt")
     return "; ".join(f"{dtype}: {failing(report, dtype):,} of {seen} fail" for dtype in report.verdict)
 
