@@ -221,6 +221,15 @@ def test_an_old_plan_with_blocks_of_another_size_asks_for_nothing_that_is_there(
     assert report.stopped is None
 
 
+def test_what_two_plans_ask_for_is_missing_once(tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    made_up(out, SIZES, block=3, skip={0, 1, 2})
+    begun(out, "old", 1000)
+    made_up(out, SIZES, block=2, skip={0})
+    (report,) = reports(Folder(out))
+    assert report.stopped == "not seen: 2 of 9 prompts (prompts 1 to 2)"
+
+
 def test_the_newest_plan_asks_only_for_prompts_that_no_record_holds(tmp_path: Path) -> None:
     out = tmp_path / "runs"
     made_up(out, SIZES, block=2)
