@@ -12,26 +12,40 @@ from typing import Any
 
 from qwen_precision.blocks import Folder, Plan
 from qwen_precision.blocks.summary import SUFFIX, Summary, _ends
+from qwen_precision.settings import DIGITS
 
 BLOCKS = 10_000
 PROMPTS = 16
 """Of a block: a record of 36 layers has 1 MB then."""
 LISTED = 100_000
 RUNS = 3
-_PEAK = """
+_COMMAND = """
 import sys
 from qwen_precision.cli import main
 code = main(sys.argv[1:])
+"""
+_PEAK = """
 with open("/proc/self/status") as file:  # what getrusage tells is that of the parent, if that was larger
     sys.stderr.write("peak " + next(line.split()[1] for line in file if line.startswith("VmHWM")))
 sys.exit(code)
 """
 
 
-def commanded(words: list[str], folder: Path) -> tuple[float, float]:
+_LISTED = """
+import sys
+from qwen_precision.blocks import plan_for
+from qwen_precision.settings import Corpus, load_settings
+plan = plan_for(["Qwen/Qwen3-8B"], None, load_settings(None, {}), Corpus(None, sys.argv[1]))
+print(len(plan.share(2, 8)), len(plan.text()))
+code = 0
+"""
+"""What a command with a folder does before it looks for a checkpoint."""
+
+
+def commanded(words: list[str], folder: Path, code: str = _COMMAND) -> tuple[float, float]:
     """Seconds of a whole command in a process of its own, and its peak memory in MB."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", _PEAK, *words], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code + _PEAK, *words], cwd=folder, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     if done.returncode not in (0, 1):
         raise RuntimeError(done.stderr)
@@ -65,10 +79,9 @@ def corpus(path: Path, count: int) -> Path:
 
 
 def listing(base: Path) -> None:
-    """100,000 prompts listed and planned for eight ranks: the whole command."""
+    """100,000 prompts listed and planned for eight ranks: the whole process."""
     corpus(base / "listed.jsonl", LISTED)
-    words = ["probe", "Qwen/Qwen3-8B", "--prompts", "listed.jsonl", "-o", "listed/", "--dry-run", "--shard", "3/8"]
-    seconds, peak = min(commanded(words, base) for _ in range(3))
+    seconds, peak = min(commanded(["listed.jsonl"], base, _LISTED) for _ in range(3))
     print(f"\n{LISTED:,} prompts listed and planned: {seconds:.1f} s, {peak:.0f} MB")
 
 
@@ -95,15 +108,21 @@ def merging(base: Path) -> None:
 def copied(folder: Folder, count: int) -> int:
     """So many records and summaries from the one that is there, with its plan; gives their bytes."""
     (record,) = folder.records()
-    (plan,) = folder.plans()
+    ((kept,), _) = folder.plans()
+    plan = kept.plan
     summary = Summary.model_validate_json(record.with_suffix(SUFFIX).read_text())
     text, dice = record.read_text(encoding="utf-8"), random.Random(0)
     (folder.path / plan.name).unlink()
     blocks = []
     for number in range(count):
         digest, first = f"{number:032x}", number * PROMPTS
-        block = summary.block.model_copy(update={"digest": digest, "first": first})
-        data = text.replace('"name":"p', f'"name":"b{number}p').replace(summary.block.digest, digest).encode()
+        keys = [f"{dice.randrange(16**DIGITS):0{DIGITS}x}" for _ in range(PROMPTS)]
+        told = {"digest": digest, "first": first, "hashes": "".join(keys)}
+        block = summary.block.model_copy(update=told)
+        changed = text.replace(summary.block.hashes, block.hashes)
+        for old, new in zip(summary.block.keys, keys, strict=True):
+            changed = changed.replace(old, new)
+        data = changed.replace('"name":"p', f'"name":"b{number}p').replace(summary.block.digest, digest).encode()
         path = folder.record(f"{number:024x}")
         path.write_bytes(data)
         path.with_suffix(SUFFIX).write_text(_another(summary, data, block, dice).model_dump_json())
@@ -124,7 +143,7 @@ def _another(summary: Summary, data: bytes, block: Any, dice: random.Random) -> 
     standing = [(key, score * dice.uniform(0.5, 2.0), prompt) for key, score, prompt in summary.standing]
     told = {"size": len(data), "ends": _ends(data[: 16 << 10], data[-(16 << 10) :]), "block": block, "rows": rows}
     names = [f"b{block.first // PROMPTS}{name}" for name in summary.names]
-    hashes = [dice.randrange(2**56) for _ in summary.prompts]
+    hashes = [int(key, 16) for key in block.keys]
     return summary.model_copy(update={**told, "names": names, "prompts": hashes, "standing": standing})
 
 

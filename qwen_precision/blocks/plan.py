@@ -6,14 +6,15 @@ list, checkpoint by checkpoint. A share of it is a stretch, so that as few ranks
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qwen_precision.errors import UsageError
 from qwen_precision.record import Many
-from qwen_precision.settings import PREFIX, SWEEPS, Corpus, ProbeSettings
+from qwen_precision.settings import DIGITS, SWEEPS, Corpus, ProbeSettings
 from qwen_precision.version import __version__
 
 _PARTS = 64
@@ -40,21 +41,42 @@ class Block(BaseModel):
     """Roughly what it costs."""
     digest: str = Field(max_length=64)
     """Of its prompts."""
-    prefixes: str = ""
+    hashes: str = ""
     """Of a block of prompts: see ``settings.PromptBlock``."""
 
-    def begins_with(self, other: "Block") -> bool:
-        """Whether the prompts of another block are its first ones, and not all of them."""
-        at = PREFIX * other.count
-        return other.count < self.count and self.prefixes[at - PREFIX : at] == other.digest[:PREFIX]
+    @model_validator(mode="after")
+    def _complete(self) -> "Block":
+        if len(self.hashes) != (DIGITS * self.count if self.kind == "prompts" else 0):
+            raise ValueError("has not a hash for each prompt")
+        return self
+
+    @property
+    def keys(self) -> list[str]:
+        """Hash of each prompt; none of a part of a sweep."""
+        return [self.hashes[at : at + DIGITS] for at in range(0, len(self.hashes), DIGITS)]
+
+    def part(self, places: Sequence[int]) -> "Block":
+        """Some of its prompts, by their places: a block of their own, unless they are all of them."""
+        if len(places) == self.count:
+            return self
+        keys = self.keys
+        hashes = "".join(keys[place] for place in places)
+        told = {"count": len(places), "hashes": hashes, "digest": _hash(hashes)[:32]}
+        return self.model_copy(
+            update={**told, "first": self.first + places[0], "tokens": self.tokens * len(places) // self.count}
+        )
 
     @property
     def said(self) -> str:
         """In words."""
         if self.kind == "sweep":
             return f"part {self.first + 1} of {self.count} of the sweep"
-        last = self.first + self.count
-        return f"prompt {last}" if self.count == 1 else f"prompts {self.first + 1} to {last}"
+        return prompts_said(self.first, self.count)
+
+
+def prompts_said(first: int, count: int) -> str:
+    """So many prompts, from the ``first``-th (from 0) on, in words."""
+    return f"prompt {first + 1}" if count == 1 else f"prompts {first + 1} to {first + count}"
 
 
 class Item(NamedTuple):
@@ -90,17 +112,18 @@ class Plan(BaseModel):
             number: of the rank, from 0.
             of: how many ranks there are.
         """
-        total, before, mine = len(self.sources) * sum(max(1, block.tokens) for block in self.blocks), 0, []
-        for item in self.items():
-            cost = max(1, item.block.tokens)
-            if (2 * before + cost) * of // (2 * total) == number:  # by its middle
-                mine.append(item)
-            before += cost
-        return mine
+        return [item for item, rank in self._ranks(of) if rank == number]
 
     def owner(self, of: int) -> dict[Item, int]:
         """The rank of every block, where there are so many."""
-        return {item: number for number in range(of) for item in self.share(number, of)}
+        return dict(self._ranks(of))
+
+    def _ranks(self, of: int) -> Iterator[tuple[Item, int]]:
+        total, before = len(self.sources) * sum(max(1, block.tokens) for block in self.blocks), 0
+        for item in self.items():
+            cost = max(1, item.block.tokens)
+            yield item, (2 * before + cost) * of // (2 * total)  # by its middle
+            before += cost
 
     def text(self) -> str:
         """As it is written: the same plan always gives the same text."""
@@ -120,6 +143,26 @@ class Plan(BaseModel):
         """Of settings and version: records with another one are not merged with these."""
         return _hash(json.dumps([self.settings, self.version], sort_keys=True))[:16]
 
+    def unlike(self, other: "Plan") -> list[str]:
+        """In what another plan differs from this one, in words."""
+        keys = sorted({*self.settings, *other.settings})
+        pairs = {key: (self.settings.get(key), other.settings.get(key)) for key in keys}
+        told = [f"{key} {in_short(theirs)}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+        if self.version != other.version:
+            told.insert(0, f"made by qprec {other.version}")
+        if self.revision != other.revision:
+            told.append(f"revision {other.revision or 'of none'}")
+        gone = [source for source in other.sources if source not in self.sources]
+        told += [f"of {', '.join(gone[:3])}{' and others' if len(gone) > 3 else ''}"] if gone else []
+        if [block.digest for block in self.blocks] != [block.digest for block in other.blocks]:
+            told.append(f"of {other.prompts:,} prompts in other blocks")
+        return told
+
+
+def in_short(value: object) -> str:
+    """The value of a setting in a few words."""
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)[:60]
+
 
 def plan_for(
     sources: Sequence[str], revision: str | None, settings: ProbeSettings, corpus: Corpus, texts: Sequence[str] = ()
@@ -136,28 +179,40 @@ def plan_for(
     Raises:
         UsageError: a checkpoint twice, or a sweep over the lengths of a prompt, which cannot be shared.
     """
-    twice = next((source for place, source in enumerate(sources) if source in sources[:place]), None)
-    if twice is not None:
-        raise UsageError(f"MODEL: {twice} is there twice; give each checkpoint once.")
+    _check_once(sources)
     if settings.sweep == SWEEPS[1]:
         raise UsageError(f"--sweep {settings.sweep}: is about one prompt; give a file with -o, not a folder.")
     blocks = [
-        Block(kind="prompts", **{key: getattr(each, key) for key in ("first", "count", "tokens", "digest", "prefixes")})
+        Block(kind="prompts", **{key: getattr(each, key) for key in ("first", "count", "tokens", "digest", "hashes")})
         for each in corpus.blocks
     ]
-    told = _that_matter(settings)
+    told = that_matter(settings.model_dump(mode="json"))
     if settings.sweep is not None:
         blocks += _parts(settings, blocks[0], texts)
     return Plan(sources=list(sources), revision=revision, settings=told, prompts=corpus.count, blocks=blocks)
 
 
-_NO_MATTER = {"prompts", "fail_on", "memory", "sweep", "sweep_limit", "sweep_texts"}
+def _check_once(sources: Sequence[str]) -> None:
+    """That none is there twice, whatever its spelling: ``./A``, ``A/`` and a link to it are one folder."""
+    places: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        path = os.path.expanduser(source)
+        is_path = source != "demo" and os.path.exists(path)
+        before = places.setdefault(os.path.realpath(path) if is_path else source, number)
+        if before != number:
+            same = f" ({sources[before]} is the same)" if sources[before] != source else ""
+            raise UsageError(f"MODEL: {source} is there twice{same}; give each checkpoint once.")
+
+
+_NO_MATTER = {"prompts", "fail_on", "memory", "sweep", "sweep_limit", "sweep_texts", "block"}
 """Settings that change no number of a block of prompts; those of a sweep are in the digest of its parts."""
 
 
-def _that_matter(settings: ProbeSettings) -> dict[str, Any]:
-    told = {name: value for name, value in settings.model_dump(mode="json").items() if name not in _NO_MATTER}
-    return {**told, "device": settings.device.partition(":")[0]}  # which card it was makes no difference
+def that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's settings those that change what is measured."""
+    told = {name: value for name, value in settings.items() if name not in _NO_MATTER}
+    # Which card it was makes no difference.
+    return {**told, "device": str(settings.get("device", "")).partition(":")[0]}
 
 
 def _parts(settings: ProbeSettings, block: Block, texts: Sequence[str]) -> Iterator[Block]:
@@ -165,7 +220,7 @@ def _parts(settings: ProbeSettings, block: Block, texts: Sequence[str]) -> Itera
     known = len(texts) or settings.sweep_limit
     count = min(_PARTS, max(1, known // _LEAST)) if known else _PARTS
     for number in range(count):
-        told = [block.prefixes[:PREFIX], "sweep", settings.sweep_limit, list(texts), number, count]
+        told = [block.keys[0], "sweep", settings.sweep_limit, list(texts), number, count]
         yield Block(kind="sweep", first=number, count=count, tokens=_PART_TOKENS, digest=_hash(json.dumps(told))[:32])
 
 

@@ -5,9 +5,13 @@ fit, or another version judged, it is made again.
 """
 
 import hashlib
+import math
 import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,7 +20,8 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
 from qwen_precision.files import Unreadable, read_small, write_atomically
 from qwen_precision.judge import Bought, Report, Sums, outcomes, standing_for, sums
-from qwen_precision.record import LogitsCost, Many, Prompt, Run, check_count
+from qwen_precision.record import LogitsCost, Many, Run, check_count
+from qwen_precision.settings import DIGITS
 from qwen_precision.version import __version__
 
 SUFFIX = ".summary"
@@ -42,7 +47,7 @@ class Row(BaseModel):
 class Summary(BaseModel):
     """Of one record."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")  # a loss may be infinite
 
     summary: Literal[1] = 1
     """Version of this form."""
@@ -62,7 +67,11 @@ class Summary(BaseModel):
     """Number, from 0, and count of the ranks that it was measured under."""
     names: Many[str]
     prompts: Many[_NUMBER]
-    """A hash of each."""
+    """Hash of each, as the corpus has it."""
+    counted: Many[_NUMBER]
+    """Numbers of those whose name only counts."""
+    unfit: dict[str, str]
+    """By hash: prompts of the block that the checkpoint does not take, and why."""
     rows: dict[str, Many[Row]]
     """By dtype, one a prompt."""
     sums: dict[str, Sums]
@@ -99,26 +108,62 @@ def summary_of(report: Report, data: bytes, share: tuple[int, int]) -> Summary:
         block=block,
         share=share,
         names=[prompt.name for prompt in run.prompts],
-        prompts=[_hash(prompt) for prompt in run.prompts],
+        prompts=[int(key, 16) for key in about["prompts"]],
+        counted=about["counted"],
+        unfit=about["unfit"],
         rows={
             dtype: [Row(room=_finite(each.headroom), fails=each.fails, where=each.where) for each in rows]
             for dtype, rows in outcomes(report).items()
         },
         # A part of a sweep runs a prompt of the corpus once more.
         sums=sums(run) if block.kind == "prompts" else {},
-        bought=report.bought if block.kind == "prompts" else {},
+        bought=_told(report, about["counted"]) if block.kind == "prompts" else {},
         logits=run.logits,
         standing=[(each.key, max(-1e300, min(each.score, 1e300)), each.prompt) for each in standing_for(report)],
     )
+
+
+def _told(report: Report, counted: Sequence[int]) -> dict[str, Bought]:
+    """What float32 logits are worth; a name that only counts may be another's in the next plan."""
+    names = {report.run.prompts[number].name for number in counted}
+    found = report.bought
+    return {dtype: replace(each, prompt=None) if each.prompt in names else each for dtype, each in found.items()}
 
 
 KEY = "block"
 """Among a run's settings: for which block of which plan it was measured."""
 
 
-def for_block(run: Run, weights: str, plan: Plan, block: Block) -> Run:
-    """A run that says for which block it was measured."""
-    said = {"weights": weights, "settings": plan.settings_digest, "block": block.model_dump()}
+class Told(NamedTuple):
+    """What the corpus says of a prompt."""
+
+    key: str
+    """Its hash."""
+    counted: bool
+    """Whether its name only counts."""
+
+
+def for_block(
+    run: Run, weights: str, plan: Plan, block: Block, told: Mapping[str, Told], unfit: Mapping[str, str] | None = None
+) -> Run:
+    """A run that says for which block it was measured.
+
+    Args:
+        run: of its prompts.
+        weights: of which checkpoint, see ``weights_id``.
+        plan: that the block is of.
+        block: the block.
+        told: of each prompt, by name.
+        unfit: prompts that the checkpoint does not take, by hash, and why.
+    """
+    said = {
+        "weights": weights,
+        "settings": plan.settings_digest,
+        "block": block.model_dump(),
+        "prompts": [told[prompt.name].key for prompt in run.prompts],
+        "counted": [number for number, prompt in enumerate(run.prompts) if told[prompt.name].counted],
+        "unfit": dict(unfit or {}),
+    }
     return run.model_copy(update={"settings": {**run.settings, KEY: said}})
 
 
@@ -129,9 +174,15 @@ def block_of(run: Run) -> dict[str, Any]:
         ValueError: it is not there.
     """
     said = run.settings.get(KEY)
-    if not isinstance(said, dict) or not all(isinstance(said.get(each), str) for each in ("weights", "settings")):
+    if not isinstance(said, dict) or not said.keys() >= {"weights", "settings", "block", "prompts", "counted", "unfit"}:
         raise ValueError("was not measured for a folder")
+    keys = said["prompts"]
+    if not isinstance(keys, list) or not all(isinstance(key, str) and _KEY.fullmatch(key) for key in keys):
+        raise ValueError("names its prompts in another way than this version does")
     return said
+
+
+_KEY = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 
 
 def without_block(run: Run) -> Run:
@@ -143,11 +194,6 @@ def _finite(value: float | None) -> float | None:
     if value is None or value != value:
         return None
     return -1.0 if value == float("inf") else value
-
-
-def _hash(prompt: Prompt) -> int:
-    told = repr((prompt.name, [(list(row.ids), row.padding, row.text) for row in prompt.rows]))
-    return int.from_bytes(hashlib.sha256(told.encode("utf-8", "replace")).digest()[:7], "big")
 
 
 def save_summary(summary: Summary, record: Path) -> None:
@@ -184,7 +230,8 @@ def _ends(first: bytes, last: bytes) -> str:
 def _is_sound(summary: Summary) -> bool:
     count = len(summary.names)
     lengths = {len(summary.prompts), *map(len, summary.rows.values())}
-    known = {*summary.rows, *summary.sums, *summary.bought} <= set(DTYPES) and summary.share[0] < summary.share[
-        1
-    ] <= _MOST_RANKS
-    return known and lengths == {count} and all(each[2] < count for each in summary.standing)
+    rank, of = summary.share
+    known = {*summary.rows, *summary.sums, *summary.bought} <= set(DTYPES) and rank < of <= _MOST_RANKS
+    numbers = (*summary.counted, *(number for _, _, number in summary.standing))
+    finite = all(math.isfinite(score) for _, score, _ in summary.standing)
+    return known and finite and lengths == {count} and all(number < count for number in numbers)

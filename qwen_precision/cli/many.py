@@ -16,7 +16,7 @@ from qwen_precision.cli import terminal
 from qwen_precision.cli.signals import follow_launcher, taking_along
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.parents import PARENT, follows
-from qwen_precision.render import count
+from qwen_precision.render import count, safe
 from qwen_precision.settings import BLOCK_PROMPTS, Corpus, ProbeSettings, Rank, texts_of
 
 _STDIN = "-"
@@ -113,10 +113,15 @@ def run(asked: Asked, path: Path, jobs: str | None, shown: Shown, dry: bool, wor
     corpus = Corpus(asked.texts, source, asked.block or BLOCK_PROMPTS, settings.max_tokens)
     plan = plan_for(asked.models, asked.revision, settings, corpus, texts_of(settings.sweep_texts))
     folder = Folder(path)
+    folder.check()
     if dry:
-        terminal.result(_told(plan, rank, folder))
+        _tell(plan, asked, folder)
         raise typer.Exit
     follow_launcher()
+    if not folder.holds(plan):
+        from qwen_precision.diagnose import check_there  # torch
+
+        check_there(plan.sources, plan.revision)
     folder.prepare()
     folder.keep(plan)
     try:
@@ -208,8 +213,20 @@ def _without(words: Sequence[str], option: str) -> list[str]:
 # -- what it would be ---------------------------------------------------------------------------------------------
 
 
+def _tell(plan: Plan, asked: Asked, folder: Folder) -> None:
+    """The plan, and of each checkpoint of this rank's share what it would take."""
+    from qwen_precision.diagnose import check_there, share_told  # torch
+
+    terminal.result(_told(plan, asked.rank, folder))
+    with terminal.progress() as (progress, _):
+        progress(0, 0, "looking at the checkpoints")
+        check_there(plan.sources, plan.revision)
+        lines = [f"{key:12}{safe(said, 400)}\n" for key, said in share_told(plan, asked.settings, asked.rank)]
+    terminal.result("".join(lines))
+
+
 def _told(plan: Plan, rank: Rank, folder: Folder) -> str:
-    """The plan, a line each; nothing is loaded for it."""
+    """The plan, a line each."""
     mine = plan.share(rank.number, rank.of)
     tokens = sum(block.tokens for block in plan.blocks if block.kind == "prompts")
     prompts = [block for block in plan.blocks if block.kind == "prompts"]
@@ -223,4 +240,4 @@ def _told(plan: Plan, rank: Rank, folder: Folder) -> str:
         "share": f"{said}; first {mine[0].source}, {mine[0].block.said}" if mine else f"{said}: nothing to do",
         "there": f"{count(there, 'record')} in {folder.path}",
     }
-    return "".join(f"{key:10}{said}\n" for key, said in lines.items())
+    return "".join(f"{key:12}{safe(said, 400)}\n" for key, said in lines.items())

@@ -6,6 +6,6 @@ May import: record, qwen3, settings, judge, model, watcher, probe, blocks, rende
 
 from qwen_precision.diagnose.python import from_python
 from qwen_precision.diagnose.run import diagnose
-from qwen_precision.diagnose.share import Done, cards, measured_share
+from qwen_precision.diagnose.share import Done, cards, check_there, measured_share, share_told
 
-__all__ = ["Done", "cards", "diagnose", "from_python", "measured_share"]
+__all__ = ["Done", "cards", "check_there", "diagnose", "from_python", "measured_share", "share_told"]

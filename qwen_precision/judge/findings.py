@@ -199,6 +199,8 @@ class Across(NamedTuple):
     """Shares of the prompts, and the headroom that so many of them do not exceed."""
     worst: tuple[tuple[str, float], ...]
     """Names of the prompts with the least headroom, and what they have; those that fail first."""
+    fail: tuple[str, ...] = ()
+    """Names of all prompts that fail, in the order of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -207,11 +209,16 @@ class Corpus:
 
     prompts: int
     """That were seen; the run of the report holds those that are worst somewhere."""
+    asked: int
+    """That all plans ask for, seen or not."""
     blocks: int
-    """Of the plan."""
+    """Of the plans."""
     missing: tuple[str, ...]
-    """Blocks of the plan that were not seen, in words."""
+    """Prompts of the plans that were not seen, in words."""
     missing_blocks: int
+    """Blocks of which something was not seen."""
+    do: tuple[str, ...]
+    """What to do about what was not seen, a sentence each."""
     across: tuple[Across, ...]
     record: str
     """Path of the record with the prompt that fails first, else of one with a prompt that is worst in something."""
@@ -221,6 +228,12 @@ class Corpus:
     """By dtype: what a softmax in float32 is worth, over all of them."""
     left_out: int = 0
     """Prompts that are worst somewhere, and were too many to be opened again."""
+    replaced: int = 0
+    """Prompts in records of weights that it had before, which are left out."""
+    sources: tuple[str, ...] = ()
+    """Every name that the weights were given, as typed; the first is the report's."""
+    settings: str = ""
+    """A hash of the settings that change what is measured, without the version of qprec."""
 
 
 @dataclass(frozen=True)

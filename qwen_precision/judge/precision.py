@@ -108,7 +108,7 @@ def _squares(values: list[float | None]) -> tuple[float, int]:
 
 def _mean(total: tuple[float, int]) -> float | None:
     """Root mean square."""
-    return math.sqrt(total[0] / total[1]) if total[1] else None
+    return math.sqrt(total[0] / total[1]) if total[1] > 0 and total[0] >= 0 else None
 
 
 def _added(one: tuple[float, int], other: tuple[float, int]) -> tuple[float, int]:

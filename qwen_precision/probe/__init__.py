@@ -5,7 +5,7 @@ May import: record, qwen3, settings, judge, model, watcher.
 """
 
 from qwen_precision.probe.collect import Collector
-from qwen_precision.probe.dryrun import dry_run
+from qwen_precision.probe.dryrun import Load, dry_run
 from qwen_precision.probe.run import (
     OUT_OF_MEMORY,
     Job,
@@ -27,6 +27,7 @@ __all__ = [
     "OUT_OF_MEMORY",
     "Collector",
     "Job",
+    "Load",
     "Shadow",
     "Task",
     "dry_run",

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig
@@ -33,29 +34,49 @@ _READ = 0.5e9
 """Bytes a second that a disk gives, at the least."""
 
 
+class Load(NamedTuple):
+    """What is run through a checkpoint."""
+
+    prompts: int
+    tokens: int
+    """Roughly."""
+    blocks: int
+    """So many times its weights are read."""
+
+
 def dry_run(
-    source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None = None
+    source: str,
+    settings: ProbeSettings,
+    specs: Sequence[PromptSpec],
+    revision: str | None = None,
+    load: Load | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Pairs of a name and a sentence, as soon as each is known.
+
+    Args:
+        source, settings, specs, revision: as for ``probe``.
+        load: what is run where the prompts are only a few of it; nothing is said of prompts then.
 
     Raises:
         QprecError: as ``prepare`` does, for what is not about weights.
     """
     if not is_here(source, revision):
         with asked_once():
-            yield from _from_afar(source, settings, specs, revision)
+            yield from _from_afar(source, settings, specs, revision, load)
         return
     job = prepare(source, settings, specs, revision)
     yield "download", "none: it is on this machine"
     yield from ((each.what, f"{each.value} ({each.reason})") for each in job.choices)
     tokens = sum(len(row.ids) for prompt in job.prompts for row in prompt.rows)
-    yield "prompts", f"{len(job.prompts)}, {tokens:,} tokens"
-    runs = len(job.prompts) * len(layers_of(job.model)[1])
-    yield "time", _time(job.checkpoint.parameters, job.checkpoint.weight_bytes, tokens, runs, job.passes, job.device)
+    if load is None:
+        yield "prompts", f"{len(job.prompts)}, {tokens:,} tokens"
+    load = load or Load(len(job.prompts), tokens, 1)
+    layers = len(layers_of(job.model)[1])
+    yield "time", _time(load, job.checkpoint.parameters, job.checkpoint.weight_bytes, layers, job.passes, job.device)
 
 
 def _from_afar(
-    source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None
+    source: str, settings: ProbeSettings, specs: Sequence[PromptSpec], revision: str | None, load: Load | None
 ) -> Iterator[tuple[str, str]]:
     total, weights = download_bytes(source, revision)
     yield "download", f"{total / 1e9:.2f} GB, of which {weights / 1e9:.2f} GB are weights"
@@ -69,9 +90,10 @@ def _from_afar(
     yield memory.what, f"{memory.value} ({memory.reason})"
     tokens = sum(_TOKENS * len(spec.texts()) for spec in specs)
     parameters = sum(each.numel() for each in model.parameters())
-    yield "prompts", f"{len(specs)}, taken as {_TOKENS} tokens each"
-    runs = len(specs) * len(layers_of(model)[1])
-    yield "time", _time(parameters, weights, tokens, runs, settings.dtypes, device)
+    if load is None:
+        yield "prompts", f"{len(specs)}, taken as {_TOKENS} tokens each"
+    load = load or Load(len(specs), tokens, 1)
+    yield "time", _time(load, parameters, weights, len(layers_of(model)[1]), settings.dtypes, device)
 
 
 def _memory(
@@ -88,10 +110,11 @@ def _memory(
     return model, choose_memory(settings.memory, device, weights, working_bytes(model))[1]
 
 
-def _time(parameters: int, weights: int, tokens: int, runs: int, dtypes: Sequence[str], device: torch.device) -> str:
+def _time(load: Load, parameters: int, weights: int, layers: int, dtypes: Sequence[str], device: torch.device) -> str:
     """Two operations a parameter and token, at the speed of one product made now; what a layer costs; the reading."""
-    parts = {dtype: 2 * parameters * tokens / _speed(dtype, device) + runs * _WATCHED for dtype in dtypes}
-    reading = weights / _READ
+    watched = load.prompts * layers * _WATCHED
+    parts = {dtype: 2 * parameters * load.tokens / _speed(dtype, device) + watched for dtype in dtypes}
+    reading = load.blocks * weights / _READ
     each = ", ".join(f"{dtype} {seconds:.0f} s" for dtype, seconds in parts.items())
     total = lasting(sum(parts.values()) + reading)
     return f"roughly {total} of computing and reading ({each}); controls after a failure add to it"

@@ -34,7 +34,7 @@ from qwen_precision.record.generation import (
     failing_step,
     mended_steps,
 )
-from qwen_precision.record.joined import WORST, joined, joined_logits, unmeasured, worst_first
+from qwen_precision.record.joined import WORST, joined, joined_logits, renamed, unmeasured, worst_first
 from qwen_precision.record.logits import LogitsCost, Upcast
 from qwen_precision.record.packing import check_count
 from qwen_precision.record.parts import Count, Many, Number, Site, in_words, rounded
@@ -121,6 +121,7 @@ __all__ = [
     "mended_steps",
     "parse",
     "read",
+    "renamed",
     "rounded",
     "save",
     "to_json",

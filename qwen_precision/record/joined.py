@@ -42,6 +42,13 @@ def joined(runs: Iterable[Run]) -> Run:
     return Run.model_construct(**together)
 
 
+def renamed(run: Run, names: Sequence[str]) -> Run:
+    """A run whose prompts have these names, in their order."""
+    called = {prompt.name: name for prompt, name in zip(run.prompts, names, strict=True)}
+    prompts = [prompt.model_copy(update={"name": called[prompt.name]}) for prompt in run.prompts]
+    return run.model_copy(update={"prompts": prompts, "explanation": _renamed(run.explanation, called)})
+
+
 def unmeasured(model: Model, settings: dict[str, Any], dtypes: list[str], tool: str) -> Run:
     """A probe of a checkpoint that nothing was measured of: every list and table of it is empty."""
     told = {"tool": tool, "verb": "probe", "created": "", "model": model, "settings": settings, "dtypes": dtypes}
@@ -143,7 +150,7 @@ def _placed(each: Pass, place: list[int], sites: int, prompt: int) -> Pass:
 
 
 def _renamed(made: Explanation | None, names: dict[str, str]) -> Explanation | None:
-    if made is None or all(names[name] == name for name in names):
+    if made is None or all(name == new for name, new in names.items()):
         return made
     controls = [each.model_copy(update={"prompt": names.get(each.prompt, each.prompt)}) for each in made.controls]
     matches = [each.model_copy(update={"prompt": names.get(each.prompt, each.prompt)}) for each in made.continuations]

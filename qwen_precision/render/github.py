@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.render.text import count, safe
 from qwen_precision.render.view import View, model_named
-from qwen_precision.render.words import engines, logits
+from qwen_precision.render.words import corpus, engines, logits
 
 _LEVEL = {"error": "error", "warning": "warning", "info": "notice"}
 _MOST = 9
@@ -33,12 +33,18 @@ def _lines(view: View) -> Iterator[str]:
         )
         if len(mine) > _MOST:
             yield f"::{level} title=qprec::{_more([group for _, group in mine[_MOST:]])}"
+    several = corpus.checkpoints(view.reports)
+    if several:
+        yield f"::notice title=qprec::{_escaped(several)}"
     for report in view.reports:
+        if report.corpus is not None:
+            yield f"::notice title={_property(f'qprec {safe(report.name)}')}::{_escaped(corpus.counted(report))}"
         yield from _engines(report)
         if report.stopped:
             title = _property(f"qprec {safe(model_named(report))}")
             early = "stopped early: " if report.corpus is None else ""
-            yield f"::warning title={title}::{early}{_escaped(safe(report.stopped))}"
+            do = "".join(f". {each}" for each in report.corpus.do[:1]) if report.corpus is not None else ""
+            yield f"::warning title={title}::{_escaped(f'{early}{safe(report.stopped)}{safe(do)}')}"
 
 
 def _logits(view: View) -> Iterator[str]:

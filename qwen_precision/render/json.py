@@ -69,13 +69,17 @@ def _report(report: Report) -> dict[str, Any]:
 def _corpus(corpus: Corpus) -> dict[str, Any]:
     """What came of all prompts; the findings are those of the prompts that are worst in something."""
     return {
+        "sources": list(corpus.sources),
         "prompts": corpus.prompts,
+        "asked": corpus.asked,
         "blocks": corpus.blocks,
         "missing_blocks": corpus.missing_blocks,
         "not_seen": list(corpus.missing),
+        "do": list(corpus.do),
         "dtypes": {
             each.dtype: {
                 "failing": each.failing,
+                "failing_prompts": list(each.fail),
                 "places": [{"where": where, "prompts": number} for where, number in each.places],
                 "headroom": {f"{share:g}": left for share, left in each.quantiles},
                 "worst": [{"prompt": name, "headroom": left} for name, left in each.worst],

@@ -14,7 +14,7 @@ from qwen_precision.qwen3 import placed
 from qwen_precision.record import Exported
 from qwen_precision.render.text import safe
 from qwen_precision.render.view import View
-from qwen_precision.render.words import engines, logits
+from qwen_precision.render.words import corpus, engines, logits
 from qwen_precision.settings import FAILING
 
 
@@ -29,6 +29,11 @@ def render_junit(view: View) -> str:
         if exported is not None:
             _rescued(root, report, exported, view)
         _finished(root, report)
+    several = corpus.checkpoints(view.reports)
+    if several:
+        suite = ElementTree.SubElement(root, "testsuite", name="checkpoints", tests="1", failures="0", errors="0")
+        case = ElementTree.SubElement(suite, "testcase", name="compared", classname="checkpoints", time="0")
+        ElementTree.SubElement(case, "system-out").text = several
     for key in ("tests", "failures", "errors"):
         root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
     ElementTree.indent(root)
@@ -110,18 +115,31 @@ def _finished(root: ElementTree.Element, report: Report) -> None:
     suite = ElementTree.SubElement(
         root, "testsuite", name=name, tests="1", failures="0", errors=str(int(bool(report.stopped)))
     )
-    # What is so elsewhere, and what a setting is worth, is no test of this run.
-    told = [(f"logits.{about}", line) for about, line in logits.in_brief(report)]
-    for each in report.engines:
-        said = f"{each.verdict.upper()}: {engines.told(report, each)}"
-        told.append((f"engine.{safe(each.engine.name, 40)}", said))
+    told = dict(_properties(report))
     if told:
         properties = ElementTree.SubElement(suite, "properties")
-        for about, line in told:
-            ElementTree.SubElement(properties, "property", name=about, value=safe(line, 500))
+        for key, said in told.items():
+            ElementTree.SubElement(properties, "property", name=key, value=safe(said, 500))
     case = ElementTree.SubElement(suite, "testcase", name="finished", classname=name, time="0")
     if report.stopped:
         ElementTree.SubElement(case, "error", type="stopped", message=safe(report.stopped))
+    if report.corpus is not None:
+        lines = [corpus.counted(report), *report.corpus.do]
+        ElementTree.SubElement(case, "system-out").text = "\n".join(safe(each, 600) for each in lines)
+
+
+def _properties(report: Report) -> Iterator[tuple[str, str]]:
+    """What is no test of this run: what a setting is worth, what is so elsewhere, how many prompts a folder has."""
+    yield from ((f"logits.{about}", line) for about, line in logits.in_brief(report))
+    for each in report.engines:
+        yield f"engine.{safe(each.engine.name, 40)}", f"{each.verdict.upper()}: {engines.told(report, each)}"
+    told = report.corpus
+    if told is not None:
+        yield "prompts", str(told.prompts)
+        yield "blocks", str(told.blocks)
+        yield "blocks.missing", str(told.missing_blocks)
+        for dtype in report.verdict:
+            yield f"prompts.failing.{dtype}", str(corpus.failing(report, dtype))
 
 
 def _line(finding: Finding) -> str:

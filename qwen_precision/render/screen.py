@@ -15,6 +15,7 @@ from qwen_precision.render.table.beside import side_by_side
 from qwen_precision.render.text import count, quoted, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words.answer import Answer, Fact, answer
+from qwen_precision.render.words.changes import change_lines
 from qwen_precision.render.words.steps import Step
 
 MOST_LINES = 22
@@ -24,6 +25,8 @@ _LABEL = 10
 """Columns of the labels on the left."""
 _SCREENS = 3
 """Checkpoints of a folder that have a screen each."""
+_CHANGED = 8
+"""Lines of what differs from a baseline."""
 _ROWS = 2
 """Texts of a generation that are shown."""
 _ALWAYS = 100
@@ -55,21 +58,28 @@ _ROOM = 40
 
 
 def render_screen(view: View) -> str:
-    """A screen a report; of the checkpoints of a folder a table, and a screen of the first that are not well."""
+    """What is new against a baseline; a screen a report; of the checkpoints of a folder a table before it, and a screen
+    of the first that are not well."""
+    lines = list(change_lines(view))
+    more = len(lines) - _CHANGED
+    shown = [*lines[:_CHANGED], *([f"… and {more} more lines: see the table."] if more > 0 else [])]
+    changed = [printed([Text(line) for line in shown], view)] if shown else []
     if len(view.reports) == 1 or any(report.corpus is None for report in view.reports):
-        return "\n".join(_screen(report, view) for report in view.reports)
+        room = MOST_LINES - sum(part.count("\n") + 1 for part in changed)
+        return "\n".join([*changed, *(_screen(report, view, room) for report in view.reports)])
     ill = [report for report in view.reports if set(report.verdict.values()) - {"ok"}]
     rest = f"… and {len(ill) - _SCREENS} more that are not OK: see the table.\n" if len(ill) > _SCREENS else ""
-    parts = [printed([side_by_side(view.reports)], view), *(_screen(report, view) for report in ill[:_SCREENS])]
+    parts = [printed([side_by_side(view.reports)], view), *changed]
+    parts += [_screen(report, view, MOST_LINES) for report in ill[:_SCREENS]]
     return "\n".join([*parts, *([rest] if rest else [])])
 
 
-def _screen(report: Report, view: View) -> str:
+def _screen(report: Report, view: View, most: int) -> str:
     told = answer(report, view.record if len(view.reports) == 1 else "")
     parts = [
         list(part) for part in (_head(told, report, view), _facts(told, view), _rooms(told, view), _steps(told, view))
     ]
-    while _lines(parts) > MOST_LINES:
+    while _lines(parts) > most:
         blocks = [block for part in parts for block in part if block.worth < _ALWAYS]
         if not blocks:
             break
@@ -119,7 +129,7 @@ def _facts(told: Answer, view: View) -> Iterator[_Block]:
 
 
 def _fact(fact: Fact, width: int) -> RenderableType:
-    lines = {"Stopped": 4, "Not seen": 4, "Not done": 4, "Why": 3, "Not it": 1}.get(fact.label, 2)
+    lines = {"Stopped": 4, "Not seen": 4, "Not done": 4, "See it": 4, "Why": 3, "Not it": 1}.get(fact.label, 2)
     return _labelled(fact.label, Text(safe(fact.text, 600)), lines, width)
 
 

@@ -9,30 +9,52 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from pydantic import ConfigDict, TypeAdapter
+
+from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
-from qwen_precision.record import MAX_BYTES, Run, parse, to_json
+from qwen_precision.judge import Corpus
+from qwen_precision.record import MAX_BYTES, Run, check_count, parse, to_json
 
 _RUN = re.compile(r"run(-\d{1,3})?\.json")
+_NUMBERED = re.compile(r"(run|merged)(-\d{1,3})?\.json")
+"""Beside the run of a folder stands what came of all its prompts: the run holds those that are worst somewhere."""
+_MOST_VALUES = 4_000_000
 _OTHERS = {"report.md", "report.html", "repro.py", "environment.json"}
-_MOST = 64
-"""Members of a bundle."""
+_MOST = 2_004
+"""Members of a bundle: 1,000 checkpoints of a folder have two each."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 
 
-def pack(runs: list[Run], reports: Mapping[str, str]) -> bytes:
+class Merged(NamedTuple):
+    """What a report over a folder says beyond its run."""
+
+    name: str
+    """Of the checkpoint."""
+    corpus: Corpus
+
+
+_FORM = TypeAdapter(Merged, config=ConfigDict(ser_json_inf_nan="constants"))
+
+
+def pack(runs: Sequence[tuple[Run, Merged | None]], reports: Mapping[str, str]) -> bytes:
     """The zip's bytes.
 
     Args:
-        runs: without what should not travel (``redact.py``).
+        runs: without what should not travel (``redact.py``); of a folder with what came of all prompts.
         reports: file name to text.
     """
-    names = ["run.json"] if len(runs) == 1 else [f"run-{number}.json" for number in range(1, len(runs) + 1)]
-    files = {name: to_json(run) for name, run in zip(names, runs, strict=True)}
-    files["environment.json"] = json.dumps([run.environment for run in runs], indent=2, ensure_ascii=False) + "\n"
+    ends = [""] if len(runs) == 1 else [f"-{number}" for number in range(1, len(runs) + 1)]
+    files = {f"run{end}.json": to_json(run) for end, (run, _) in zip(ends, runs, strict=True)}
+    for end, (_, merged) in zip(ends, runs, strict=True):
+        if merged is not None:
+            files[f"merged{end}.json"] = _FORM.dump_json(merged).decode("utf-8", "replace") + "\n"
+    files["environment.json"] = json.dumps([run.environment for run, _ in runs], indent=2, ensure_ascii=False) + "\n"
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, text in sorted({**files, **reports}.items()):
@@ -42,8 +64,8 @@ def pack(runs: list[Run], reports: Mapping[str, str]) -> bytes:
     return sink.getvalue()
 
 
-def unpack(data: bytes, path: Path) -> list[Run]:
-    """The runs of a bundle; ``path`` is its name in messages.
+def unpack(data: bytes, path: Path) -> list[tuple[Run, Merged | None]]:
+    """The runs of a bundle, each of a folder's with what came of all its prompts; ``path`` is its name in messages.
 
     Raises:
         QprecError: not a bundle, unexpected members, too large, or a damaged run.
@@ -59,7 +81,7 @@ def unpack(data: bytes, path: Path) -> list[Run]:
                     raise QprecError(
                         f"{path}: {info.filename!r} is packed in a way that qprec does not write; refused."
                     )
-                if not _RUN.fullmatch(info.filename) and info.filename not in _OTHERS:
+                if not _NUMBERED.fullmatch(info.filename) and info.filename not in _OTHERS:
                     raise QprecError(f"{path}: holds {info.filename!r}, which is no part of a qprec bundle; refused.")
             runs = sorted((i for i in infos if _RUN.fullmatch(i.filename)), key=lambda info: _number(info.filename))
             if not runs:
@@ -68,10 +90,26 @@ def unpack(data: bytes, path: Path) -> list[Run]:
             for info in runs:
                 raw = _read(archive, info, path, left)
                 left -= len(raw)
-                found.append(parse(raw.decode("utf-8"), f"{path}:{info.filename}"))
+                run = parse(raw.decode("utf-8"), f"{path}:{info.filename}")
+                beside = info.filename.replace("run", "merged")
+                more = _read(archive, archive.getinfo(beside), path, left) if beside in names else b""
+                left -= len(more)
+                found.append((run, _merged(more, f"{path}:{beside}") if more else None))
             return found
     except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise QprecError(f"{path}: is not a readable zip; give the bundle that qprec wrote.") from error
+
+
+def _merged(data: bytes, path: str) -> Merged:
+    try:
+        check_count(data, _MOST_VALUES)
+        found = _FORM.validate_json(data)
+    except ValueError as error:
+        raise QprecError(f"{path}: is damaged, or of another version of qprec; give the folder itself.") from error
+    corpus = found.corpus
+    if not {*(each.dtype for each in corpus.across), *corpus.sums, *corpus.bought} <= set(DTYPES):
+        raise QprecError(f"{path}: tells of a dtype that qprec does not know; give the folder itself.")
+    return found
 
 
 def _number(name: str) -> int:

@@ -1,5 +1,6 @@
 """What `qprec report` does between its arguments and its text: open, judge, compare, choose a format, redact."""
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from qwen_precision.errors import UsageError
 from qwen_precision.judge import Corpus, Report, changes, judge, with_engines, with_fresh_engines
 from qwen_precision.record import Run, is_record, parse, read
 from qwen_precision.render import FORMATS, View
-from qwen_precision.report.bundle import pack, unpack
+from qwen_precision.report.bundle import Merged, pack, unpack
 from qwen_precision.report.redact import redacted, without_paths
 from qwen_precision.settings import load_engines
 
@@ -43,15 +44,16 @@ def format_for(asked: str | None, output: Path | None) -> str:
     return name
 
 
-def open_runs(path: Path, redact: bool = False) -> list[tuple[str, Run]]:
-    """Name and run of a record, or of every record in a bundle."""
+def open_runs(path: Path) -> list[tuple[str, Run, Corpus | None]]:
+    """Name and run of a record, or of every record in a bundle; of a folder's with what came of all its prompts."""
     data = read(path)
-    if data.startswith(b"PK") or path.suffix.lower() == ".zip":
-        runs = unpack(data, path)
-        named = [(f"{path.name} {number}" if len(runs) > 1 else path.name, run) for number, run in enumerate(runs, 1)]
-    else:
-        named = [(path.name, parse(data, str(path)))]
-    return [(name, redacted(run) if redact else run) for name, run in named]
+    if not data.startswith(b"PK") and path.suffix.lower() != ".zip":
+        return [(path.name, parse(data, str(path)), None)]
+    runs = unpack(data, path)
+    if all(merged is not None for _, merged in runs):
+        return [(merged.name, run, merged.corpus) for run, merged in runs if merged is not None]
+    names = [f"{path.name} {number}" if len(runs) > 1 else path.name for number in range(1, len(runs) + 1)]
+    return [(name, run, merged and merged.corpus) for name, (run, merged) in zip(names, runs, strict=True)]
 
 
 def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, engines: list[str]) -> View:
@@ -72,7 +74,7 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, e
     opened = _judged(paths, redact)
     names = [each.name for _, each in opened]
     if len(set(names)) < len(names):  # a/run.json b/run.json
-        opened = [(path, _named(each, str(path) + each.name.removeprefix(path.name))) for path, each in opened]
+        opened = [(path, _named(each, _full(path, each))) for path, each in opened]
     if len(opened) == 1 and baseline is None:
         opened = [(path, _named(each, each.name if each.corpus is not None else "")) for path, each in opened]
     reports = [with_engines(each, asked) for _, each in opened]
@@ -80,7 +82,7 @@ def view(paths: list[Path], fail_on: str, baseline: Path | None, redact: bool, e
         return View(tuple(reports), fail_on)
     older = [each for _, each in _judged([baseline], redact)]
     if all(each.corpus is not None for each in (*reports, *older)):
-        return _compared(reports, older, fail_on)
+        return _compared(reports, older, fail_on, baseline)
     if len(reports) != 1 or len(older) != 1:
         raise UsageError(f"--baseline {baseline}: compares one RUN with one, or a folder with one; give one of each.")
     if older[0].run.verb != reports[0].run.verb:
@@ -96,15 +98,15 @@ def _judged(paths: Sequence[Path], redact: bool) -> list[tuple[Path, Report]]:
     """What each path holds: records beside what the others tell of them; of a folder a report a checkpoint."""
     opened = [(path, None if path.is_dir() else open_runs(path)) for path in paths]
     # By token ids, which redacted are no more the same.
-    told = iter(with_fresh_engines([run for _, named in opened if named is not None for _, run in named]))
+    told = iter(with_fresh_engines([run for _, named in opened if named is not None for _, run, _ in named]))
     found: list[tuple[Path, Report]] = []
     for path, named in opened:
         if named is None:
-            found += [(path, _without_texts(each) if redact else each) for each in folder_reports(Folder(path))]
-            continue
-        runs = [(name, next(told)) for name, _ in named]
-        record = shlex.quote(str(path)) if is_record(path) else ""  # prompts are not read out of a bundle
-        found += [(path, judge(redacted(run) if redact else run, name=name, record=record)) for name, run in runs]
+            mine = folder_reports(Folder(path))
+        else:
+            record = shlex.quote(str(path)) if is_record(path) else ""  # prompts are not read out of a bundle
+            mine = [judge(next(told), name=name, corpus=corpus, record=record) for name, _, corpus in named]
+        found += [(path, _without_texts(each) if redact else each) for each in mine]
     return found
 
 
@@ -112,12 +114,19 @@ def _named(report: Report, name: str) -> Report:
     return replace(report, name=name)
 
 
+def _full(path: Path, report: Report) -> str:
+    """A name that says which of two files or folders of the same name it is of."""
+    return f"{path}: {report.name}" if report.corpus is not None else str(path) + report.name.removeprefix(path.name)
+
+
 def _without_texts(report: Report) -> Report:
-    """A merged report, redacted: names of prompts may be texts as well."""
-    assert report.corpus is not None
-    across = tuple(each._replace(worst=()) for each in report.corpus.across)
-    bought = {dtype: replace(each, prompt=None, row=None) for dtype, each in report.corpus.bought.items()}
-    return judge(redacted(report.run), name=report.name, corpus=replace(report.corpus, across=across, bought=bought))
+    """A report of a redacted run; of a merged one the names of prompts may be texts as well."""
+    corpus = report.corpus
+    if corpus is not None:
+        across = tuple(each._replace(worst=(), fail=()) for each in corpus.across)
+        bought = {dtype: replace(each, prompt=None, row=None) for dtype, each in corpus.bought.items()}
+        corpus = replace(corpus, across=across, bought=bought)
+    return judge(redacted(report.run), name=report.name, corpus=corpus, record=report.record)
 
 
 def _shape(report: Report) -> tuple[str, int, int]:
@@ -125,14 +134,36 @@ def _shape(report: Report) -> tuple[str, int, int]:
     return model.architecture, model.parameters, model.vocabulary
 
 
-def _compared(reports: list[Report], older: list[Report], fail_on: str) -> View:
+def _compared(reports: list[Report], older: list[Report], fail_on: str, baseline: Path) -> View:
     """Folder against folder, checkpoint by checkpoint; what the older one has not is all new."""
-    before = {each.name: each for each in older}
     found = []
     for report in reports:
         nothing = Report({}, [], {}, None, report.run, name="a baseline without it")
-        found.append(changes(before.pop(report.name, nothing), report))
-    return View(tuple(reports), fail_on, tuple(found), gone=tuple(before))
+        found.append(changes(_before(report, reports, older, baseline) or nothing, report))
+    gone = [each.name for each in older if not any(_is_of(each, report) for report in reports)]
+    return View(tuple(reports), fail_on, tuple(found), gone=tuple(gone))
+
+
+def _before(report: Report, reports: list[Report], older: list[Report], baseline: Path) -> Report | None:
+    """The same checkpoint in the older folder, with the same settings; with others if there is only one of each."""
+    named = [each for each in older if _is_of(each, report)]
+    alike = [each for each in named if _settings(each) == _settings(report)]
+    if alike:
+        return alike[-1]  # of two versions of qprec the newer one
+    if len(named) > 1 or (named and sum(_is_of(named[0], each) for each in reports) > 1):
+        why = f"holds {named[0].name}, and none of it with the settings of {report.name}"
+        raise UsageError(f"--baseline {baseline}: {why}; compare folders in which a checkpoint has one setting.")
+    return named[0] if named else None
+
+
+def _settings(report: Report) -> str:
+    return report.corpus.settings if report.corpus is not None else ""
+
+
+def _is_of(one: Report, other: Report) -> bool:
+    """Whether two merged reports are of one checkpoint: by what was typed, whatever its spelling, else by its name."""
+    names = [{os.path.normpath(source) for source in each.corpus.sources} for each in (one, other) if each.corpus]
+    return bool(set.intersection(*names)) or one.name == other.name
 
 
 def _bare(report: Report) -> str:
@@ -143,7 +174,10 @@ def _bare(report: Report) -> str:
 def _placeless(report: Report) -> Corpus | None:
     """What is said of all prompts, without the folder they lie in."""
     corpus = report.corpus
-    return replace(corpus, record=Path(corpus.record).name) if corpus is not None else None
+    if corpus is None:
+        return None
+    sources = tuple(dict.fromkeys(re.split(r"[\\/]", source.rstrip("\\/"))[-1] for source in corpus.sources))
+    return replace(corpus, record=Path(corpus.record).name, sources=sources)
 
 
 def bundled(shown: View) -> bytes:
@@ -159,4 +193,5 @@ def bundled(shown: View) -> bytes:
     reports = {f"report{FORMATS[name].suffixes[0]}": str(FORMATS[name].render(again)) for name in ("markdown", "html")}
     with suppress(UsageError):  # there is none of a run without its token ids
         reports["repro.py"] = str(FORMATS["repro"].render(again))
-    return pack(runs, reports)
+    merged = [Merged(each.name, each.corpus) if each.corpus is not None else None for each in clean]
+    return pack(list(zip(runs, merged, strict=True)), reports)

@@ -21,7 +21,7 @@ from qwen_precision.settings.config import (
     load_target,
     read_yaml,
 )
-from qwen_precision.settings.corpus import BLOCK_PROMPTS, PREFIX, Corpus, PromptBlock
+from qwen_precision.settings.corpus import BLOCK_PROMPTS, DIGITS, Corpus, PromptBlock
 from qwen_precision.settings.engines import ALL, EVIDENCE, VALUES, Engine, Option, Rule, engine_names, load_engines
 from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.guards import ON_FAILURE, Advice, Clamp, Degenerate, GuardSettings, Watch, load_guards
@@ -31,6 +31,8 @@ from qwen_precision.settings.prompts import (
     as_batch,
     as_text,
     at_step,
+    is_counted,
+    numbered,
     read_prompts,
     rendered,
     text_of,
@@ -45,13 +47,13 @@ __all__ = [
     "ARITHMETIC",
     "ATTENTION",
     "BLOCK_PROMPTS",
+    "DIGITS",
     "EVIDENCE",
     "FAILING",
     "FAIL_ON",
     "MAX_TEXT_BYTES",
     "MEMORY",
     "ON_FAILURE",
-    "PREFIX",
     "RESCUE_DTYPES",
     "SEVERITIES",
     "SWEEPS",
@@ -81,11 +83,13 @@ __all__ = [
     "flag_of",
     "has_template",
     "in_template",
+    "is_counted",
     "load_engines",
     "load_generate_settings",
     "load_guards",
     "load_settings",
     "load_target",
+    "numbered",
     "rank_of",
     "read_prompts",
     "read_yaml",

@@ -5,17 +5,20 @@ always gives the same blocks, on every machine.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from qwen_precision.errors import UsageError
 from qwen_precision.record import is_record
-from qwen_precision.settings.prompts import EXPECTED, ROWS, PromptSpec, line_of, read_prompts, row_of
+from qwen_precision.settings.prompts import EXPECTED, ROWS, PromptSpec, is_counted, line_of, read_prompts, row_of
 
 BLOCK_PROMPTS = 64
 """Prompts of a block at most: weights are read once for all of them, and a rank that dies loses one block."""
-PREFIX = 8
+DIGITS = 12
+"""Of a prompt's hash: of a million prompts two are taken for one with a chance of 1 in 500."""
 BLOCK_TOKENS = 16_384
 """Tokens of a block at most, as they are estimated: the hidden states of all its prompts are kept side by side."""
 _MOST_LINE = 4 << 20
@@ -34,11 +37,16 @@ class PromptBlock:
     tokens: int
     """Roughly; tokens are not counted before there is a tokenizer."""
     digest: str
-    """Of names and contents, in hexadecimal."""
-    prefixes: str
-    """The first ``PREFIX`` digits of the digest that its first prompt alone has, its first two, and so on."""
+    """Of all of it, in hexadecimal."""
+    hashes: str
+    """``DIGITS`` hexadecimal digits a prompt: of its content, of the name it was given, and of how many equal ones come
+    before it. A name that only counts is no part of it, so that a row more makes no other prompt a new one."""
     place: tuple[int, int] = field(default=(0, 0), compare=False)
     """Byte at which the line of the first begins, and how many prompts of that line come before it."""
+    line: int = field(default=1, compare=False)
+    """Of its file, from 1, on which the first begins."""
+    again: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    """Prompts that are there already, by their place in the block, and how many equal ones come before."""
 
 
 class Corpus:
@@ -71,50 +79,69 @@ class Corpus:
         Raises:
             UsageError: the file is another than it was when it was listed.
         """
-        found = [spec for _, spec in _few(self._walk(block.first, block.place), block.count)]
-        if _digests(found) != (block.digest, block.prefixes):
-            raise UsageError(f"--prompts: {self._path} was changed while it was worked on; give the command again.")
+        changed = f"--prompts: {self._path} was changed while it was worked on; give the command again."
+        try:
+            found = [spec for _, _, spec in islice(self._walk(block.first, block.place), block.count)]
+        except UsageError as error:
+            raise UsageError(changed) from error
+        before = dict(block.again)
+        numbered = enumerate(found, block.first + 1)
+        hashes = [_hash(spec, number, before.get(at, 0)) for at, (number, spec) in enumerate(numbered)]
+        if "".join(hashes) != block.hashes:
+            raise UsageError(changed)
         return found
 
+    def where(self, block: PromptBlock, name: str) -> str:
+        """File and line of a prompt, as the beginning of a sentence; nothing where it lies in no file of lines."""
+        if self._path is None:
+            return ""
+        walk = islice(self._walk(block.first, block.place), block.count)
+        line = next((line for _, line, spec in walk if spec.name == name), 1)
+        return f"{self._path}, line {block.line + line - 1}: "
+
     def _listed(self, most: int) -> Iterator[PromptBlock]:
-        held: list[PromptSpec] = []
-        first, tokens, place = 0, 0, (0, 0)
-        names: set[int] = set()
-        for where, spec in self._walk(0, (0, 0)):
-            if hash(spec.name) in names:
-                raise UsageError(f"--prompts: has two prompts of the name {spec.name!r}; give each its own.")
-            names.add(hash(spec.name))
+        held: list[str] = []
+        again: list[tuple[int, int]] = []
+        first, tokens, place, begin = 0, 0, (0, 0), 1
+        lines: dict[int, int] = {}
+        seen: Counter[int] = Counter()
+        for number, (where, line, spec) in enumerate(self._walk(0, (0, 0)), 1):
+            if (known := lines.setdefault(hash(spec.name), line)) != line:
+                raise self._twice(spec.name, known, line)
             size = _tokens(spec, self._cut)
             if held and (len(held) >= most or tokens + size > BLOCK_TOKENS):
-                yield PromptBlock(first, len(held), tokens, *_digests(held), place)
-                first, tokens, held = first + len(held), 0, []
-            place = where if not held else place
+                yield _block(first, held, tokens, place, begin, again)
+                first, tokens, held, again = first + len(held), 0, [], []
+            place, begin = (place, begin) if held else (where, line)
             tokens += size
-            held.append(spec)
+            plain = _hash(spec, number)
+            before = seen[int(plain, 16)]
+            seen[int(plain, 16)] += 1
+            again += [(len(held), before)] if before else []
+            held.append(_hash(spec, number, before) if before else plain)
         if held:
-            yield PromptBlock(first, len(held), tokens, *_digests(held), place)
+            yield _block(first, held, tokens, place, begin, again)
 
-    def _walk(self, number: int, place: tuple[int, int]) -> Iterator[tuple[tuple[int, int], PromptSpec]]:
-        """Place and prompt, from the ``number``-th on, which lies there."""
+    def _twice(self, name: str, first: int, second: int) -> UsageError:
         if self._path is None:
-            yield from (((0, 0), spec) for spec in self._held[number:])
+            return UsageError(f"--prompts: has two prompts of the name {name!r}; give each its own.")
+        where = f"{self._path}, line {second}: has the name {name!r}, as line {first} has"
+        return UsageError(f"--prompts: {where}; give each its own.")
+
+    def _walk(self, number: int, place: tuple[int, int]) -> Iterator[tuple[tuple[int, int], int, PromptSpec]]:
+        """Place, line (from where it begins) and prompt, from the ``number``-th on, which lies there."""
+        if self._path is None:
+            yield from (((0, 0), at, spec) for at, spec in enumerate(self._held[number:]))
             return
         rows = self._path.suffix.lower() in ROWS
-        for at, line in _lines(self._path, place[0]):
+        for at, count, line in _lines(self._path, place[0]):
             # As one text is split: a form feed ends a line of it too.
             parts = [line] if rows else [part for part in line.splitlines() if part.strip()]
             for inside, part in enumerate(parts):
                 if (at, inside) >= place:
                     number += 1
-                    yield (at, inside), row_of(part, number, self._path) if rows else line_of(part, number)
-
-
-def _few(items: Iterator[tuple[tuple[int, int], PromptSpec]], count: int) -> Iterator[tuple[object, PromptSpec]]:
-    for _ in range(count):
-        found = next(items, None)
-        if found is None:
-            return
-        yield found
+                    told = row_of(part, number, self._path, count) if rows else line_of(part, number)
+                    yield (at, inside), count, told
 
 
 def _streamed(file: str | None) -> Path | None:
@@ -129,18 +156,20 @@ def _streamed(file: str | None) -> Path | None:
     return path if path.is_file() else None
 
 
-def _lines(path: Path, begin: int) -> Iterator[tuple[int, str]]:
-    """Byte and text of each line that is not blank."""
+def _lines(path: Path, begin: int) -> Iterator[tuple[int, int, str]]:
+    """Byte, number (from 1, where it is begun with) and text of each line that is not blank."""
     try:
         with path.open("rb") as file:
             file.seek(begin)
-            at = begin
+            at, number = begin, 0
             while line := file.readline(_MOST_LINE + 1):
+                number += 1
                 if len(line) > _MOST_LINE:
-                    raise UsageError(f"--prompts: {path} has a line of more than {_MOST_LINE >> 20} MiB; shorten it.")
+                    most = f"more than {_MOST_LINE >> 20} MiB"
+                    raise UsageError(f"--prompts: {path}, line {number}: has {most}; shorten it.")
                 text = line.decode("utf-8-sig" if at == 0 else "utf-8")
                 if text.strip():
-                    yield at, text
+                    yield at, number, text
                 at += len(line)
     except OSError as error:
         raise UsageError(f"--prompts: cannot read {path} ({error.strerror}); expected {EXPECTED}.") from error
@@ -157,10 +186,20 @@ def _tokens(spec: PromptSpec, cut: int | None) -> int:
     return longest * len(sizes)
 
 
-def _digests(specs: Sequence[PromptSpec]) -> tuple[str, str]:
-    """Of all of them, and of the first few, however many these are."""
-    made, told = hashlib.sha256(), [""]
-    for spec in specs:
-        made.update(spec.model_dump_json(exclude_none=True).encode("utf-8", "replace") + b"\n")
-        told.append(made.hexdigest()[:32])
-    return told[-1], "".join(each[:PREFIX] for each in told[1:])
+def _block(
+    first: int,
+    held: Sequence[str],
+    tokens: int,
+    place: tuple[int, int],
+    line: int,
+    again: Sequence[tuple[int, int]],
+) -> PromptBlock:
+    hashes = "".join(held)
+    digest = hashlib.sha256(hashes.encode()).hexdigest()[:32]
+    return PromptBlock(first, len(held), tokens, digest, hashes, place, line, tuple(again))
+
+
+def _hash(spec: PromptSpec, number: int, before: int = 0) -> str:
+    """Of a prompt, the ``number``-th from 1; ``before`` is how many equal ones come before it."""
+    told = spec.model_dump_json(exclude_none=True, exclude={"name"} if is_counted(spec.name, number) else None)
+    return hashlib.sha256(f"{told}\n{before or ''}".encode("utf-8", "replace")).hexdigest()[:DIGITS]

@@ -125,7 +125,7 @@ def read_prompts(
                 raise UsageError("--prompt: is empty; a prompt needs at least one character.")
             if not is_whole(text):
                 raise UsageError("--prompt: is not valid text in this terminal's encoding; put it into a UTF-8 file.")
-        names = [f"prompt {number}" for number in range(1, len(texts) + 1)] if len(texts) > 1 else ["prompt"]
+        names = [numbered(number if len(texts) > 1 else None) for number in range(1, len(texts) + 1)]
         return [PromptSpec(name=name, text=text) for name, text in zip(names, texts, strict=True)]
     if file is not None and not file:
         raise UsageError(f"--prompts: is empty; expected {EXPECTED}.")
@@ -135,14 +135,14 @@ def read_prompts(
     if file and (path.suffix.lower() == ".json" or is_record(path)):
         return _from_record(path, again)
     if file and path.suffix.lower() in ROWS:
-        lines = [line for line in _text_of(path).split("\n") if line.strip()]
-        return [row_of(line, number, path) for number, line in enumerate(lines, 1)] or _nothing(path)
+        lines = [(at, line) for at, line in enumerate(_text_of(path).split("\n"), 1) if line.strip()]
+        return [row_of(line, number, path, at) for number, (at, line) in enumerate(lines, 1)] or _nothing(path)
     if file and path.suffix.lower() not in {".yaml", ".yml"}:
         return _numbered_lines(_text_of(path), str(path))
     items = read_yaml(path, "--prompts", EXPECTED)
     if not isinstance(items, list) or not items:
         raise UsageError(f"--prompts: {path} holds no list of prompts; expected {EXPECTED}.")
-    specs = [_spec(item, number, path) for number, item in enumerate(items, 1)]
+    specs = [_spec(item, number, f"{path}, prompt {number}") for number, item in enumerate(items, 1)]
     twice = _twice([spec.name for spec in specs])
     if twice is not None:
         raise UsageError(f"--prompts: {path} has two prompts of the name {twice!r}; give each its own.")
@@ -165,7 +165,7 @@ def _from_record(path: Path, again: bool) -> list[PromptSpec]:
         prompts = _failing(run.generation, prompts[0].rows) or prompts
     shared = {"checkpoint": run.model.source}
     items = [{"name": each.name, "rows": each.rows, "failed": each.failed, **shared} for each in prompts]
-    return [_valid(item, number, path) for number, item in enumerate(items, 1)]
+    return [_valid(item, f"{path}, prompt {number}") for number, item in enumerate(items, 1)]
 
 
 def _failing(made: Generation, given: list[Row]) -> list[Prompt]:
@@ -251,45 +251,82 @@ def _numbered_lines(text: str, where: str) -> list[PromptSpec]:
     return [line_of(line, number) for number, line in enumerate(lines, 1)]
 
 
+def numbered(number: int | None) -> str:
+    """The name of a prompt that was given none: the ``number``-th from 1, or the only one."""
+    return f"prompt {number}" if number is not None else "prompt"
+
+
+def is_counted(name: str, number: int) -> bool:
+    """Whether a prompt, the ``number``-th from 1, has a name that only counts."""
+    return name in (numbered(number), numbered(None))
+
+
 def line_of(line: str, number: int) -> PromptSpec:
     """The prompt that a line of a text file is, the ``number``-th from 1."""
-    return PromptSpec(name=f"line {number}", text=line)
+    return PromptSpec(name=numbered(number), text=line)
 
 
-def row_of(line: str, number: int, path: Path) -> PromptSpec:
-    """The prompt that a line of a JSONL file is: a text, or an object as in a YAML list.
+def row_of(row: str, number: int, path: Path, line: int) -> PromptSpec:
+    """The prompt that a row of a JSONL file is: a text, or an object as in a YAML list.
+
+    Args:
+        row: the text.
+        number: of the prompt, from 1.
+        path: of the file.
+        line: of the file, from 1: lines may be blank.
 
     Raises:
         UsageError: it is none; the file and the line are named.
     """
     try:
-        item = json.loads(line)
-        whole = _HALF not in line.lower() or is_whole(json.dumps(item, ensure_ascii=False))
+        item = json.loads(row)
+        whole = _HALF not in row.lower() or is_whole(json.dumps(item, ensure_ascii=False))
     except (ValueError, RecursionError):
         whole = False
+    where = f"{path}, line {line}"
     if not whole or not isinstance(item, (str, dict)):
-        raise UsageError(f"--prompts: {path}, row {number}: is no JSON text or object; expected {EXPECTED}.")
-    return _spec(item, number, path, "line")
+        raise UsageError(f"--prompts: {where}: is no JSON text or object; expected a row like {_ROW}.")
+    return _spec(item, number, where)
 
 
-def _spec(item: Any, number: int, path: Path, word: str = "prompt") -> PromptSpec:
+_ROW = '{"name": "a name", "text": "a prompt"}'
+
+
+def _spec(item: Any, number: int, where: str) -> PromptSpec:
     if isinstance(item, str):
         item = {"text": item}
     if isinstance(item, dict) and "name" not in item:
-        item = {"name": f"{word} {number}", **item}
+        item = {"name": numbered(number), **item}
     if isinstance(item, dict) and "rows" in item:
-        raise UsageError(f"--prompts: {path}, prompt {number} rows: only a saved run (.json) holds rows; give ids.")
-    return _valid(item, number, path)
+        raise UsageError(f"--prompts: {where} rows: only a saved run (.json) holds rows; give ids.")
+    return _valid(item, where)
 
 
-def _valid(item: Any, number: int, path: Path) -> PromptSpec:
+_KEYS = "name, text, chat, messages, ids, batch and max_tokens"
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": f"is no key of a prompt; expected {_KEYS}",
+    "string_type": "expected a text",
+    "string_too_short": "is empty",
+    "string_too_long": "is too long",
+    "int_type": "expected a whole number",
+    "list_type": "expected a list",
+    "dict_type": "expected an object with role and content",
+    "model_type": f"expected a text, or an object with {_KEYS}",
+    "greater_than_equal": "expected 1 or more",
+}
+"""By what a validation calls it."""
+
+
+def _valid(item: Any, where: str) -> PromptSpec:
     try:
         return PromptSpec.model_validate(item)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--prompts: {path}, prompt {number}{' ' + key if key else ''}: {message}.") from error
+        # Of ids that fit neither form the library names both.
+        key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+        message = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise UsageError(f"--prompts: {where}{' ' + key if key else ''}: {message}.") from error
 
 
 def tokenise(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from qwen_precision.blocks import Folder, for_block, reports
+from qwen_precision.blocks import Folder, Told, for_block, reports
 from qwen_precision.blocks.plan import Plan
 from qwen_precision.blocks.summary import Summary, read_summary
 from qwen_precision.cli import main
@@ -113,18 +113,60 @@ def test_a_report_of_records_without_summaries_is_the_same(tmp_path: Path) -> No
 def test_the_same_plan_from_every_rank_is_one_file(tmp_path: Path) -> None:
     plan = made_up(tmp_path / "runs", [10.0, 20.0])
     Folder(tmp_path / "runs").keep(plan)
-    assert Folder(tmp_path / "runs").plans() == [plan]
+    ((kept,), damaged) = Folder(tmp_path / "runs").plans()
+    assert kept.plan == plan and not damaged
 
 
 def test_what_is_no_plan_and_no_record_is_left_alone(tmp_path: Path) -> None:
     folder, _ = one(tmp_path)
-    (folder.path / "plan-x.json").write_text("{")
     (folder.path / "notes.json").write_text("[]")
     shutil.copy(folder.records()[0], folder.path / "copy.json")
     plain = folder.path / "run.json"
     plain.write_text((Path(__file__).parent.parent / "fixtures" / "demo-probe.json").read_text())
     (report,) = reports(folder)
-    assert report.corpus is not None and report.corpus.prompts == 2
+    assert report.corpus is not None and report.corpus.prompts == 2 and report.verdict == {"fp16": "ok"}
+
+
+@pytest.mark.parametrize("data", [b"{", b"", b"[]", b'{"plan": 9}'])
+def test_a_plan_that_cannot_be_read_is_named_and_is_no_pass(data: bytes, tmp_path: Path) -> None:
+    folder, _ = one(tmp_path)
+    (folder.path / "plan-x.json").write_bytes(data)
+    (report,) = reports(folder)
+    assert report.stopped == "not seen: 1 damaged file (what is in plan-x.json)"
+    assert report.verdict == {"fp16": "incomplete"} and report.exit_code("fail") == 3
+    assert report.corpus is not None and "plan-x.json cannot be read as a plan" in report.corpus.do[0]
+
+
+def test_a_damaged_record_is_named_where_its_block_is_asked_for(tmp_path: Path) -> None:
+    plan = made_up(tmp_path / "runs", [10.0, 20.0, 30.0], sources=("a", "b"))
+    folder = Folder(tmp_path / "runs")
+    folder.record(key := plan.key("weights of a", plan.blocks[1])).write_text("{")
+    mine, other = reports(folder)
+    assert mine.stopped == "not seen: 1 of 3 prompts (prompt 3)" and other.stopped is None
+    assert mine.corpus is not None and mine.corpus.do[1].startswith(f"{key}.json is not JSON: give its command again")
+
+
+def test_a_damaged_record_that_nobody_asks_for_is_named_too(tmp_path: Path) -> None:
+    folder, _ = one(tmp_path)
+    (folder.path / f"{'0' * 24}.json").write_text("{")
+    (report,) = reports(folder)
+    assert report.stopped == f"not seen: 1 damaged file (what is in {'0' * 24}.json)"
+
+
+def test_a_folder_of_nothing_but_a_damaged_plan_says_so(tmp_path: Path) -> None:
+    (tmp_path / "plan-x.json").write_text("{")
+    with pytest.raises(QprecError, match=r"holds nothing that can be read: plan-x.json"):
+        reports(Folder(tmp_path))
+
+
+def test_what_a_name_stands_for_is_what_was_met_last(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for when, weights in ((10, "new"), (20, "old"), (30, "new")):
+        folder.remember("a", None, weights)
+        newest = max(tmp_path.glob("weights-*.json"), key=lambda path: path.stat().st_mtime)
+        os.utime(newest, (when, when))
+        assert folder.known() == {("a", None): weights}
+    assert len(list(tmp_path.iterdir())) == 2 and folder.records() == []
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_a_sentence(tmp_path: Path) -> None:
@@ -140,8 +182,10 @@ def test_a_folder_that_vanishes_and_a_full_disk_are_sentences_and_leave_nothing(
 ) -> None:
     folder, key = one(tmp_path)
     run = load(folder.record(key))
-    (plan,) = folder.plans()
-    report = judge(for_block(healthy_run(settings=run.settings), "other", plan, plan.blocks[0]))
+    ((kept,), _) = folder.plans()
+    other = healthy_run(settings=run.settings)
+    told = {prompt.name: Told("0" * 12, True) for prompt in other.prompts}
+    report = judge(for_block(other, "other", kept.plan, kept.plan.blocks[0], told))
 
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -191,12 +235,12 @@ def test_a_plan_of_a_stranger_is_shown_as_far_as_it_makes_sense(settings: dict[s
 
 def test_a_plan_of_ten_thousand_blocks_and_a_million_prompts_is_read(tmp_path: Path) -> None:
     plan = made_up(tmp_path / "runs", [10.0, 20.0])
-    block = plan.blocks[0].model_copy(update={"count": 100, "prefixes": "01234567" * 100})
+    block = plan.blocks[0].model_copy(update={"count": 100, "hashes": "0123456789ab" * 100})
     blocks = [block.model_copy(update={"first": number, "digest": "f" * 64}) for number in range(10_000)]
     large = plan.model_copy(update={"blocks": blocks, "prompts": 1_000_000})
     folder = Folder(tmp_path / "runs")
     folder.keep(large)
-    assert large in folder.plans()
+    assert large in [kept.plan for kept in folder.plans()[0]]
 
 
 def test_a_plan_or_summary_of_more_values_than_one_can_have_is_not_made(
@@ -211,7 +255,8 @@ def test_a_plan_or_summary_of_more_values_than_one_can_have_is_not_made(
         path.write_text(path.read_text().rstrip()[:-1] + ',"x":[' + "{}," * 600_000 + "{}]}")
     monkeypatch.setattr(Summary, "model_validate_json", made)
     monkeypatch.setattr(Plan, "model_validate_json", made)
-    assert folder.plans() == [] and read_summary(folder.record(key)) is None
+    kept, (damage,) = folder.plans()
+    assert not kept and "values" in damage.said and read_summary(folder.record(key)) is None
 
 
 def test_of_a_thousand_things_that_are_wrong_in_a_list_the_first_is_told(tmp_path: Path) -> None:

@@ -48,4 +48,4 @@ def test_prompts_of_a_profile_are_taken_where_none_are_given() -> None:
     Path("p.txt").write_text("Hello there\n")
     Path("mine.yaml").write_text("prompts: p.txt\ndtypes: [bf16]\nexplain: false\n")
     report = qwen_precision.probe_model("demo", config="mine.yaml")
-    assert list(report.verdict) == ["bf16"] and [prompt.name for prompt in report.run.prompts] == ["line 1"]
+    assert list(report.verdict) == ["bf16"] and [prompt.name for prompt in report.run.prompts] == ["prompt 1"]

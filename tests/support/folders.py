@@ -1,10 +1,11 @@
 """Folders of records: measured by the command in this process, or made up from small runs."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_precision.blocks import Folder, Plan, for_block, plan_for
+from qwen_precision.blocks import Folder, Plan, Told, for_block, plan_for
 from qwen_precision.cli import main
 from qwen_precision.judge.checks import judge
 from qwen_precision.record import Run, joined
@@ -65,32 +66,55 @@ def made_up(
     sources: tuple[str, ...] = ("a",),
     skip: set[int] | None = None,
     text: str = "text",
+    texts: Mapping[int, str] | None = None,
+    weights: str | None = None,
+    share: tuple[int, int] = (0, 1),
+    dtypes: Sequence[str] = ("fp16",),
+    unfit: Mapping[int, str] | None = None,
 ) -> Plan:
-    """A folder in which prompt ``n`` reaches ``sizes[n]`` in fp32; blocks whose number is in ``skip`` are not there."""
+    """A folder in which prompt ``n`` reaches ``sizes[n]`` in fp32; blocks whose number is in ``skip`` are not there.
+
+    Args:
+        texts: of some prompts, in place of those made of ``text``.
+        weights: of all checkpoints; each has its own without.
+        share: that all records say they were measured as.
+        unfit: prompts that are left out of their record, and why.
+    """
     out.mkdir(exist_ok=True)
-    corpus = Corpus([f"{text} {n}" for n in range(len(sizes))], None, block)
-    plan = plan_for(sources, None, load_settings(None, {"dtypes": ["fp16"]}), corpus)
+    every = {n: f"{text} {n}" for n in range(len(sizes))} | dict(texts or {})
+    corpus = Corpus(list(every.values()), None, block)
+    settings = load_settings(None, {"dtypes": list(dtypes)})
+    plan = plan_for(sources, None, settings, corpus)
     folder = Folder(out)
     folder.prepare()
     folder.keep(plan)
+    for source in sources:
+        folder.remember(source, None, weights or f"weights of {source}")
     for item in plan.items():
-        part = sizes[item.block.first : item.block.first + item.block.count]
-        if item.block.first // block not in (skip or set()):
-            run = _run_of(item.source, item.block.first, part, text)
-            weights = f"weights of {item.source}"
-            folder.save(plan.key(weights, item.block), judge(for_block(run, weights, plan, item.block)), (0, 1))
+        first = item.block.first
+        if first // block in (skip or set()):
+            continue
+        numbers = range(first, first + item.block.count)
+        told = {f"prompt {n + 1}": Told(key, True) for n, key in zip(numbers, item.block.keys, strict=True)}
+        left = {told[f"prompt {n + 1}"].key: why for n, why in (unfit or {}).items() if n in numbers}
+        run = _run_of(item.source, {n: sizes[n] for n in numbers if n not in (unfit or {})}, every)
+        mine = weights or f"weights of {item.source}"
+        made = for_block(run.model_copy(update={"settings": settings.model_dump()}), mine, plan, item.block, told, left)
+        folder.save(plan.key(mine, item.block), judge(made), share)
     return plan
 
 
-def _run_of(source: str, first: int, sizes: list[float], text: str) -> Run:
-    prompts = [a_prompt(f"prompt {first + n + 1}", f"{text} {first + n}") for n in range(len(sizes))]
+def _run_of(source: str, sizes: Mapping[int, float], texts: Mapping[int, str]) -> Run:
+    prompts = [a_prompt(f"prompt {n + 1}", texts[n]) for n in sizes]
     passes = []
-    for number, size in enumerate(sizes):
+    for number, (place, size) in enumerate(sizes.items()):
         column = [*HEALTHY[:4], size, HEALTHY[5]]
         close = {"layer_error": [1e-4 * (number + 1)], "kl": [1e-3 * size], "logprob_error": [0.1]}
-        worth = None if size > LARGEST else an_upcast(tokens=first + number + 1, loss_in_dtype=2.3451 + size * 1e-8)
+        lost = {"logprob_rms": 1e-6 * size, "mass_lost": 1e-8 * size, "loss_in_dtype": 2.3451 + 1e-8 * size}
+        worth = None if size > LARGEST else an_upcast(tokens=place + 1, **lost)
         ours, bad = [*HEALTHY[:4], size if size < LARGEST else math.inf, HEALTHY[5]], [an_event(4)]
         passes.append(a_pass("fp32", column, prompt=number))
         passes.append(a_pass("fp16", ours, bad if size > LARGEST else [], prompt=number, upcast=[worth], **close))
-    run = a_run(passes, dtypes=["fp16"], prompts=prompts, logits=a_cost(steps=len(sizes)))
+    logits = a_cost(steps=len(sizes), whole_prompt_bytes=2048 * int(max(sizes.values())))
+    run = a_run(passes, dtypes=["fp16"], prompts=prompts, logits=logits)
     return run.model_copy(update={"model": run.model.model_copy(update={"source": source})})

@@ -48,10 +48,18 @@ def render_table(view: View) -> str:
 def _all(view: View) -> Iterator[RenderableType]:
     if len(view.reports) > 1:
         yield side_by_side(view.reports)
+    merged = any(report.corpus is not None for report in view.reports)
+    if merged:  # what is new comes before a screen a checkpoint
+        yield from _changes(view)
     for report in view.reports:
         if len(view.reports) > 1:
             yield Text(f"\n== {safe(report.name)}\n", style="bold")
         yield from _parts(report)
+    if not merged:
+        yield from _changes(view)
+
+
+def _changes(view: View) -> Iterator[RenderableType]:
     if view.changes:
         yield Text("\nAgainst the baseline", style="bold")
         yield from (Text(line) for line in change_lines(view))

@@ -193,6 +193,7 @@ def _unfinished(report: Report) -> Iterator[Fact]:
     if report.corpus is not None and report.stopped:
         said = report.stopped.removeprefix("not seen: ")
         yield Fact("Not seen", f"{said}; what was not reached is not judged")
+        yield from (Fact("See it", each) for each in report.corpus.do[:1])
     elif report.stopped:
         yield Fact("Stopped", f"{report.stopped.rstrip('.')}; what was not reached is not judged")
     if report.run.unfinished:

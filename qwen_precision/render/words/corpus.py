@@ -29,6 +29,12 @@ def across(report: Report) -> Iterator[tuple[str, str]]:
         return
     there, prompts = corpus.blocks - corpus.missing_blocks, count(corpus.prompts, "prompt")
     yield "seen", f"{prompts} in {there:,} of {count(corpus.blocks, 'block')}"
+    if len(corpus.sources) > 1:
+        more = f" and {len(corpus.sources) - 4} more" if len(corpus.sources) > 4 else ""
+        yield "also", f"the same weights as {', '.join(corpus.sources[1:4])}{more}"
+    if corpus.replaced:
+        said = count(corpus.replaced, "prompt")
+        yield "left out", f"{said} measured on the weights that were there before under this name"
     for each in corpus.across:
         if each.failing:
             yield f"{each.dtype} fails", f"on {each.failing:,} of {prompts}: {_places(each)}"
@@ -54,6 +60,30 @@ def beside(reports: Sequence[Report]) -> list[list[str]]:
         counted = f"{fails:,} of {in_all(report):,}" if fails is not None else "-"
         rows.append([report.name, *((report.verdict.get(name) or "-").upper() for name in dtypes), least, counted])
     return rows
+
+
+def counted(report: Report) -> str:
+    """How many prompts fail in each dtype, of how many that were seen; nothing of a report over one record."""
+    if report.corpus is None:
+        return ""
+    if not report.corpus.prompts:
+        return "no prompt was seen"
+    seen = count(report.corpus.prompts, "prompt")
+    return "; ".join(f"{dtype}: {failing(report, dtype):,} of {seen} fail" for dtype in report.verdict)
+
+
+def checkpoints(reports: Sequence[Report]) -> str:
+    """How many checkpoints of a folder fail in each dtype; nothing where there is one, or nothing is merged."""
+    if len(reports) < 2 or any(report.corpus is None for report in reports):
+        return ""
+    said = []
+    for dtype in DTYPES:
+        verdicts = [report.verdict[dtype] for report in reports if dtype in report.verdict]
+        words = [
+            f"{verdicts.count(word):,} {word.upper()}" for word in ("fail", "risk", "incomplete") if word in verdicts
+        ]
+        said += [f"{dtype}: {', '.join(words) or 'none fails'}"] if verdicts else []
+    return f"{len(reports):,} checkpoints; {'; '.join(said)}"
 
 
 def spread(report: Report, dtype: str | None) -> str:

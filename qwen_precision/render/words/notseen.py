@@ -13,6 +13,8 @@ def not_seen(report: Report) -> Iterator[str]:
     run = report.run
     for words in report.corpus.missing if report.corpus is not None else ():
         yield f"Not seen: {words}."
+    if report.corpus is not None:
+        yield from report.corpus.do
     if run.generation is not None:
         return
     if run.not_run:
