@@ -1,6 +1,7 @@
 """What judging gives: findings, headroom and the report that holds them. Data only."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from qwen_precision.judge.logits import Bought, bought
@@ -262,7 +263,7 @@ class Report:
         found = self.corpus.sums if self.corpus is not None else sums(self.run)
         return {dtype: each.precision for dtype, each in found.items()}
 
-    @property
+    @cached_property
     def bought(self) -> dict[str, Bought]:
         """By dtype: what a softmax in float32 is worth, over all prompts or steps; empty where none was compared."""
         return self.corpus.bought if self.corpus is not None else bought(self.run)

@@ -174,6 +174,30 @@ def test_smollm_is_ok_in_fp16_with_the_headroom_that_forward_hooks_see(smollm: P
         assert torch.equal(found[dtype], answer), dtype
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_what_float32_logits_buy_on_smollm_is_what_transformers_own_logits_say_in_float64(
+    dtype: str, smollm: Path
+) -> None:
+    text = f"{TEXT} Paris. It lies on the Seine, and more than two million people live there."
+    run = run_probe(smollm, [text], dtypes=[dtype])
+    found, given = judge(run).bought[dtype], torch.tensor([run.prompts[0].rows[0].ids])
+    with torch.inference_mode():
+        logits = plain(smollm, dtype)(input_ids=given, use_cache=False).logits[0]
+    logs = torch.log_softmax(logits.double(), dim=-1)
+    chosen = logs[:-1].gather(-1, given[0, 1:, None])
+    off = chosen.to(torch_dtype(dtype)).double() - chosen
+    assert found.tokens == len(chosen) and found.bad == 0
+    assert found.loss == pytest.approx(-chosen.mean().item(), abs=1e-4)
+    assert found.logprob_rms == pytest.approx(off.square().mean().sqrt().item(), rel=0.01)
+    # Trained, it knows the text; the loss is a number of the dtype, no further than a step from the mean.
+    assert found.loss < 4 and 0 < (found.loss_error or 0) <= torch.finfo(torch_dtype(dtype)).eps * 4
+    last = len(logits) - 1
+    places = [last - last * back // 7 for back in range(7, -1, -1)]
+    lost = 1 - logs[places].exp().to(torch_dtype(dtype)).double().sum(dim=-1)
+    assert found.rows == 8 and abs(found.mass_lost or 0) == pytest.approx(lost.abs().max().item(), rel=0.05)
+    assert found.changed == 0
+
+
 def test_smollm_streamed_gives_what_it_gives_resident(smollm: Path) -> None:
     runs = [probed(smollm, memory=memory)[0] for memory in ("resident", "streamed")]
     for dtype in ("fp32", "fp16"):

@@ -84,6 +84,12 @@ def test_what_to_do_stands_under_the_finding_that_it_is_for_and_once_in_full() -
     assert "2. overflow" in told and "do as for 1" in told[told.index("2. overflow") :]
 
 
+def test_a_dtype_none_of_whose_rows_was_finite_is_said_to_be_left_out() -> None:
+    text = " ".join(render_table(judge(overflowing_run(logits=a_cost()))).split())
+    assert "Not compared in fp16 and bf16: no row kept finite logits of its own." in text
+    assert "Not compared" not in render_table(judge(healthy_run()))
+
+
 def test_several_prompts_are_told_apart_by_name_and_row() -> None:
     prompts = [a_prompt("plain"), a_prompt("a batch of two rows").model_copy(update={"rows": [*a_prompt().rows] * 2})]
     off = [an_upcast(), an_upcast(loss_in_dtype=2.4)]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 
+from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge import Bought, Finding, Report, a_step, cost, sized
 from qwen_precision.render.text import count, number, quoted
 
@@ -177,6 +178,9 @@ def notes(report: Report) -> Iterator[str]:
     taken = cost(report.run)
     if taken is None:
         return
+    missing = [dtype for dtype in report.run.dtypes if dtype != REFERENCE and dtype not in report.bought]
+    if missing and taken.held is not None and report.run.generation is None:
+        yield f"Not compared in {' and '.join(missing)}: no row kept finite logits of its own."
     if taken.held is not None:
         pieces = f", in {count(taken.pieces, 'piece')}" if taken.pieces > 1 else ""
         yield f"Held at once here: {sized(taken.held)} at most{pieces}."
