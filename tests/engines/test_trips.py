@@ -76,9 +76,12 @@ def test_the_environment_says_where_it_is_written(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["table", "markdown", "html", "json", "screen", "junit"])
-def test_the_command_that_a_report_of_it_names_is_one_to_paste(name: str, trips: Trips, tmp_path: Path) -> None:
+def test_the_command_that_a_report_of_it_names_is_one_to_paste(
+    name: str, trips: Trips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trips.add(Asked([20, 21, 22], [5, 6]), Met(2, WHOLE))
-    path = (tmp_path / "trips.json").rename(tmp_path / "my trips.json")
+    monkeypatch.chdir(tmp_path)
+    path = Path("trips.json").rename("my trips.json")
     out = html.unescape(" ".join(str(FORMATS[name].render(view([path], "fail", None, False, []))).split()))
     assert "--prompts RUN" not in out and f"--prompts '{path}'" in out
     assert read_prompts(None, str(path))[0].rows
