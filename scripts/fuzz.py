@@ -1,6 +1,6 @@
 """Hostile records, folders, checkpoints, command lines, engines and YAML files, each through the program with limits.
 
-    python scripts/fuzz.py [--seed N] [--share 0.01] [--keep FOLDER]
+    python scripts/fuzz.py [--seed N] [--share 0.01] [--kind command] [--keep FOLDER]
 
 A case is a fork of this process: 1 GB of memory beyond what it has, which no file here may use up, 10 seconds of a
 processor, an exit code of 0 to 3, and no bug of ours. What breaks is written to the folder. The same seed gives the
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,7 @@ def _wrong(args: list[str], code: int, folder: Path) -> str | None:
         return "uses up the memory: " + err.strip().splitlines()[-1]
     if code in (2, 3) and not out and not err:
         return f"exit code {code} without a word"
-    name = args[args.index("--format") + 1] if args[:1] == ["report"] and args.count("--format") == 1 else ""
+    name = args[args.index("--format") + 1] if args[:1] == ["report"] and args[:-1].count("--format") == 1 else ""
     try:
         if out and code < 2 and name in ("junit", "svg"):
             ElementTree.fromstring(out)
@@ -295,9 +295,11 @@ def _wrong(args: list[str], code: int, folder: Path) -> str | None:
     return None
 
 
-def cases(share: float, seed: int) -> Iterator[tuple[str, int]]:
-    """Kind and number of every case."""
+def cases(share: float, seed: int, kinds: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+    """Kind and number of every case; of all kinds where none is named."""
     for kind, count in COUNTS.items():
+        if kinds and kind not in kinds:
+            continue
         yield from ((kind, seed * 1_000_000 + number) for number in range(max(1, round(count * share))))
 
 
@@ -317,12 +319,12 @@ def warm() -> None:
     torch.set_num_threads(1)
 
 
-def fuzz(share: float, seed: int, keep: Path | None = None) -> list[str]:
+def fuzz(share: float, seed: int, keep: Path | None = None, kinds: Sequence[str] = ()) -> list[str]:
     """Run all cases; gives a line for each that broke."""
     warm()
     counts: Counter[str] = Counter()
     broken = []
-    for kind, number in cases(share, seed):
+    for kind, number in cases(share, seed, kinds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             args = KINDS[kind](folder, random.Random(f"{kind} {number}"))
@@ -344,8 +346,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of a whole run")
     parser.add_argument("--keep", type=Path, help="folder for what breaks")
+    parser.add_argument("--kind", action="append", choices=list(COUNTS), help="only these; repeatable")
     asked = parser.parse_args()
-    broken = fuzz(asked.share, asked.seed, asked.keep)
+    broken = fuzz(asked.share, asked.seed, asked.keep, asked.kind or ())
     print("\n".join(broken))
     return int(bool(broken))
 
