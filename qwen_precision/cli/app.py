@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -104,7 +105,7 @@ def _check_place(args: list[str]) -> None:
                 raise ValueError
         except ValueError as error:
             raise UsageError(f"{word[:60]!r}: is no text that a file or a prompt can have; leave it out.") from error
-    for option, value in zip(args, [*args[1:], "-"], strict=True):  # a path of no words is the working folder
+    for option, value in pairwise([*args, "-"]):  # a path of no words is the working folder
         if option in ("--output=", "-o=") or (option in ("--output", "-o") and not value):
             raise UsageError(f"{option.rstrip('=')}: is empty; give the name of a file, or - for stdout.")
     try:

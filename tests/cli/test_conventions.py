@@ -31,6 +31,12 @@ def test_a_dash_as_output_prints_the_run_and_saves_nothing(capsys: Capture) -> N
     assert json.loads(capsys.readouterr().out)["verdict"] == {"fp16": "fail"} and not list(Path().iterdir())
 
 
+def test_no_command_at_all_gets_the_help(capsys: Capture) -> None:
+    assert main([]) == 2
+    told = capsys.readouterr()
+    assert "probe" in told.out + told.err and "bug" not in told.err
+
+
 @pytest.mark.parametrize("words", [["-o", ""], ["--output", ""], ["--output="]])
 @pytest.mark.parametrize("verb", ["probe", "generate"])
 def test_an_output_without_a_name_is_not_the_working_folder(verb: str, words: list[str], capsys: Capture) -> None:
