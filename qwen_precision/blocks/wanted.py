@@ -213,7 +213,10 @@ def _remedies(mine: Wanted, tally: Tally, lacks: Sequence[Lack]) -> Iterator[str
         if keys and all(key in tally.unfit for key in keys):
             yield f"Correct these rows or take them out, give the command, and remove {kept.name} ({begun})."
         elif newest is None or name == newest.name:
-            yield f"The command that began {kept.name} ({begun}), given again, measures what is missing and no more."
+            shards = sorted({lack.shard.removeprefix(", ") for lack in here})
+            how = f"given with {shards[0]}" if shards[0] and len(shards) == 1 else "given again"
+            how += " for each of these shares" if len(shards) > 1 else ""
+            yield f"The command that began {kept.name} ({begun}), {how}, measures what is missing and no more."
         else:
             unlike = "; ".join(newest.plan.unlike(kept.plan)) or "as the newest"
             yield (

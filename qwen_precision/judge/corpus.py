@@ -88,7 +88,9 @@ def standing_for(report: Report) -> list[Standing]:
     for each in report.findings:
         place = each.place
         if each.severity != "info" and place.prompt is not None and place.prompt in numbers:
-            key = f"{each.severity} {each.kind} {each.dtype} {place.module} {place.op} {place.name} {place.expert}"
+            # Where one prompt begins and another is only foreseen to fail, the one that begins is told: both stand.
+            how = f"{each.kind} {each.predicted:d}{each.cause.kind == 'masked-rows':d}"
+            key = f"{each.severity} {how} {each.dtype} {place.module} {place.op} {place.name} {place.expert}"
             size = each.magnitude.reference or 0.0
             offer(key, -size if math.isfinite(size) else -1e300, numbers[place.prompt])
     names = [name_of(site.module, site.op, site.call) for site in run.sites]

@@ -5,6 +5,7 @@ import os
 import random
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -16,6 +17,7 @@ from qwen_precision.errors import QprecError
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
 from qwen_precision.record import joined, load
+from qwen_precision.render import FORMATS, View
 from support.builders import an_upcast
 from support.folders import made_up, records
 
@@ -328,6 +330,18 @@ def test_every_prompt_that_fails_is_told_by_name_in_the_order_of_the_corpus(tmp_
     report = merged(tmp_path, [70_000.0] * 40, block=7)
     assert report.corpus is not None
     assert report.corpus.across[0].fail == tuple(f"prompt {n}" for n in range(1, 41))
+
+
+@pytest.mark.parametrize(("fail_on", "failures"), [("fail", 40), ("never", 0)])
+def test_every_prompt_that_fails_fails_a_case_of_junit_opened_or_not(
+    fail_on: str, failures: int, tmp_path: Path
+) -> None:
+    report = merged(tmp_path, [70_000.0 + n for n in range(40)], block=7)
+    assert len(report.run.prompts) < 40
+    root = ElementTree.fromstring(str(FORMATS["junit"].render(View((report,), fail_on))))
+    assert root.get("failures") == str(failures)
+    named = [f" {each.get('name')}" for each in (*root, *root.iter("testcase"))]
+    assert all(any(name.endswith(f" prompt {n}") for name in named) for n in range(1, 41))
 
 
 def test_a_prompt_that_the_checkpoint_does_not_take_is_not_seen_and_says_why(tmp_path: Path) -> None:

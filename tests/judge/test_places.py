@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qwen_precision.judge.checks import judge
+from qwen_precision.judge.corpus import standing_for
 from qwen_precision.judge.findings import Finding
 from qwen_precision.record.closeup import Closeup
 from qwen_precision.record.explanation import Control, Explanation
@@ -125,6 +126,18 @@ def test_the_largest_of_several_prompts_is_named_where_a_place_is_foreseen() -> 
         (finding,) = errors(run_of(*(hidden(LAST, size) for size in sizes)))
         assert (finding.predicted, finding.magnitude.reference) == (True, 90_000.0)
         assert finding.spread.prompts == ("one", "two")
+
+
+def test_prompts_of_several_records_stand_for_all_where_one_begins_and_a_larger_one_is_foreseen() -> None:
+    every = failed(SUM, value=70_000.0), hidden(SUM, 90_000.0), failed(SUM, value=75_000.0), hidden(SUM, 80_000.0)
+    best: dict[str, tuple[float, int]] = {}
+    for number, pair in enumerate(every):
+        for each in standing_for(judge(run_of(pair))):
+            best[each.key] = min(best.get(each.key, (math.inf, 0)), (each.score, number))
+    standing = {number for _, number in best.values()}
+    assert standing < {0, 1, 2, 3}
+    of_all, of_these = (judge(run_of(*pairs)).findings for pairs in (every[:3], [every[n] for n in sorted(standing)]))
+    assert of_all[0].magnitude == of_these[0].magnitude and of_all[0].magnitude.reference == 75_000.0
 
 
 def test_a_foreseen_real_token_speaks_before_larger_padding() -> None:

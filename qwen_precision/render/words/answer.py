@@ -131,7 +131,7 @@ def verdict_words(report: Report, dtype: str) -> str:
     if mine:
         return "; ".join([f"{mine[0].kind} {_on(mine[0])}".strip(), *_least(report, dtype)])
     if report.verdict[dtype] == "incomplete":
-        return "nothing found before it stopped"
+        return "nothing found before it stopped" if report.corpus is None else "no finding in what was seen"
     more = [*_least(report, dtype), *_closer(report, dtype)]
     return "; ".join(["all finite" if more else "every operation finite", *more])
 
