@@ -71,6 +71,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._locks: int | None = None
+        self._met: dict[str, tuple[str, str, list[str]]] = {}
+        """By name of a record: its weights, its settings and hashes of its prompts; read once for all checkpoints."""
 
     def check(self) -> None:
         """That it can be a folder.
@@ -182,9 +184,14 @@ class Folder:
         mine = {f"{plan.key(weights, block)}.json" for block in plan.blocks}
         found: set[str] = set()
         for path in self.records():
-            summary = (read_summary(path) or summarised(path)) if path.name not in mine else None
-            if summary is not None and (summary.weights, summary.settings) == (weights, plan.settings_digest):
-                found.update(key for key in summary.block.keys if key not in summary.unfit)
+            if path.name in mine:
+                continue
+            if path.name not in self._met and (summary := read_summary(path) or summarised(path)) is not None:
+                keys = [key for key in summary.block.keys if key not in summary.unfit]
+                self._met[path.name] = summary.weights, summary.settings, keys
+            theirs, settings, keys = self._met.get(path.name, ("", "", []))
+            if (theirs, settings) == (weights, plan.settings_digest):
+                found.update(keys)
         return found
 
     def is_done(self, key: str, share: tuple[int, int]) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from qwen_precision.blocks import Folder, Told, for_block, reports
+from qwen_precision.blocks import folder as blocks_folder
 from qwen_precision.blocks.plan import Plan
 from qwen_precision.blocks.summary import Summary, read_summary
 from qwen_precision.cli import main
@@ -268,3 +269,15 @@ def test_of_a_thousand_things_that_are_wrong_in_a_list_the_first_is_told(tmp_pat
             with pytest.raises(ValidationError) as caught:
                 kind.model_validate_json(json.dumps(data))
             assert {each["loc"][:2] for each in caught.value.errors()} == {(name, 0)}
+
+
+def test_the_records_of_a_folder_are_read_once_for_all_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(tmp_path, [100.0] * 6, sources=("a", "b"))
+    plan = made_up(tmp_path / "other", [100.0] * 6, block=3, sources=("a", "b"))
+    read: list[Path] = []
+    monkeypatch.setattr(blocks_folder, "read_summary", lambda path: read.append(path) or read_summary(path))
+    folder = Folder(tmp_path)
+    found = [folder.seen(plan, f"weights of {source}") for source in ("a", "b", "c")]
+    assert [len(each) for each in found] == [6, 6, 0] and len(read) == len(set(read)) == 6
