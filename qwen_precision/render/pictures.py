@@ -252,29 +252,13 @@ def _our_own(drawn: Canvas, axes: Any, taken: Cost) -> None:
     """Where the run's own prompt is, with all rows of its batch, and what was held of it."""
     whole = taken.whole
     tokens = whole.rows * whole.tokens
-    axes.plot(
-        [tokens],
-        [whole.float32],
-        marker="o",
-        ms=9,
-        mfc="none",
-        color=on.DTYPES_IN["fp32"],
-        linestyle="",
-        label="this run",
-    )
-    drawn.point(axes, tokens, whole.float32, f"this prompt, {tokens:,} tokens: {sized(whole.float32)} in float32")
+    said = f"this prompt, {tokens:,} tokens: {sized(whole.float32)} in float32"
+    marks = [(whole.float32, "o", 9, on.DTYPES_IN["fp32"], "this run", said)]
     if taken.held is not None:
-        axes.plot(
-            [tokens],
-            [taken.held],
-            marker="s",
-            ms=6,
-            mfc="none",
-            color=on.QUIET,
-            linestyle="",
-            label="held at once here",
-        )
-        drawn.point(axes, tokens, taken.held, f"held at once here: {sized(taken.held)}")
+        marks.append((taken.held, "s", 6, on.QUIET, "held at once here", f"held at once here: {sized(taken.held)}"))
+    for size, marker, points, color, label, said in marks:
+        axes.plot([tokens], [size], marker=marker, ms=points, mfc="none", color=color, linestyle="", label=label)
+        drawn.point(axes, tokens, size, said)
 
 
 def _empty() -> Canvas:

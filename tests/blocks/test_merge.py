@@ -240,22 +240,18 @@ def test_what_only_an_older_plan_asks_for_is_named_with_the_file_and_the_way_out
     assert report.stopped is None
 
 
-def test_an_old_plan_with_blocks_of_another_size_asks_for_nothing_that_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("skip", "stopped"), [(set(), None), ({0}, "not seen: 2 of 9 prompts (prompts 1 to 2)")], ids=["none", "one block"]
+)
+def test_of_an_old_plan_with_blocks_of_another_size_only_what_is_not_there_is_missing_and_once(
+    skip: set[int], stopped: str | None, tmp_path: Path
+) -> None:
     out = tmp_path / "runs"
     made_up(out, SIZES, block=3, skip={0, 1, 2})
     begun(out, "old", 1000)
-    made_up(out, SIZES, block=2)
+    made_up(out, SIZES, block=2, skip=skip)
     (report,) = reports(Folder(out))
-    assert report.stopped is None
-
-
-def test_what_two_plans_ask_for_is_missing_once(tmp_path: Path) -> None:
-    out = tmp_path / "runs"
-    made_up(out, SIZES, block=3, skip={0, 1, 2})
-    begun(out, "old", 1000)
-    made_up(out, SIZES, block=2, skip={0})
-    (report,) = reports(Folder(out))
-    assert report.stopped == "not seen: 2 of 9 prompts (prompts 1 to 2)"
+    assert report.stopped == stopped
 
 
 def test_the_newest_plan_asks_only_for_prompts_that_no_record_holds(tmp_path: Path) -> None:
