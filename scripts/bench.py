@@ -45,7 +45,7 @@ from qwen_precision.settings.prompts import PromptSpec
 
 RUNS = 7
 FEW = 5
-"""Runs of a whole probe in each arithmetic."""
+"""Runs of whole probes."""
 TOKENS = 128
 NEW_TOKENS = 64
 FOLDER = Path(os.environ.get("QPREC_BENCH_DIR", Path(tempfile.gettempdir()) / "qprec-bench"))
@@ -65,10 +65,10 @@ def some_ids(device: str = "cpu") -> torch.Tensor:
     return torch.randint(0, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+def interleaved(variants: Mapping[str, Callable[[], object]], runs: int = RUNS) -> dict[str, list[float]]:
     """Seconds of each variant, taken in turn: A B C A B C …, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(RUNS + 1):
+    for round_ in range(runs + 1):
         for name, run in variants.items():
             started = time.perf_counter()
             run()
@@ -443,7 +443,7 @@ def on_a_card() -> None:
         folder = checkpoint(shape)
         watched_on_a_card(folder)
         probed_on_a_card(folder)
-    guarded_on_a_card(checkpoint("0.6B"))
+        guarded_on_a_card(folder)
 
 
 def synchronised(run: Callable[[], object]) -> Callable[[], object]:
@@ -457,9 +457,10 @@ def synchronised(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def loaded_on_a_card(folder: Path, name: str) -> Any:
-    """A model as a person would load it, in one dtype."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[name].torch_name))
-    return model.to("cuda").eval()
+    """A model as a person would load it, in one dtype, straight onto the card."""
+    torch_dtype = getattr(torch, DTYPES[name].torch_name)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, device_map="cuda")
+    return model.eval()
 
 
 def watched_on_a_card(folder: Path) -> None:
@@ -496,7 +497,7 @@ def probed_on_a_card(folder: Path) -> None:
 
     show(
         f"three dtypes of {folder.name} on the card",
-        interleaved({"three plain loads and forwards": plain, "probe": ours}),
+        interleaved({"three plain loads and forwards": plain, "probe": ours}, FEW),
     )
 
 

@@ -15,7 +15,7 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.errors import QprecError
 from qwen_precision.files import sha256_of
 from qwen_precision.judge import Candidate, Report, asked, candidates, starts_at
-from qwen_precision.model import Models, encode, out_of_memory
+from qwen_precision.model import REDUCED_SUMS, Models, encode, out_of_memory
 from qwen_precision.probe import Job
 from qwen_precision.progress import Announce, Progress, said
 from qwen_precision.record import REPLAYS, Control, ControlKind, Explanation, GreedyMatch, Run
@@ -189,7 +189,7 @@ def _run_controls(job: Job, controls: Sequence[Candidate], made: Explanation, pr
 def _full_reduction() -> Iterator[None]:
     """Matrix products on a GPU add up in fp32 throughout; as it was before, afterwards."""
     flags = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    names = [name for name in REDUCED_SUMS if hasattr(flags, name)]
     before = [getattr(flags, name) for name in names]
     for name in names:
         setattr(flags, name, False)

@@ -274,8 +274,9 @@ def _spot(site: Site) -> tuple[str, str, int]:
 
 
 def narrow_sums(run: Run) -> bool:
-    """Whether sums of fp16 products were kept in fp16, as was asked for."""
-    return run.settings.get("arithmetic") == "fp16-accumulate"
+    """Whether sums of fp16 products were kept in fp16: by the run's arithmetic, or by torch's flag on a card."""
+    asked = run.settings.get("arithmetic") == "fp16-accumulate"
+    return asked or run.environment.get("allow_fp16_accumulation") == "True"
 
 
 def place_of(columns: Columns, each: Pass, number: int, event: Event | None) -> Place:

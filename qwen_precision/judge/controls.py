@@ -199,8 +199,8 @@ def _ordered(run: Run, each: Asked, templates: list[Candidate]) -> Iterator[Cand
     if (
         role in _SUMS
         and (_on_cuda(run) or narrow_sums(run))
-        and finding.magnitude.headroom is not None
-        and finding.magnitude.headroom >= 1
+        and finding.magnitude.reference is not None
+        and (finding.magnitude.reference == 0 or (finding.magnitude.headroom or 0) >= 1)
     ):
         yield control("full reduction", ids, "the same tokens without reduced-precision reductions")
     if place is None:

@@ -14,6 +14,7 @@ from qwen_precision.model.index import FLOAT_TYPES, TensorInfo, read_json
 from qwen_precision.model.lanes import Lane, decoding, not_decoded, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import (
+    REDUCED_SUMS,
     attention_used,
     choose_device,
     choose_memory,
@@ -43,6 +44,7 @@ from qwen_precision.model.weights import WeightStore, read_tensor
 
 __all__ = [
     "FLOAT_TYPES",
+    "REDUCED_SUMS",
     "Checkpoint",
     "Encoded",
     "Lane",

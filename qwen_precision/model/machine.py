@@ -20,6 +20,17 @@ _NO_MEMORY = re.compile(
 )
 """As torch, the C library, cuBLAS and cuDNN say it."""
 
+REDUCED_SUMS = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
+"""Flags of ``torch.backends.cuda.matmul`` under which a card keeps sums, or parts of them, in 16 bits; the first is
+there since torch 2.7.
+
+Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (reduced precision reduction; full fp16 accumulation).
+"""
+
 _SHARE = 0.7  # of the free memory that weights and buffers may take; the rest is for activations
 
 
@@ -131,6 +142,7 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         facts["cuda"] = str(torch.version.cuda)
         matmul = torch.backends.cuda.matmul
-        for flag in ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
-            facts[flag] = str(getattr(matmul, flag))
+        for flag in ("allow_tf32", *REDUCED_SUMS):
+            if hasattr(matmul, flag):
+                facts[flag] = str(getattr(matmul, flag))
     return facts

@@ -1,6 +1,7 @@
 """From the host to the device. To a CUDA card through pinned memory on a stream of its own: beside what computes."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ class Upload:
         moved = tensor.to(self._device) if self._stream is None else self._beside(tensor, self._stream)
         self.seconds += time.perf_counter() - started
         return moved
+
+    @property
+    def beside(self) -> bool:
+        """Whether the device has a stream beside what computes."""
+        return self._stream is not None
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Have the device do some work on what was started, before what is started next."""
+        with torch.cuda.stream(self._stream):
+            work()
 
     def finish(self) -> None:
         """Wait until all that was started is there."""

@@ -6,7 +6,7 @@ formats are cast and compared as a whole. Everything goes in pieces that stay in
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from qwen_precision.record import ScaleFault, Weight, WeightTotals
 from qwen_precision.torch_dtypes import short_name, torch_dtype
 
 _PIECE = 1 << 18
+_CARDS_PIECE = 1 << 23
+"""On a card: large enough to keep it busy, small beside a layer."""
 # A bf16 of magnitude 2^-17 ends exactly at fp16's last bit: 2^-17 * 2^-7 = 2^-24.
 _EXACT_FROM = np.uint16(2 * torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item() - 1)
 _LARGEST = np.uint16(2 * torch.tensor(65280.0, dtype=torch.bfloat16).view(torch.int16).item())
@@ -39,6 +41,7 @@ class WeightCheck:
         self._parameters: dict[str, str] = {}
         self._rows_done: dict[str, int] = {}
         self._scale_faults: dict[str, list[ScaleFault]] = {}
+        self._on_cards: list[tuple[str, Tensor]] = []  # what a card has counted, or will have
 
     def feed(self, name: str, file: str, tensor: Tensor, start: int = 0, parameter: str | None = None) -> None:
         """Check one tensor, or the rows of it from ``start`` on; rows that were checked before are passed over.
@@ -46,7 +49,8 @@ class WeightCheck:
         Args:
             name: in the files.
             file: which one.
-            tensor: all of it, or rows that begin where those fed before ended (or earlier).
+            tensor: all of it, or rows that begin where those fed before ended (or earlier). One on a CUDA card is
+                counted there, and nothing waits for it before the sums are asked for.
             start: number of the first row.
             parameter: the model's parameter it is (a part of), where that has another name.
         """
@@ -61,8 +65,12 @@ class WeightCheck:
             tensor = tensor[max(0, done - start) :]
         self._files[name] = file
         self._parameters[name] = parameter or name
-        for piece in torch.split(tensor.reshape(-1), _PIECE):
-            self._piece(self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0}), piece)
+        facts = self._tensors.setdefault(name, {"elements": 0, "abs_max": 0.0})
+        for piece in torch.split(tensor.reshape(-1), _CARDS_PIECE if tensor.is_cuda else _PIECE):
+            if tensor.is_cuda:
+                self._on_cards.append((name, _counted(piece, self.dtypes)))
+            else:
+                self._piece(facts, piece)
 
     def feed_scales(
         self, name: str, packed: Packed, pieces: Mapping[str, Tensor], weight: Tensor, parameter: str
@@ -89,15 +97,32 @@ class WeightCheck:
             largest, doubtful = _measured(piece)
         facts["abs_max"] = max(facts["abs_max"], largest)
         for name in self.dtypes:
-            lost = _cast_losses(doubtful if name == "fp16" else piece, name)
-            total = self._totals[name]
-            total[0] += piece.numel()
-            for index, (what, count) in enumerate(zip(("overflow", "underflow", "inexact"), lost, strict=True), 1):
-                total[index] += count
-                facts[f"{what} {name}"] = facts.get(f"{what} {name}", 0) + count
+            self._lost(facts, name, piece.numel(), _cast_losses(doubtful if name == "fp16" else piece, name))
+
+    def _lost(self, facts: dict[str, float], name: str, finite: int, lost: Sequence[int]) -> None:
+        total = self._totals[name]
+        total[0] += finite
+        for index, (what, count) in enumerate(zip(("overflow", "underflow", "inexact"), lost, strict=True), 1):
+            total[index] += count
+            facts[f"{what} {name}"] = facts.get(f"{what} {name}", 0) + count
+
+    def _settle(self) -> None:
+        """Wait for the cards, once, and add what they counted."""
+        pending, self._on_cards = self._on_cards, []
+        if not pending:
+            return
+        torch.cuda.synchronize(pending[0][1].device)  # it was counted on a stream beside
+        for (tensor, _), row in zip(pending, torch.stack([counts for _, counts in pending]).tolist(), strict=True):
+            facts, (largest, nan, inf, finite) = self._tensors[tensor], row[:4]
+            facts["elements"] += int(finite + nan + inf)
+            facts["abs_max"] = max(facts["abs_max"], largest)
+            facts["nan"], facts["inf"] = facts.get("nan", 0) + nan, facts.get("inf", 0) + inf
+            for number, name in enumerate(self.dtypes):
+                self._lost(facts, name, int(finite), [int(count) for count in row[4 + 3 * number : 7 + 3 * number]])
 
     def weights(self) -> list[Weight]:
         """The tensors that are damaged or that some dtype changes; all others are exact everywhere."""
+        self._settle()
         found = []
         for name, facts in self._tensors.items():
             overflow = {d: int(facts[f"overflow {d}"]) for d in self.dtypes if facts.get(f"overflow {d}")}
@@ -127,6 +152,7 @@ class WeightCheck:
 
     def totals(self) -> list[WeightTotals]:
         """What casting everything costs, by dtype."""
+        self._settle()
         return [
             WeightTotals(dtype=name, elements=t[0], overflow=t[1], underflow=t[2], inexact=t[3])
             for name, t in self._totals.items()
@@ -162,8 +188,7 @@ def _measured_bits(piece: Tensor) -> tuple[float, Tensor]:
 
 def _cast_losses(piece: Tensor, name: str) -> tuple[int, int, int]:
     """(overflow, underflow to zero, inexact) counts of finite elements cast to a dtype."""
-    source = short_name(piece.dtype)
-    if source == name or (source in {"bf16", "fp16"} and name == "fp32") or not piece.numel():
+    if _exact(piece.dtype, name) or not piece.numel():
         return 0, 0, 0
     cast = piece.to(torch_dtype(name))
     wide = torch.promote_types(piece.dtype, cast.dtype)
@@ -173,3 +198,29 @@ def _cast_losses(piece: Tensor, name: str) -> tuple[int, int, int]:
         return 0, 0, 0
     underflow = int(np.count_nonzero(after == 0) - np.count_nonzero(before == 0))
     return int(np.count_nonzero(np.isinf(after))), underflow, inexact
+
+
+def _exact(dtype: torch.dtype, name: str) -> bool:
+    """Whether a dtype holds all that another does."""
+    source = short_name(dtype)
+    return source == name or (source in {"bf16", "fp16"} and name == "fp32")
+
+
+def _counted(piece: Tensor, names: Sequence[str]) -> Tensor:
+    """The same counts made by a card: largest finite magnitude, NaN, infinite, finite, and three for each dtype.
+
+    Shape ``[4 + 3 * dtypes]``, in float64, which holds every count and every magnitude exactly.
+    """
+    finite, zero = torch.isfinite(piece), torch.zeros((), dtype=torch.float64, device=piece.device)
+    largest = torch.where(finite, piece, 0).abs().max() if piece.numel() else zero
+    counts = [largest, torch.isnan(piece).sum(), torch.isinf(piece).sum(), finite.sum()]
+    for name in names:
+        if _exact(piece.dtype, name):
+            counts += [zero] * 3
+            continue
+        cast = piece.to(torch_dtype(name))
+        wide = torch.promote_types(piece.dtype, cast.dtype)
+        before, after = piece.to(wide), cast.to(wide)
+        overflow, underflow = torch.isinf(after), (after == 0) & (before != 0)
+        counts += [(finite & changed).sum() for changed in (overflow, underflow, before != after)]
+    return torch.stack([count.to(torch.float64) for count in counts])

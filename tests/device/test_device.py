@@ -3,14 +3,16 @@
 On a real card (`pytest -m device` there) sums come out otherwise: then the same places and causes are asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.judge.checks import judge
+from qwen_precision.model.weightcheck import WeightCheck
 from qwen_precision.record.run import Run
 from qwen_precision.settings.prompts import PromptSpec
 from qwen_precision.watcher import watch
@@ -18,12 +20,21 @@ from support import generations, plants
 from support.checkpoints import make_checkpoint
 from support.pretend import devices
 from support.rescues import rescue
-from support.runs import TEXTS, explained, run_probe, timeless
+from support.runs import TEXTS, explained, first_of, memory_of, run_probe, timeless
 
 pytestmark = pytest.mark.device
 
 DEVICES = devices()
 DEVICE = DEVICES[:1]
+REAL_WIDTHS = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 2,
+}
+"""Of Qwen3-0.6B: a card takes other kernels for a wide product than for a tiny one."""
 
 
 @pytest.fixture
@@ -45,13 +56,14 @@ def same(ours: Run, wanted: Run, exact: bool) -> None:
             if each["generation"]:
                 each["generation"]["probe"] = None  # the command names the device
         assert repr(one) == repr(other)  # NaN is what it is
-    assert places(ours) == places(wanted)
+    assert places(ours, exact) == places(wanted, exact)
 
 
-def places(run: Run) -> list[tuple[Any, ...]]:
-    """What a user decides by."""
+def places(run: Run, exact: bool) -> list[tuple[Any, ...]]:
+    """What a user decides by; the worst of several prompts may be another where sums come out otherwise."""
     return [
-        (each.kind, each.severity, each.dtype, each.cause.kind, each.place.module, each.place.op, each.place.prompt)
+        (each.kind, each.severity, each.dtype, each.cause.kind, each.place.module, each.place.op)
+        + ((each.place.prompt,) if exact else ())
         for each in judge(run).findings
         if each.kind != "advice"  # a card's sums may take a loss to the other side of a limit
     ]
@@ -85,23 +97,52 @@ def test_a_probe_finds_on_the_card_what_it_finds_on_the_cpu(
     # What experts get is counted in integers on a card, in floats on the CPU: other operations, the same faults.
     same(ours, wanted, exact and name != "experts")
     assert (name == "healthy") == all(each.severity == "info" for each in judge(ours).findings)
+    assert all(each.what != "second look" for each in ours.choices)  # run again, a layer does the same
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_card_gives_the_logits_of_plain_transformers_on_it(
-    device: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attention: str, memory: str, device: str, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM
+    folder = make_checkpoint(tmp_path / "model", tied=True, **REAL_WIDTHS)
+    answers: dict[tuple[str, int], torch.Tensor] = {}
+    keep = lambda dtype, prompt, states, logits: answers.__setitem__((dtype, prompt), logits.clone())  # noqa: E731
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text(f"- {{name: one, text: {TEXTS[0]}}}\n- {{name: padded, batch: [aaaaaaaaa, Zb]}}\n")
+    run = run_probe(folder, file=str(prompts), device=device, memory=memory, attention=attention, on_final=keep)
+    assert all(each.what != "second look" for each in run.choices)
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        for number in range(len(run.prompts)):
+            wanted = plain(model.to(device).eval(), folder, run.prompts[number])
+            ours = answers[name, number]
+            assert torch.equal(ours[:, -1], wanted[:, -1]), (name, number, (ours[:, -1] - wanted[:, -1]).abs().max())
 
-    folder = make_checkpoint(tmp_path / "model")
-    answers: dict[str, torch.Tensor] = {}
-    keep = lambda dtype, prompt, states, logits: answers.__setitem__(dtype, logits.clone())  # noqa: E731
-    run = run_probe(folder, TEXTS[:1], device=device, memory="resident", on_final=keep)
-    ids = torch.tensor([run.prompts[0].rows[0].ids], device=device)
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        with torch.inference_mode():
-            assert torch.equal(model(ids).logits[:, -1], answers[name][:, -1])
+
+def plain(model: Any, folder: Path, prompt: Any) -> torch.Tensor:
+    """Logits of transformers' own forward on the model's device; padding has no position of its own."""
+    texts = [row.text for row in prompt.rows]
+    given = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = given["input_ids"].to(model.device), given["attention_mask"].to(model.device)
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    more = {"attention_mask": mask, "position_ids": positions} if len(texts) > 1 else {}
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False, **more).logits
+
+
+@pytest.mark.parametrize("device", DEVICE)
+def test_damaged_weights_are_counted_on_the_card_as_on_the_cpu(device: str) -> None:
+    tensor = torch.linspace(-1e5, 1e5, 40_000).to(torch.bfloat16).view(100, 400)
+    tensor[7, 3], tensor[99, 399], tensor[50] = float("nan"), float("inf"), 1e-8
+    checks = []
+    for where in (device, "cpu"):
+        checks.append(WeightCheck(["fp32", "fp16", "bf16"]))
+        for start in (0, 60, 60):
+            checks[-1].feed("w", "f", tensor[start : start + 60].to(where), start)
+    one, other = checks
+    assert one.weights() == other.weights() and one.totals() == other.totals()
 
 
 @pytest.mark.parametrize("device", DEVICE)
@@ -168,8 +209,6 @@ def test_a_text_made_on_the_card_is_that_of_the_cpu(name: str, device: str, exac
 
 @pytest.mark.parametrize("device", DEVICE)
 def test_watch_names_the_first_operation_on_the_card(device: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     folder = make_checkpoint(tmp_path / "model", edit=plants.down_proj_output)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to(device)
     with watch(model) as readings, torch.inference_mode():
@@ -194,21 +233,36 @@ def test_memory_is_asked_of_the_card_that_is_used_and_only_that_is_filled(device
     assert torch.cuda.max_memory_allocated(other) == before[other]
 
 
-@pytest.mark.parametrize("device", DEVICE)
-def test_out_of_memory_is_a_sentence_that_says_what_to_try(
-    device: str, exact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not exact or not device.startswith("cuda"):
-        pytest.skip("only a pretend card is easily filled")
-    from qwen_precision.cli.app import main
-    from support.pretend import memory
+@pytest.fixture
+def full(device: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A card with no room for a model."""
+    if exact:
+        from support.pretend import memory
 
-    folder = make_checkpoint(tmp_path / "model")
+        monkeypatch.setattr(memory, "total", 200_000)
+        yield
+        return
+    if not device.startswith("cuda"):
+        pytest.skip("Apple's memory is the machine's")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6, device)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@pytest.mark.parametrize("device", DEVICE)
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.usefixtures("full")
+def test_out_of_memory_is_a_sentence_that_says_what_to_try(
+    memory: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen_precision.cli.app import main
+
+    folder = make_checkpoint(tmp_path / "model", **REAL_WIDTHS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "total", 200_000)
-    assert main(["probe", str(folder), "--device", device, "--memory", "resident", "--prompt", "abc"]) in (2, 3)
+    assert main(["probe", str(folder), "--device", device, "--memory", memory, "--prompt", "abc"]) in (2, 3)
     said = capsys.readouterr()
-    assert "Traceback" not in said.err and "out of memory" in said.out
+    assert "Traceback" not in said.err and "out of memory" in said.out + said.err
 
 
 @pytest.mark.parametrize("device", DEVICE)
@@ -223,3 +277,60 @@ def test_the_reference_is_fp32_also_where_tf32_was_switched_on(
     run = run_probe(make_checkpoint(tmp_path / "model"), TEXTS[:1], device=device)
     assert ("TF32", "off") in [(each.what, each.value) for each in run.choices]
     assert flags.allow_tf32
+
+
+# -- what only a real card shows ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--pretend") or not DEVICES or not DEVICES[0].startswith("cuda"):
+        pytest.skip("only a real CUDA card shows this")
+
+
+@pytest.fixture
+def fp16_sums() -> Iterator[None]:
+    """torch's own flag, which has a card keep the sums of fp16 products in fp16."""
+    flags = torch.backends.cuda.matmul
+    if not hasattr(flags, "allow_fp16_accumulation"):
+        pytest.skip("torch has had the flag since 2.7")
+    flags.allow_fp16_accumulation = True
+    yield
+    flags.allow_fp16_accumulation = False
+
+
+@pytest.mark.parametrize("device", DEVICE)
+@pytest.mark.usefixtures("real", "fp16_sums")
+def test_a_partial_sum_that_leaves_fp16_on_the_card_is_told_with_the_flag_that_keeps_it(
+    device: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "model", edit=plants.half_a_sum)
+    run = explained(folder, device=device)
+    finding = first_of(run)
+    assert (finding.cause.kind, finding.place.layer, finding.place.name) == ("accumulation", 1, "down_proj output")
+    assert finding.place.channel == 9 and "allow_fp16_accumulation = False" in finding.cause.advice
+    assert run.explanation is not None
+    assert {each.what: each.clean for each in run.explanation.controls}["full reduction"]
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert judge(explained(folder, device=device)).verdict["fp16"] == "ok"
+
+
+@pytest.mark.parametrize("device", DEVICE)
+@pytest.mark.usefixtures("real")
+def test_a_probe_takes_no_more_of_the_card_than_auto_promised(device: str, tmp_path: Path) -> None:
+    from qwen_precision.model.machine import _SHARE
+
+    folder = make_checkpoint(tmp_path / "model", **{**REAL_WIDTHS, "num_hidden_layers": 12})
+    taken = {}
+    for memory in ("auto", "streamed"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run = run_probe(folder, TEXTS, device=device, memory=memory)
+        taken[memory] = torch.cuda.max_memory_allocated(device) - before
+        if memory == "auto":
+            value, reason = memory_of(run)
+            promised = int(reason.split("needs ")[1].split(" MiB")[0]) << 20
+    print(f"\n{value}: {reason}; taken {taken['auto'] / 2**20:.0f} MiB, streamed {taken['streamed'] / 2**20:.0f} MiB")
+    assert value == "resident" and taken["auto"] <= promised / _SHARE
+    assert taken["streamed"] < taken["auto"]

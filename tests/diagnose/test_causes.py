@@ -280,11 +280,26 @@ def test_a_sum_on_a_gpu_is_run_again_without_reduced_precision() -> None:
     before = flags.allow_fp16_reduced_precision_reduction
     with module._full_reduction():
         assert flags.allow_fp16_reduced_precision_reduction is False
+        assert not getattr(flags, "allow_fp16_accumulation", False)
     assert flags.allow_fp16_reduced_precision_reduction == before
     fp16 = a_pass("fp16", [1.5, 1.0, 1.0, float("inf"), 1.0, 1.0], [an_event(3)], top1=[None])
     fp32 = a_pass("fp32", [1.5, 1.0, 1.0, 900.0, 1.0, 1.0])
     assert asked_again(fp32, fp16, "cuda:0")
     assert not asked_again(fp32, fp16, "cpu")
+    cancelled = a_pass("fp32", [1.5, 1.0, 1.0, 0.0, 1.0, 1.0])
+    assert asked_again(cancelled, fp16, "cuda:0")
+
+
+@pytest.mark.parametrize(("flag", "named"), [("True", "accumulation"), ("False", "reduced_precision_reduction")])
+def test_the_advice_names_the_flag_of_torch_under_which_a_card_kept_the_sums(flag: str, named: str) -> None:
+    from qwen_precision.record.explanation import Explanation
+
+    fp16 = a_pass("fp16", [1.5, 1.0, 1.0, float("inf"), 1.0, 1.0], [an_event(3)], top1=[None])
+    fp32 = a_pass("fp32", [1.5, 1.0, 1.0, 900.0, 1.0, 1.0])
+    controls = [a_control("full reduction", tokens=2, clean=True)]
+    made = Explanation(budget=8, controls=controls, hashes={}, continuations=[], left_out=[])
+    run = a_run([fp32, fp16], explanation=made, environment={"allow_fp16_accumulation": flag})
+    assert judge(run).findings[0].cause.advice == f"Set torch.backends.cuda.matmul.allow_fp16_{named} = False."
 
 
 def asked_again(fp32: Pass, fp16: Pass, device: str) -> bool:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qwen_precision.model.weightcheck import WeightCheck
+from qwen_precision.model.weightcheck import WeightCheck, _counted
 
 SOURCES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TARGETS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -28,6 +28,19 @@ def test_counts_equal_casting_and_comparing_in_fp64(source: str, target: str) ->
     check.feed("w", "f", tensor)
     (total,) = check.totals()
     assert (total.overflow, total.underflow, total.inexact) == slow(tensor, TARGETS[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_card_counts_what_the_host_counts(source: str, target: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    sizes = torch.randn(4096, generator=random, dtype=torch.float64) * torch.logspace(-12, 6, 4096, dtype=torch.float64)
+    odd = torch.tensor([0.0, -0.0, -65504.0, 65520.0, 1e30, math.inf, -math.inf, math.nan])
+    tensor = torch.cat([sizes, odd]).to(SOURCES[source])
+    finite = tensor[torch.isfinite(tensor)]
+    largest, nan, inf, count, *lost = _counted(tensor, [target]).tolist()
+    assert (nan, inf + nan + count) == (1, tensor.numel()) and (largest, count) == (finite.abs().max(), finite.numel())
+    assert tuple(lost) == slow(tensor, TARGETS[target])
 
 
 def test_every_bf16_value_there_is_gets_the_right_answer_in_fp16() -> None:

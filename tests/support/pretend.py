@@ -287,6 +287,9 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     index = device.index or 0 if device is not None else _index_of(kwargs.get("device"))
     _note(name, args, kwargs)
     lent: dict[int, tuple[Tensor, Tensor]] = {}
+    stream = getattr(Stream.entered, "stream", None)
+    if stream is not None:
+        stream.catch_up()
 
     def host(value: Any) -> Any:
         if _is_ours(value):
@@ -405,7 +408,8 @@ def dice(index: int) -> torch.Generator:
 
 
 class Stream:
-    """Everything has happened when a call returns, but copies from pinned memory: those when they are waited for."""
+    """Everything has happened when a call returns, but copies from pinned memory: those when they are waited for, or
+    when something is done after them on the same stream."""
 
     entered = threading.local()
 
@@ -427,6 +431,9 @@ class Stream:
 
     def synchronize(self) -> None:
         _wait("to host", "stream.synchronize")
+        self.catch_up()
+
+    def catch_up(self) -> None:
         late, self._late = self._late, []
         with _on_host():
             for target, source in late:
