@@ -21,8 +21,8 @@ def not_seen(report: Report) -> Iterator[str]:
         names = ", ".join(run.not_run[:_MOST]) + (" …" if len(run.not_run) > _MOST else "")
         yield f"Not seen: {count(len(run.not_run), 'module')} never ran ({names})."
     device = next((each.value for each in run.choices if each.what == "device"), "cpu")
-    if device != "cpu":
-        yield f"Not run on a real GPU yet by its makers: where {device} surprises, compare with --device cpu."
+    if device == "mps":
+        yield "Not run on a real Apple GPU yet by its makers: where mps surprises, compare with --device cpu."
     for dtype in run.dtypes:
         mine = [each for each in run.passes if each.dtype == dtype]
         missing = len(run.prompts) - len(mine)
