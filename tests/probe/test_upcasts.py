@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from qwen_precision.model import way
 from qwen_precision.probe import head, upcasts
 from qwen_precision.probe import run as measured
-from qwen_precision.record import Run, Upcast
+from qwen_precision.record import LOOKED_AT, Run, Upcast
 from qwen_precision.torch_dtypes import torch_dtype
 from support.checkpoints import make_checkpoint
 from support.families import make_family
@@ -112,7 +112,7 @@ def test_padding_changes_nothing_in_a_row_of_a_batch(memory: str, tmp_path: Path
 def test_of_a_long_row_a_few_positions_are_looked_at_and_of_a_batch_of_many_rows_fewer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model")
     (row,) = of(run_probe(folder, ["abc " * 20]), "fp16")
-    assert row.rows == upcasts._OF_A_ROW < row.tokens
+    assert row.rows == LOOKED_AT < row.tokens
     (tmp_path / "prompts.yaml").write_text(f"- {{name: batch, batch: {['abcdefghijkl'] * 32}}}\n")
     rows = of(run_probe(folder, file=str(tmp_path / "prompts.yaml")), "fp16")
     assert [each.rows for each in rows] == [upcasts._OF_A_PROMPT // 32] * 32
