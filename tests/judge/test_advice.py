@@ -6,7 +6,7 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding, Limits
-from qwen_precision.judge.logits import bought, cost
+from qwen_precision.judge.logits import bought, cost, together
 from qwen_precision.record.run import Run
 from support.builders import (
     HEALTHY,
@@ -206,6 +206,9 @@ def test_a_step_whose_log_probability_is_infinite_in_its_dtype_alone_is_counted(
 def test_a_dtype_of_which_every_row_is_left_out_counts_them_and_is_not_shown() -> None:
     run = a_run([a_pass("fp32", HEALTHY), a_pass("fp16", HEALTHY, upcast=[None, an_upcast(tokens=0, rows=0)])])
     assert bought(run)["fp16"].left_out == 2 and "fp16" not in judge(run).bought
+    other = bought(with_softmax())["bf16"]
+    both = together([bought(run)["fp16"], other])
+    assert (both.left_out, both.rows, both.loss) == (2, other.rows, other.loss)
 
 
 def test_the_guard_advice_switched_off_advises_nothing() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM
 
+from qwen_precision.judge import bought
 from qwen_precision.model import way
 from qwen_precision.probe import head, upcasts
 from qwen_precision.probe import run as measured
@@ -137,7 +138,7 @@ def test_logits_that_only_a_softmax_in_fp16_overflows_on_are_counted_and_fail_no
 def test_of_a_stream_that_was_replaced_nothing_is_told(tmp_path: Path) -> None:
     run = run_probe(make_checkpoint(tmp_path, edit=residual_add), TEXTS[:1])
     (failing,) = (each for each in run.passes if each.dtype == "fp16")
-    assert failing.reseeded and failing.upcast == [None]
+    assert failing.reseeded and failing.upcast == [None] and bought(run)["fp16"].left_out == 1
     assert of(run, "bf16")[0].rows > 1
 
 
