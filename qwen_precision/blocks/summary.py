@@ -19,7 +19,7 @@ from qwen_precision.blocks.plan import Block, Plan
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.errors import QprecError
 from qwen_precision.files import Unreadable, read_small, write_atomically
-from qwen_precision.judge import Bought, Report, Sums, outcomes, standing_for, sums
+from qwen_precision.judge import Bought, Report, Sums, bought, outcomes, standing_for, sums
 from qwen_precision.record import LogitsCost, Many, Run, check_count
 from qwen_precision.settings import DIGITS
 from qwen_precision.version import __version__
@@ -126,7 +126,7 @@ def summary_of(report: Report, data: bytes, share: tuple[int, int]) -> Summary:
 def _told(report: Report, counted: Sequence[int]) -> dict[str, Bought]:
     """What float32 logits are worth; a name that only counts may be another's in the next plan."""
     names = {report.run.prompts[number].name for number in counted}
-    found = report.bought
+    found = bought(report.run)
     return {dtype: replace(each, prompt=None) if each.prompt in names else each for dtype, each in found.items()}
 
 

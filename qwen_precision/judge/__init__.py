@@ -25,7 +25,18 @@ from qwen_precision.judge.findings import (
     rescue_exit_code,
 )
 from qwen_precision.judge.groups import Group, grouped
-from qwen_precision.judge.logits import Bought, Cost, Length, a_step, bought, cost, sized, together
+from qwen_precision.judge.logits import (
+    Bought,
+    Cost,
+    Length,
+    SoftmaxStep,
+    a_step,
+    bought,
+    cost,
+    sized,
+    softmax_steps,
+    together,
+)
 from qwen_precision.judge.meanings import CAUSES, Meaning
 from qwen_precision.judge.needs import (
     ANSWER,
@@ -69,6 +80,7 @@ __all__ = [
     "Place",
     "Precision",
     "Report",
+    "SoftmaxStep",
     "Subject",
     "Sums",
     "Token",
@@ -97,6 +109,7 @@ __all__ = [
     "run_up",
     "same_again",
     "sized",
+    "softmax_steps",
     "standing_for",
     "starts_at",
     "sums",

@@ -7,7 +7,7 @@ take less than ``MUCH``, are shown, and nothing is advised about them.
 import math
 from collections.abc import Iterator
 
-from qwen_precision.dtypes import DTYPES
+from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place
 from qwen_precision.judge.logits import Bought, Cost, a_step, cost, sized
@@ -38,7 +38,7 @@ def _training(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -
         off is not None
         and found.loss is not None
         and found.loss_in_dtype is not None
-        and off > _spared(columns, found.loss, dtype)
+        and off > _spared(columns, found, dtype)
     ):
         pair = f"{found.loss_in_dtype:.5g} in place of {found.loss:.5g}"
         said.append(f"the loss of a prompt is off by {off:.2g} nats a token ({pair})")
@@ -52,13 +52,16 @@ def _training(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -
         f"logits.float() before cross_entropy).{memory} A fused loss (cut-cross-entropy, Liger Kernel) has its softmax "
         "in float32 and never holds all of them."
     )
-    yield _finding(dtype, "loss", f"With its softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found))
+    yield _finding(
+        dtype, "loss", f"With its softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found, dtype)
+    )
 
 
-def _spared(columns: Columns, loss: float, dtype: str) -> float:
-    """Nats that a loss may be off: the limit, or half a step of the dtype there, as writing it down alone may do."""
-    step = DTYPES[dtype].eps * 2.0 ** (math.frexp(loss)[1] - 1)
-    return max(columns.limits.loss, step / 2)
+def _spared(columns: Columns, found: Bought, dtype: str) -> float:
+    """Nats that a loss may be off: the limit, or half a step of the dtype there, as writing it down alone may do, as
+    long as that is little."""
+    step = DTYPES[dtype].eps * 2.0 ** (math.frexp(found.loss or 0.0)[1] - 1)
+    return max(columns.limits.loss, min(step / 2, columns.limits.loss_most))
 
 
 def _next_token(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -> Iterator[Finding]:
@@ -66,7 +69,8 @@ def _next_token(columns: Columns, dtype: str, found: Bought, taken: Cost | None)
     mass = found.mass_lost or 0.0
     said = []
     if found.changed > max(1, columns.limits.next_tokens * found.rows):
-        said.append(f"{_of(found.changed, found.rows, 'next token')} change")
+        seen = " looked at" if columns.run.generation is None else ""
+        said.append(f"{_of(found.changed, found.rows, 'next token')}{seen} change")
     if abs(mass) > columns.limits.mass:
         said.append(f"probabilities sum to {1 - mass:.4g}")
     if not said:
@@ -74,38 +78,64 @@ def _next_token(columns: Columns, dtype: str, found: Bought, taken: Cost | None)
     price = f" {a_step(taken)}" if taken is not None else ""
     do = f"Upcast the last position's logits before the softmax, as transformers' generate does.{price}"
     yield _finding(
-        dtype, "next token", f"With the softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found)
+        dtype, "next token", f"With the softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found, dtype)
     )
 
 
 def _long(columns: Columns, taken: Cost) -> Iterator[Finding]:
-    """All logits of a long prompt are memory for nothing: only the last position's are sampled from."""
+    """All logits of a long prompt are memory for nothing: only the last position's are sampled from. A probe foresees
+    what a forward gives that is asked for nothing less; a text is told of what its own run held."""
     whole, last = taken.whole, taken.last
-    if whole.float32 < MUCH:
+    if columns.run.generation is not None:
+        yield from _held(taken)
+    if columns.run.generation is not None or whole.float32 < MUCH:
         return
     rows = f"{whole.rows} rows of " if whole.rows > 1 else ""
     said = (
-        f"The logits of {rows}{whole.tokens:,} tokens take {sized(whole.float32)} in float32 and "
-        f"{sized(whole.narrow)} in {taken.dtype}; of the last position alone they take {sized(last.float32)}."
+        f"A forward that is not asked for less gives the logits of all {rows}{whole.tokens:,} tokens: "
+        f"{_both(taken, whole.float32, whole.narrow)}; those of the last position alone take {sized(last.float32)}."
     )
     do = (
-        "For text, ask for the last position alone (logits_to_keep=1; transformers' generate does): "
-        f"{sized(whole.float32 - last.float32)} less in float32, {sized(whole.narrow - last.narrow)} in {taken.dtype}. "
+        "For text, ask for the last position alone (logits_to_keep=1; transformers' generate does): that saves "
+        f"{_both(taken, whole.float32 - last.float32, whole.narrow - last.narrow)}. "
         "Prefill in chunks (guard float32_logits), or use "
         "an engine made for long prompts (vLLM, SGLang)."
     )
     facts = tuple(f"{each.name}: {sized(each.float32)} in float32" for each in taken.longer)
-    held = (f"held at most here: {sized(taken.held)}",) if taken.held is not None else ()
+    pieces = f", in {taken.pieces} pieces" if taken.pieces > 1 else ""
+    held = (f"held at most here: {sized(taken.held)}{pieces}",) if taken.held is not None else ()
     yield _finding(taken.dtype, "long prompt", said, do, (*held, *facts), "memory")
 
 
-def _evidence(columns: Columns, found: Bought) -> tuple[str, ...]:
+def _both(taken: Cost, wide: int, narrow: int) -> str:
+    """Bytes in float32 and in the narrowest dtype, where that is another."""
+    return f"{sized(wide)} in float32" + (f", {sized(narrow)} in {taken.dtype}" if taken.dtype != REFERENCE else "")
+
+
+def _held(taken: Cost) -> Iterator[Finding]:
+    """A model that can be asked for the last position alone never holds more: of any other a whole chunk is held."""
+    held, last = taken.held, taken.last.float32
+    if held is None or held < MUCH or held <= last:
+        return
+    part = "chunk" if taken.pieces > 1 else "prompt"
+    said = (
+        f"{sized(held)} of logits were held at once, those of a whole {part}, where those of the last "
+        f"position take {sized(last)} in float32: this model's forward has no logits_to_keep."
+    )
+    do = (
+        f"Prefill in smaller chunks (guard float32_logits): half the {part} at once holds half of that, "
+        f"{sized(held // 2)} less. Or use an engine made for long prompts (vLLM, SGLang)."
+    )
+    yield _finding(taken.dtype, "prefill", said, do, (), "memory")
+
+
+def _evidence(columns: Columns, found: Bought, dtype: str) -> tuple[str, ...]:
     limits = columns.limits
     facts = [f"of the very same logits, on {found.tokens:,} tokens and {found.rows:,} next tokens"]
     if found.logprob_rms is not None and found.logprob_max is not None:
         facts.append(f"log-probability error {found.logprob_rms:.2g} nats RMS, {found.logprob_max:.2g} at most")
     if found.loss_error is not None and math.isfinite(found.loss_error):
-        facts.append(f"loss error {found.loss_error:.2g} nats (limit {limits.loss:g})")
+        facts.append(f"loss error {found.loss_error:.2g} nats (limit {_spared(columns, found, dtype):.2g})")
     if found.mass_lost is not None:
         facts.append(f"probability mass lost {found.mass_lost:.2g} (limit {limits.mass:g})")
     return tuple(facts)

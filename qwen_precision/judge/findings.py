@@ -25,6 +25,9 @@ class Limits:
     loss: float = 0.02
     """Nats a token that a loss may be off by its softmax: 2 % of perplexity. Or half a step of the dtype at that loss,
     where that is more (in bf16 0.031 from 8 nats on): writing it down does that, and no gradient sees it."""
+    loss_most: float = 0.1
+    """But never more than so many: 10 % of perplexity hides what a curve of training is read for. In bf16 half a step
+    is less below 32 nats, far above the loss of a uniform guess over any vocabulary (12.5 over 2^18 tokens)."""
     next_tokens: float = 0.05
     """Share of next tokens that a softmax may change. One alone is never told of: two were about equally likely."""
     mass: float = 0.01
@@ -266,7 +269,8 @@ class Report:
     @cached_property
     def bought(self) -> dict[str, Bought]:
         """By dtype: what a softmax in float32 is worth, over all prompts or steps; empty where none was compared."""
-        return self.corpus.bought if self.corpus is not None else bought(self.run)
+        found = self.corpus.bought if self.corpus is not None else bought(self.run)
+        return {dtype: each for dtype, each in found.items() if each.rows}
 
     def tightest(self, dtype: str) -> list[Headroom]:
         """The operation with the least headroom of each layer (and of what is outside them), smallest first."""

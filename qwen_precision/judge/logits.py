@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qwen_precision.dtypes import DTYPES, REFERENCE
@@ -33,7 +33,7 @@ class Bought:
     prompt: str | None
     """Whose loss the dtype changes most; null where there is none, and in a generation. A stranger's words."""
     row: int | None
-    """Its row there, where it has several."""
+    """Its row there, where it has several; in a generation that of ``step``."""
     loss: Number | None
     """Cross-entropy of that row, in nats a token."""
     loss_in_dtype: Number | None
@@ -48,6 +48,10 @@ class Bought:
     """Rows in which that gives NaN or infinities."""
     unshifted_bad: Count
     """Rows in which exp overflows unless the largest logit is taken off first."""
+    left_out: Count = 0
+    """Rows of prompts (in a generation, steps) that were not compared: they have no finite logits of their own."""
+    step: Count | None = None
+    """Of a generation: where a log-probability is farthest off."""
 
     @property
     def loss_error(self) -> float | None:
@@ -55,6 +59,26 @@ class Bought:
         if self.loss is None or self.loss_in_dtype is None:
             return None
         return abs(self.loss_in_dtype - self.loss)
+
+
+_NOTHING = Bought(
+    rows=0,
+    changed=0,
+    ranks=0,
+    mass_lost=None,
+    tokens=0,
+    logprob_max=None,
+    logprob_rms=None,
+    prompt=None,
+    row=None,
+    loss=None,
+    loss_in_dtype=None,
+    bad=0,
+    zero=0,
+    by_hand=None,
+    by_hand_bad=0,
+    unshifted_bad=0,
+)
 
 
 def together(found: Sequence[Bought]) -> Bought:
@@ -78,6 +102,7 @@ def together(found: Sequence[Bought]) -> Bought:
         by_hand=_farthest([each.by_hand for each in found]),
         by_hand_bad=sum(each.by_hand_bad for each in found),
         unshifted_bad=sum(each.unshifted_bad for each in found),
+        left_out=sum(each.left_out for each in found),
     )
 
 
@@ -120,7 +145,7 @@ class Cost:
     weights: int
     """Bytes of the checkpoint's weights: a step of a text reads all of them at least once, unless it has experts."""
     seconds: float | None
-    """That upcasting the last position took at each step; None where it was not taken."""
+    """That upcasting the last position took at each step; None where it was not taken, or all is float32 anyway."""
 
     @property
     def lengths(self) -> list[Length]:
@@ -129,7 +154,7 @@ class Cost:
 
 
 def bought(run: Run) -> dict[str, Bought]:
-    """By dtype, in the run's order; empty where nothing was compared."""
+    """By dtype, in the run's order; one with ``rows`` 0 was looked at in vain, as all of it is left out."""
     found = {}
     for dtype in run.dtypes:
         if dtype == REFERENCE:
@@ -151,7 +176,13 @@ def cost(run: Run) -> Cost | None:
     if vocabulary <= 0:
         return None
     rows, tokens = max(1, told.bytes // (vocabulary * size)), max(1, told.whole_prompt_bytes // told.bytes)
-    timed = told.upcast and told.steps and math.isfinite(told.upcast_seconds) and told.upcast_seconds > 0
+    timed = (
+        told.upcast
+        and dtype != REFERENCE
+        and told.steps
+        and math.isfinite(told.upcast_seconds)
+        and told.upcast_seconds > 0
+    )
 
     def length(name: str, rows: int, tokens: int) -> Length:
         every = rows * tokens * vocabulary
@@ -205,14 +236,15 @@ def sized(count: int) -> str:
 
 
 def _of_prompts(run: Run, dtype: str) -> Bought | None:
-    found = [
-        _of_a_row(row, run.prompts[each.prompt].name, number if len(each.upcast) > 1 else None)
+    rows = [
+        (row, run.prompts[each.prompt].name, number if len(each.upcast) > 1 else None)
         for each in run.passes
         if each.dtype == dtype
         for number, row in enumerate(each.upcast)
-        if row is not None
     ]
-    return together(found) if any(each.rows for each in found) else None
+    found = [_of_a_row(row, name, number) for row, name, number in rows if row is not None]
+    left_out = sum(row is None or not row.rows for row, _, _ in rows)
+    return replace(together(found or [_NOTHING]), left_out=left_out) if rows else None
 
 
 def _of_a_row(row: Upcast, prompt: str, number: int | None) -> Bought:
@@ -227,37 +259,70 @@ def _of_a_row(row: Upcast, prompt: str, number: int | None) -> Bought:
 # -- over steps ---------------------------------------------------------------------------------------------------
 
 
+class SoftmaxStep(NamedTuple):
+    """A step of a row whose distribution was looked at, in the dtype that computed it."""
+
+    row: int
+    step: int
+    dtype: str
+    token: str
+    """As text; its id where that is not known."""
+    logprob: float | None
+    error: float | None
+    """Of the log-probability; None where it is infinite in the dtype."""
+    mass_lost: float | None
+    ranks: int
+    changed: bool
+
+
+def softmax_steps(made: Generation) -> list[SoftmaxStep]:
+    """All of them, row by row; none that was computed in float32."""
+    return [
+        SoftmaxStep(
+            row.row,
+            step,
+            dtype,
+            row.tokens[step] or f"id {row.ids[step]}",
+            row.logprob[step],
+            row.logprob_error[step],
+            row.mass_lost[step],
+            row.ranks[step] or 0,
+            bool(row.changed[step]),
+        )
+        for row in made.rows
+        for step, dtype in _computed(row)
+        if row.changed[step] is not None
+    ]
+
+
 def _of_a_text(made: Generation, dtype: str) -> Bought | None:
-    steps = [(row, step) for row in made.rows for step in _steps(row, dtype)]
-    if not steps:
-        return None
-    errors = [value for row, step in steps if (value := row.logprob_error[step]) is not None]
-    return Bought(
-        rows=len(steps),
-        changed=sum(row.changed[step] or 0 for row, step in steps),
-        ranks=sum(row.ranks[step] or 0 for row, step in steps),
-        mass_lost=_farthest([row.mass_lost[step] for row, step in steps]),
-        tokens=len(errors),
-        logprob_max=_farthest([abs(value) for value in errors]),
-        logprob_rms=_root([value * value for value in errors], [1] * len(errors)),
-        prompt=None,
-        row=None,
-        loss=None,
-        loss_in_dtype=None,
-        bad=0,
-        zero=0,
-        by_hand=None,
-        by_hand_bad=0,
-        unshifted_bad=0,
+    every = sum(computed == dtype for row in made.rows for _, computed in _computed(row))
+    mine = [each for each in softmax_steps(made) if each.dtype == dtype]
+    known = [each for each in mine if each.logprob is not None]
+    errors = {each: each.error for each in known if each.error is not None and each.error == each.error}
+    worst = max(errors, key=lambda each: abs(errors[each]), default=None)
+    told = replace(
+        _NOTHING,
+        rows=len(mine),
+        changed=sum(each.changed for each in mine),
+        ranks=sum(each.ranks for each in mine),
+        mass_lost=_farthest([each.mass_lost for each in mine]),
+        tokens=len(known),
+        logprob_max=abs(errors[worst]) if worst is not None else None,
+        logprob_rms=_root([value * value for value in errors.values()], [1] * len(errors)),
+        row=worst.row if worst is not None else None,
+        step=worst.step if worst is not None else None,
+        bad=len(known) - len(errors),
+        left_out=every - len(mine),
     )
+    return told if every else None
 
 
-def _steps(row: Continuation, dtype: str) -> Iterator[int]:
-    """Steps of a row that the dtype computed, and whose distribution was looked at."""
+def _computed(row: Continuation) -> Iterator[tuple[int, str]]:
+    """Steps of a row, and the dtype that computed each."""
     for place, stretch in enumerate(row.stretches):
         stop = row.stretches[place + 1].start if place + 1 < len(row.stretches) else len(row.ids)
-        if stretch.dtype == dtype:
-            yield from (step for step in range(stretch.start, min(stop, len(row.ids))) if row.changed[step] is not None)
+        yield from ((step, stretch.dtype) for step in range(stretch.start, min(stop, len(row.ids))))
 
 
 def _farthest(values: Sequence[float | None]) -> float | None:

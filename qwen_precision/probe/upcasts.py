@@ -9,12 +9,11 @@ from qwen_precision.dtypes import REFERENCE
 from qwen_precision.model import Encoded, Stopwatch
 from qwen_precision.probe.logprobs import LogProbs
 from qwen_precision.probe.softmax import of_positions, of_tokens
-from qwen_precision.record import LogitsCost, Upcast, rounded
+from qwen_precision.record import LOOKED_AT, LogitsCost, Upcast, rounded
 from qwen_precision.torch_dtypes import torch_dtype
 
-_OF_A_ROW, _OF_A_PROMPT = 8, 64
-"""Positions whose whole vocabulary is looked at, at most: with Qwen3's 151,936 each takes 1 ms on one core, where a
-position of its smallest model takes 20 in a forward. A default probe of that takes 1 % longer by it."""
+_OF_A_PROMPT = 64
+"""Positions of all rows of a prompt whose whole vocabulary is looked at, at most, but for one a row."""
 
 
 class Upcasts:
@@ -47,7 +46,7 @@ class Upcasts:
         """``[batch, positions]``, evenly from a row's first token to its last; of a short row some come twice."""
         mask = self._prompts[prompt].mask
         batch, tokens = mask.shape
-        count = max(1, min(_OF_A_ROW, tokens, _OF_A_PROMPT // batch))
+        count = max(1, min(LOOKED_AT, tokens, _OF_A_PROMPT // batch))
         back = torch.arange(count - 1, -1, -1, device=mask.device)
         return tokens - 1 - (mask.sum(dim=1, keepdim=True) - 1) * back // max(1, count - 1)
 

@@ -35,7 +35,7 @@ from qwen_precision.record.generation import (
     mended_steps,
 )
 from qwen_precision.record.joined import WORST, joined, joined_logits, renamed, unmeasured, worst_first
-from qwen_precision.record.logits import LogitsCost, Upcast
+from qwen_precision.record.logits import LOOKED_AT, LogitsCost, Upcast
 from qwen_precision.record.packing import check_count
 from qwen_precision.record.parts import Count, Many, Number, Site, in_words, rounded
 from qwen_precision.record.rescue import MOST_POWER, Exported, LayerPowers, Loss, Rescaling, Rescue, Stuck
@@ -57,6 +57,7 @@ from qwen_precision.record.run import (
 
 __all__ = [
     "FILTERED",
+    "LOOKED_AT",
     "MAX_BYTES",
     "MENDED",
     "MOST_POWER",

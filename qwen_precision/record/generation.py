@@ -80,8 +80,7 @@ def failing_step(made: "Generation", row: int) -> int | None:
     steps = [trip.step for trip in bad if trip.kind not in FILTERED] or [trip.step for trip in bad]
     if not steps and made.error is not None and row in made.error.rows:
         steps = [made.error.step]
-    watch = made.guards.get("watch")
-    if not steps and isinstance(watch, dict) and watch.get("enabled") is False:
+    if not steps and made.unwatched:
         said = [trip.before.get("start") for trip in made.trips if trip.row == row and trip.guard == "degenerate"]
         steps = [int(start) for start in said if start is not None and math.isfinite(start) and start >= 0]
     lengths = [len(each.ids) for each in made.rows if each.row == row]
@@ -174,3 +173,9 @@ class Generation(Part):
     error: SamplingError | None
     logits: LogitsCost | None
     probe: ProbeSummary | None
+
+    @property
+    def unwatched(self) -> bool:
+        """Whether nobody looked at the logits."""
+        watch = self.guards.get("watch")
+        return isinstance(watch, dict) and watch.get("enabled") is False

@@ -2,6 +2,10 @@
 
 from qwen_precision.record.parts import Count, Number, Part
 
+LOOKED_AT = 8
+"""Positions of a row whose whole vocabulary is looked at, at most: with Qwen3's 151,936 each takes 1 ms on one core,
+where a position of its smallest model takes 20 in a forward. A default probe of that takes 1 % longer by it."""
+
 
 class Upcast(Part):
     """A row of a prompt: the softmax of the very same logits in the pass's own dtype, against that in float32.
@@ -25,7 +29,7 @@ class Upcast(Part):
     zero: Count
     """Tokens whose probability is zero in the dtype, and not in float32: the logarithm of it is -inf."""
     rows: Count
-    """Positions whose whole distribution was looked at, the last one among them."""
+    """Positions whose whole distribution was looked at, the last one among them; ``LOOKED_AT`` at most."""
     mass_lost: Number | None
     """1 less the sum of a softmax in the dtype; of all ``rows`` the one farthest from zero."""
     ranks: Count

@@ -177,8 +177,9 @@ def _changes(changes: Changes) -> dict[str, Any]:
 
 
 def _generation(made: Generation) -> dict[str, Any]:
-    """Texts and trips; the numbers of every step are in the record."""
+    """Texts, what a softmax in the dtype does to each step, and trips; all else of a step is in the record."""
     kept = {"row", "input", "text", "ids", "finish", "stretches"}
+    kept |= {"logprob", "logprob_error", "mass_lost", "ranks", "changed"}
     return {
         "rows": [row.model_dump(include=kept) for row in made.rows],
         "trips": [trip.model_dump() for trip in made.trips],

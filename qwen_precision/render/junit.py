@@ -106,10 +106,10 @@ def _suite(
         if bad:
             failures += 1
             failure = ElementTree.SubElement(case, "failure", type=bad[0].kind, message=_line(bad[0]))
-            failure.text = "\n".join(f"{_line(finding)} {safe(finding.cause.advice, 500)}" for finding in bad)
+            failure.text = "\n".join(map(_in_full, bad))
         rest = [finding for finding in mine if finding not in bad]
         if rest:
-            ElementTree.SubElement(case, "system-out").text = "\n".join(_line(finding) for finding in rest)
+            ElementTree.SubElement(case, "system-out").text = "\n".join(map(_in_full, rest))
     suite.set("failures", str(failures))
 
 
@@ -170,3 +170,8 @@ def _properties(report: Report) -> Iterator[tuple[str, str]]:
 
 def _line(finding: Finding) -> str:
     return f"{placed(finding.place.layer, safe(finding.place.name))}: {safe(finding.cause.sentence, 500)}"
+
+
+def _in_full(finding: Finding) -> str:
+    """With what to do."""
+    return f"{_line(finding)} {safe(finding.cause.advice, 500)}".rstrip()

@@ -333,12 +333,7 @@ def _precision(report: Report) -> str:
 def _logits(report: Report) -> str:
     """What a softmax in float32 is worth, and what logits take."""
     parts = ["\n".join(f"- {escaped(line, 600)}" for line in logits.saved(report))]
-    rows = logits.rows(report)
-    if rows:
-        parts.append(_table(list(logits.columns(report)), rows))
-    lengths = logits.lengths(report)
-    if lengths:
-        parts.append(_table(["logits of", "float32", logits.narrow(report), "(log scale)"], lengths))
+    parts += [f"**{escaped(part.title)}**\n\n{_table(list(part.head), part.rows)}" for part in logits.tables(report)]
     parts.append("\n".join(escaped(line, 600) for line in logits.notes(report)))
     return "\n\n".join(part for part in parts if part)
 

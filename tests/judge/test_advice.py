@@ -6,7 +6,7 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding, Limits
-from qwen_precision.judge.logits import bought, cost
+from qwen_precision.judge.logits import bought, cost, together
 from qwen_precision.record.run import Run
 from support.builders import (
     HEALTHY,
@@ -69,6 +69,15 @@ def test_writing_down_a_loss_in_bf16_is_no_reason_to_train_in_another_way() -> N
     assert names(with_softmax(loss=11.907, loss_in_dtype=11.875)) == ["loss"]
 
 
+def test_a_loss_that_is_far_off_in_nats_is_told_of_however_coarse_the_dtype_is_there() -> None:
+    """At 303 nats half a step of bf16 is a whole nat: a curve of training says nothing then."""
+    assert names(with_softmax(loss=303.0, loss_in_dtype=303.84)) == ["loss"]
+    assert names(with_softmax(loss=303.0, loss_in_dtype=303.0 + LIMITS.loss_most * 1.01)) == ["loss"]
+    assert names(with_softmax(loss=303.0, loss_in_dtype=303.0 + LIMITS.loss_most * 0.99)) == []
+    (told,) = advised(with_softmax(loss=303.0, loss_in_dtype=303.84))
+    assert f"(limit {LIMITS.loss_most:g})" in " ".join(told.cause.facts)
+
+
 def test_a_rare_token_whose_probability_is_zero_is_a_number_and_no_advice() -> None:
     """A log-softmax never takes the logarithm of it; a loss is as good as before."""
     assert names(with_softmax(zero=100)) == []
@@ -89,6 +98,42 @@ def test_a_prompt_is_long_from_a_gibibyte_of_logits_on(positions: int, names_: l
     assert names(run) == names_
 
 
+def text_of_a_long_prompt(**changes: Any) -> Run:
+    """8,192 tokens of Qwen3's vocabulary: 4.98 GB in float32, half of that in fp16."""
+    row = a_continuation([1, 2], ["a", "b"])
+    taken = a_cost(bytes=607744, whole_prompt_bytes=607744 * 8192, **changes)
+    return generated(a_generation([row], logits=taken), ["fp16"])
+
+
+@pytest.mark.parametrize("held", [303872, None], ids=["the last position", "not known"])
+def test_a_text_that_held_the_last_position_alone_is_not_told_to_ask_for_it(held: int | None) -> None:
+    assert names(text_of_a_long_prompt(held=held, chunks=4)) == []
+
+
+@pytest.mark.parametrize(("chunks", "part"), [(1, "prompt"), (3, "chunk")])
+def test_a_text_that_held_a_gibibyte_is_told_what_would_have_held_less(chunks: int, part: str) -> None:
+    """A model whose forward has no logits_to_keep gives the logits of all that it was given."""
+    (told,) = advised(text_of_a_long_prompt(held=1 << 30, chunks=chunks))
+    assert told.place.name == "logits, prefill" and f"1.07 GB of logits were held at once, those of a whole {part}" in (
+        told.cause.sentence
+    )
+    assert f"half the {part} at once holds half of that, 537 MB less" in told.cause.advice
+    assert "logits_to_keep=1" not in told.cause.advice
+    assert names(text_of_a_long_prompt(held=(1 << 30) - 1, chunks=chunks)) == []
+
+
+def test_of_a_batch_so_large_that_its_last_positions_take_a_gibibyte_nothing_can_be_saved() -> None:
+    row = a_continuation([1], ["a"])
+    taken = a_cost(bytes=607744 * 4096, whole_prompt_bytes=607744 * 4096 * 2, held=607744 * 2048)
+    assert names(generated(a_generation([row], logits=taken), ["fp16"])) == []
+
+
+def test_in_fp32_alone_the_bytes_of_a_long_prompt_are_told_once() -> None:
+    taken = a_cost(bytes=607744, whole_prompt_bytes=607744 * 8192)
+    (told,) = advised(a_run([a_pass("fp32", HEALTHY)], logits=taken))
+    assert "4.98 GB in float32; those of" in told.cause.sentence and "fp32" not in told.cause.sentence
+
+
 def test_each_advice_has_its_number_and_what_to_do() -> None:
     loss, token, long = (
         next(each for each in advised(advised_run()) if each.place.name == f"logits, {name}" and each.dtype == dtype)
@@ -96,7 +141,7 @@ def test_each_advice_has_its_number_and_what_to_do() -> None:
     )
     assert "0.062 nats" in loss.cause.sentence and "11.875 in place of 11.937" in loss.cause.sentence
     assert "cut-cross-entropy" in loss.cause.advice and "4.98 GB" in loss.cause.advice
-    assert "2 of 8 next tokens" in token.cause.sentence and "608 kB" in token.cause.advice
+    assert "2 of 8 next tokens looked at change" in token.cause.sentence and "608 kB" in token.cause.advice
     assert "negligible" in token.cause.advice
     assert "4.98 GB" in long.cause.sentence and "logits_to_keep=1" in long.cause.advice
     assert "77.8 GB" in " ".join(long.cause.facts)
@@ -130,6 +175,7 @@ def test_the_row_that_loses_most_is_told_and_counts_are_added_over_all() -> None
     rows = [an_upcast(tokens=3, logprob_rms=0.1), None, an_upcast(tokens=1, logprob_rms=0.3, loss=5.0, ranks=2)]
     found = bought(a_run([a_pass("fp16", HEALTHY, upcast=rows), a_pass("fp16", HEALTHY, prompt=0, upcast=rows[:1])]))
     each = found["fp16"]
+    assert each.left_out == 1
     assert (each.tokens, each.rows, each.ranks, each.loss) == (7, 6, 2, 5.0)
     assert each.logprob_rms == pytest.approx(((6 * 0.01 + 0.09) / 7) ** 0.5)
 
@@ -146,7 +192,23 @@ def test_a_text_is_told_of_by_the_dtype_of_each_step() -> None:
     )
     found = bought(generated(a_generation([row]), ["fp16", "bf16"]))
     assert {name: (each.rows, each.changed) for name, each in found.items()} == {"fp16": (1, 0), "bf16": (1, 1)}
-    assert found["bf16"].logprob_max == 4e-3
+    assert found["bf16"].logprob_max == 4e-3 and (found["bf16"].row, found["bf16"].step) == (0, 1)
+    assert {name: each.left_out for name, each in found.items()} == {"fp16": 0, "bf16": 1}
+
+
+def test_a_step_whose_log_probability_is_infinite_in_its_dtype_alone_is_counted() -> None:
+    row = a_continuation([1, 2, 3], ["a", "b", "c"], logprob_error=[1e-4, None, 3e-3])
+    each = bought(generated(a_generation([row]), ["fp16"]))["fp16"]
+    assert (each.tokens, each.bad, each.logprob_max, each.step) == (3, 1, 3e-3, 2)
+    assert each.logprob_rms == pytest.approx(((1e-8 + 9e-6) / 2) ** 0.5)
+
+
+def test_a_dtype_of_which_every_row_is_left_out_counts_them_and_is_not_shown() -> None:
+    run = a_run([a_pass("fp32", HEALTHY), a_pass("fp16", HEALTHY, upcast=[None, an_upcast(tokens=0, rows=0)])])
+    assert bought(run)["fp16"].left_out == 2 and "fp16" not in judge(run).bought
+    other = bought(with_softmax())["bf16"]
+    both = together([bought(run)["fp16"], other])
+    assert (both.left_out, both.rows, both.loss) == (2, other.rows, other.loss)
 
 
 def test_the_guard_advice_switched_off_advises_nothing() -> None:
@@ -179,4 +241,5 @@ def test_a_record_from_elsewhere_may_hold_any_cost(changes: dict[str, Any]) -> N
 
 
 def test_a_failing_text_is_told_of_as_far_as_its_logits_were_finite() -> None:
-    assert bought(exclamation_run())["fp16"].rows == 13
+    each = bought(exclamation_run())["fp16"]
+    assert (each.rows, each.left_out) == (1, 12)

@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM
 
+from qwen_precision.judge import bought
 from qwen_precision.model import way
 from qwen_precision.probe import head, upcasts
 from qwen_precision.probe import run as measured
-from qwen_precision.record import Run, Upcast
+from qwen_precision.record import LOOKED_AT, Run, Upcast
 from qwen_precision.torch_dtypes import torch_dtype
 from support.checkpoints import make_checkpoint
 from support.families import make_family
@@ -112,7 +113,7 @@ def test_padding_changes_nothing_in_a_row_of_a_batch(memory: str, tmp_path: Path
 def test_of_a_long_row_a_few_positions_are_looked_at_and_of_a_batch_of_many_rows_fewer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model")
     (row,) = of(run_probe(folder, ["abc " * 20]), "fp16")
-    assert row.rows == upcasts._OF_A_ROW < row.tokens
+    assert row.rows == LOOKED_AT < row.tokens
     (tmp_path / "prompts.yaml").write_text(f"- {{name: batch, batch: {['abcdefghijkl'] * 32}}}\n")
     rows = of(run_probe(folder, file=str(tmp_path / "prompts.yaml")), "fp16")
     assert [each.rows for each in rows] == [upcasts._OF_A_PROMPT // 32] * 32
@@ -137,7 +138,7 @@ def test_logits_that_only_a_softmax_in_fp16_overflows_on_are_counted_and_fail_no
 def test_of_a_stream_that_was_replaced_nothing_is_told(tmp_path: Path) -> None:
     run = run_probe(make_checkpoint(tmp_path, edit=residual_add), TEXTS[:1])
     (failing,) = (each for each in run.passes if each.dtype == "fp16")
-    assert failing.reseeded and failing.upcast == [None]
+    assert failing.reseeded and failing.upcast == [None] and bought(run)["fp16"].left_out == 1
     assert of(run, "bf16")[0].rows > 1
 
 

@@ -164,6 +164,68 @@ def test_every_format_says_what_float32_logits_buy_and_cost_also_where_nothing_i
         assert size in text, size
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("screen", "png")])
+def test_every_format_names_the_step_at_which_a_text_is_farthest_off(name: str) -> None:
+    from support.builders import a_continuation, a_generation, generated
+
+    row = a_continuation([1, 2, 3], ["a", "b", "c"], logprob_error=[1e-4, -4e-3, 3e-3])
+    text = " ".join(shown(generated(a_generation([row]), ["fp16"]), name).replace("\n# ", " ").split())
+    if name == "json":
+        told = json.loads(text)
+        assert (told["logits"]["upcast"]["fp16"]["row"], told["logits"]["upcast"]["fp16"]["step"]) == (0, 1)
+        return
+    text = text.replace("&#39;", "'").replace("\\", "")
+    assert "upcasting saves 0.004 nats at most of a token's log-probability here (row 0, step 1); " in text
+
+
+@pytest.mark.parametrize("name", ["table", "markdown", "html", "json"])
+def test_each_step_of_a_text_is_shown_where_there_is_room_and_of_many_the_worst(name: str) -> None:
+    from support.builders import a_continuation, a_generation, generated
+
+    errors = [1e-4] * 40
+    errors[3], errors[31] = 5e-3, 7e-3
+    changed, ranks = [0] * 40, [0] * 40
+    changed[17], ranks[17] = 1, 6
+    row = a_continuation([7] * 40, ["."] * 40, logprob_error=errors, changed=changed, ranks=ranks)
+    text = shown(generated(a_generation([row]), ["fp16"]), name)
+    if name == "json":
+        (told,) = json.loads(text)["generation"]["rows"]
+        assert (told["logprob_error"], told["changed"], told["ranks"]) == (errors, changed, ranks)
+        assert len(told["logprob"]) == len(told["mass_lost"]) == 40
+        return
+    assert "the 12 worst of 40 steps" in text
+    cells = {"table": "0    {} ", "markdown": "| 0 | {} |", "html": "<tr><td>0</td><td>{}</td>"}[name]
+    lines = [line for line in text.splitlines() if "0 of 10" in line or "6 of 10" in line]
+    assert len(lines) == 12
+    for step, error, then in ((3, "0.005", "same"), (17, "1.00e-04", "other"), (31, "0.007", "same")):
+        (line,) = [line for line in lines if cells.format(step) in line]
+        assert error in line and then in line
+
+
+def test_in_junit_an_advice_says_what_to_do() -> None:
+    root = ElementTree.fromstring(shown(RUNS["advised"](), "junit"))
+    said = " ".join(each.text or "" for each in root.iter("system-out"))
+    for each in judge(RUNS["advised"]()).findings:
+        assert each.cause.sentence in said and each.cause.advice[:60] in said
+
+
+@pytest.mark.parametrize("run", [name for name in RUNS if RUNS[name]().generation is not None])
+def test_the_script_of_a_text_says_what_its_logits_take(run: str) -> None:
+    assert "77.8 GB at 128,000 tokens" in shown(RUNS[run](), "repro")
+
+
+@pytest.mark.parametrize("name", ["table", "markdown", "html", "github", "junit", "repro", "svg"])
+def test_why_a_dtype_has_fewer_next_tokens_than_another_is_said_beside_them(name: str) -> None:
+    from support.builders import HEALTHY, a_cost, a_pass, a_run, an_upcast
+
+    replaced = a_pass("fp16", HEALTHY, upcast=[an_upcast(), None, None])
+    run = a_run([a_pass("fp32", HEALTHY), replaced], logits=a_cost())
+    text = " ".join(shown(run, name).replace("\n# ", " ").split())
+    assert "0 of 2 next tokens change" in text and "at most" in text
+    assert "2 rows left out: no finite logits of their own" in text
+    assert "left out" not in shown(healthy_run(), name)
+
+
 def test_the_attachment_says_it_too(tmp_path: Path) -> None:
     import zipfile
 

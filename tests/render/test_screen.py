@@ -12,6 +12,7 @@ from support.builders import (
     HEALTHY,
     RUNS,
     a_control,
+    a_cost,
     a_generation,
     a_pass,
     a_plan,
@@ -21,6 +22,7 @@ from support.builders import (
     an_upcast,
     generated,
     healthy_run,
+    healthy_text_run,
     hostile_run,
     many_overflows_run,
     overflowing_run,
@@ -107,6 +109,14 @@ def test_advice_on_logits_is_whole_on_the_screen_and_ends_with_what_to_do(width:
         assert "8,192 tokens take 4.98 GB in float32, the last position 608 kB do: train with the loss's" in told
         assert told.endswith("sample from float32; long prompts: logits_to_keep=1, chunked prefill, vLLM")
     assert "softmax in fp16: loss infinite; 1,234 of 5,678 next tokens change" in told
+
+
+def test_a_text_that_held_too_many_logits_is_told_of_what_it_held() -> None:
+    taken = a_cost(bytes=607744, whole_prompt_bytes=607744 * 8192, held=1 << 31, chunks=2)
+    made = healthy_text_run().generation
+    assert made is not None
+    text = " ".join(screen(generated(made.model_copy(update={"logits": taken}), ["fp16"])).split())
+    assert "Logits 2.15 GB were held at once, the last position takes 608 kB in float32 do: prefill in smaller" in text
 
 
 def test_without_a_record_no_command_names_one() -> None:

@@ -6,18 +6,23 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Report
+from qwen_precision.record.generation import Stretch
 from qwen_precision.render import FORMATS, View, one
 from qwen_precision.render.table.table import render_table as rendered
+from qwen_precision.settings.guards import GuardSettings
 from support.builders import (
     HEALTHY,
     RUNS,
+    a_continuation,
     a_cost,
+    a_generation,
     a_pass,
     a_prompt,
     a_run,
     advised_run,
     an_event,
     an_upcast,
+    generated,
     healthy_run,
     many_overflows_run,
     overflowing_run,
@@ -88,6 +93,38 @@ def test_a_dtype_none_of_whose_rows_was_finite_is_said_to_be_left_out() -> None:
     text = " ".join(render_table(judge(overflowing_run(logits=a_cost()))).split())
     assert "Not compared in fp16 and bf16: no row kept finite logits of its own." in text
     assert "Not compared" not in render_table(judge(healthy_run()))
+
+
+def test_why_a_dtype_of_a_text_is_not_compared_is_said() -> None:
+    row = a_continuation([1], ["a"], stretches=[Stretch(start=0, dtype="bf16", rescaled=False)])
+    text = " ".join(render_table(judge(generated(a_generation([row]), ["fp16", "bf16"]))).split())
+    assert "Not compared in fp16: no step has logits in it that could be used." in text
+    unknown = {name: [None] for name in ("logprob", "logprob_error", "mass_lost", "ranks", "changed")}
+    off = GuardSettings.model_validate({"watch": False, "clamp": False, "recover": False}).model_dump()
+    unwatched = a_generation([a_continuation([1], ["a"], **unknown)], guards=off)
+    assert "Not compared in fp16: the guard watch is off." in " ".join(
+        render_table(judge(generated(unwatched, ["fp16"]))).split()
+    )
+
+
+def test_what_a_tied_rank_is_is_said_where_there_is_one() -> None:
+    tied = a_pass("bf16", HEALTHY, upcast=[an_upcast(rows=34, ranks=246)])
+    text = " ".join(render_table(judge(a_run([a_pass("fp32", HEALTHY), tied]))).split())
+    assert "246 of 340" in text and "0 of 34 next tokens change (at most 8 a row looked at)" in text
+    assert "Ranks tied: of the ten likeliest tokens" in text
+    assert "Ranks tied: " not in render_table(judge(healthy_run()))
+
+
+@pytest.mark.parametrize("run", ["probe", "generate"])
+def test_in_fp32_alone_there_is_one_column_of_bytes_and_no_upcast(run: str) -> None:
+    in_fp32 = a_continuation([1], ["a"], stretches=[Stretch(start=0, dtype="fp32", rescaled=False)])
+    runs = {
+        "probe": a_run([a_pass("fp32", HEALTHY)], logits=a_cost()),
+        "generate": generated(a_generation([in_fp32]), ["fp32"]),
+    }
+    text = render_table(judge(runs[run]))
+    head = next(line for line in text.splitlines() if line.startswith("logits of"))
+    assert head.split()[2:] == ["float32", "(log", "scale)"] and "Upcasting" not in text
 
 
 def test_several_prompts_are_told_apart_by_name_and_row() -> None:

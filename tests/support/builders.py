@@ -459,6 +459,11 @@ def exclamation_run() -> Run:
         top1=[0.9, *[NAN] * 12],
         margin=[2.5, *[NAN] * 12],
         entropy=[0.4, *[NAN] * 12],
+        logprob=[-0.105, *[None] * 12],
+        logprob_error=[2.5e-5, *[None] * 12],
+        mass_lost=[1.5e-5, *[None] * 12],
+        ranks=[0, *[None] * 12],
+        changed=[0, *[None] * 12],
     )
     poison = Poison(layer=4, part="keys", position=0, in_padding=False)
     trips = [a_trip(step, poisoned=poison if step == 1 else None) for step in range(1, 13)]

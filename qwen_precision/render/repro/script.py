@@ -80,11 +80,11 @@ def render_repro(view: View) -> str:
     damaged = case.damaged
     told = _logits(case)
     notes = [f"# {part}" for line in told for part in wrap(line, _WIDTH - 2)]
-    # What has no room goes: lines of ids first, then blank ones, then notes but for the first.
+    # What has no room goes: lines of ids first, then blank ones, then the length of the notes.
     layouts = [(notes, ids, between) for ids in (_wrapped(case), [_literal(case)]) for between in ("\n\n", "\n")]
     for kept, ids, between in [
         *layouts,
-        ([f"# {line}" for line in told[:1]], [_literal(case)], "\n"),
+        ([f"# Logits: {logits.in_short(case.report, case.dtype)}"] * bool(told), [_literal(case)], "\n"),
         ([], [_literal(case)], "\n"),
     ]:
         blocks = _of_a_tensor(case, damaged, kept) if damaged is not None else _of_a_forward(case, ids, kept)

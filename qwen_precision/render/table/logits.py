@@ -13,15 +13,12 @@ from qwen_precision.render.words import logits as words
 
 def logits_parts(report: Report) -> Iterator[RenderableType]:
     """Nothing where no logits were looked at."""
-    rows, lengths = words.rows(report), words.lengths(report)
-    if rows:
-        yield Text("\nWhat float32 logits buy (a softmax in the dtype, against one in float32)", style="bold")
-        for line in words.saved(report):
-            yield Text(safe(line, 400))
-        yield _table(words.columns(report), rows)
-    if lengths:
-        yield Text("\nWhat they cost", style="bold")
-        yield _table(("logits of", "float32", words.narrow(report), "(log scale)"), lengths)
+    lines = list(words.saved(report))
+    for part in words.tables(report):
+        yield Text(f"\n{part.title}", style="bold")
+        yield from (Text(safe(line, 400)) for line in lines)
+        lines = []  # below the first title
+        yield _table(part.head, part.rows)
     for line in words.notes(report):
         yield Text(safe(line, 600), style="dim")
 

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge import Bought, Finding, Report, a_step, cost, sized
+from qwen_precision.judge import Bought, Cost, Finding, Report, a_step, cost, sized
+from qwen_precision.record import LOOKED_AT
 from qwen_precision.render.text import count, number, quoted
+from qwen_precision.render.words import logitsteps
 
-_COLUMNS = ("dtype", "loss", "loss error", "log-prob. error", "at most", "mass lost", "ranks")
+_COLUMNS = ("dtype", "loss", "loss error", "log-prob. error", "at most", "mass lost", "ranks tied")
 
 _BAR = 14
 _NAME = 14
@@ -21,16 +24,21 @@ _BY_HAND = (
     "kernel without wider sums computes"
 )
 _IN_A_PROMPT = (
-    "loss and its error are of the row that loses most, mass and ranks (of the ten likeliest tokens) of a few "
-    "positions a row."
+    "loss and its error are of the row that loses most; mass, ranks and next tokens are of at most "
+    f"{LOOKED_AT} positions a row."
 )
-_IN_A_TEXT = "ranks are of the ten likeliest tokens at each step."
+_IN_A_TEXT = "mass, ranks and next tokens are of every step."
+_RANKS = (
+    "Ranks tied: of the ten likeliest tokens of each, those whose probability is rounded to the same number as that of "
+    "a likelier one, though their logits differ. The next token can change only where that is the likeliest of all."
+)
 
 
 def saved(report: Report) -> Iterator[str]:
     """A line a dtype, that with the largest error of the loss first: what is lost where logits are not upcast."""
     for dtype, each in sorted(report.bought.items(), key=lambda item: -(item[1].loss_error or 0.0)):
-        yield f"{dtype}: upcasting saves {_saves(each)} here; without it {_next(each)}{_lost(each)}"
+        saves, rest = f"{_saves(each)} here{_at(each)}", f"{_lost(each)}{_left_out(report, each)}"
+        yield f"{dtype}: upcasting saves {saves}; without it {_next(report, each)}{rest}"
 
 
 def _saves(each: Bought) -> str:
@@ -42,10 +50,15 @@ def _saves(each: Bought) -> str:
     return "nothing that could be compared"
 
 
+def _at(each: Bought) -> str:
+    """The step at which a text is farthest off."""
+    return f" (row {each.row}, step {each.step})" if each.step is not None else ""
+
+
 def at_a_glance(dtype: str, each: Bought) -> str:
     """What a softmax in the dtype loses, in a line of a screen."""
     lost = each.mass_lost or 0.0
-    then = _next(each) if each.changed else f"probabilities sum to {1 - lost:.4g}"
+    then = _changed(each) if each.changed else f"probabilities sum to {1 - lost:.4g}"
     return f"softmax in {dtype}: {_loses(each)}; {then}"
 
 
@@ -61,6 +74,8 @@ def memory(report: Report) -> str:
     if taken is None:
         return ""
     whole, last = sized(taken.whole.float32), sized(taken.last.float32)
+    if report.run.generation is not None and taken.held is not None:
+        return f"{sized(taken.held)} were held at once, the last position takes {last} in float32"
     rows = f"{taken.whole.rows} rows of " if taken.whole.rows > 1 else ""
     return f"{rows}{count(taken.whole.tokens, 'token')} take {whole} in float32, the last position {last}"
 
@@ -69,6 +84,7 @@ _REMEDIES = {
     "loss": "train with the loss's logits in float32",
     "next token": "sample from float32",
     "long prompt": "long prompts: logits_to_keep=1, chunked prefill, vLLM",
+    "prefill": "prefill in smaller chunks (guard float32_logits), vLLM",
 }
 """By the name of an advice, in a few words; the finding says it in full."""
 
@@ -79,8 +95,25 @@ def remedies(advised: Iterable[Finding]) -> str:
     return "; ".join(words for name, words in _REMEDIES.items() if name in names)
 
 
-def _next(each: Bought) -> str:
+def _next(report: Report, each: Bought) -> str:
+    """How many next tokens change: in a text of all, in a prompt of those that were looked at."""
+    some = f" (at most {LOOKED_AT} a row looked at)" if report.run.generation is None else ""
+    return f"{_changed(each)}{some}"
+
+
+def _changed(each: Bought) -> str:
     return f"{each.changed:,} of {count(each.rows, 'next token')} change{'s' if each.changed == 1 else ''}"
+
+
+def _left_out(report: Report, each: Bought) -> str:
+    """Why one dtype may have fewer than another."""
+    if not each.left_out:
+        return ""
+    if report.run.generation is not None:
+        return f"; {count(each.left_out, 'step')} left out: no finite logits"
+    return (
+        f"; {count(each.left_out, 'row')} left out: no finite logits of {'its' if each.left_out == 1 else 'their'} own"
+    )
 
 
 def _lost(each: Bought) -> str:
@@ -109,9 +142,40 @@ def in_brief(report: Report) -> list[tuple[str, str]]:
     return [*lines, *([("cost", taken)] if taken else [])]
 
 
-def columns(report: Report) -> tuple[str, ...]:
-    """Of ``rows``: with several prompts, whose loss it is."""
-    return (*_COLUMNS, *(("loss of",) if _several(report) else ()))
+def in_short(report: Report, dtype: str) -> str:
+    """Both for a dtype, in a line for where there is room for no more; empty where neither is known."""
+    each, taken = report.bought.get(dtype), cost(report.run)
+    parts = [f"upcasting {dtype} saves {_saves(each)}"] if each is not None else []
+    if taken is not None:
+        longest = taken.longer[-1]
+        parts.append(f"float32: {sized(longest.float32)} at {longest.tokens:,} tokens")
+    return "; ".join(parts)
+
+
+class Part(NamedTuple):
+    """A table of what they buy or cost."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def tables(report: Report) -> list[Part]:
+    """What they buy by dtype, what at which step, and what they cost by length; those that have rows."""
+    several = ("loss of",) if _several(report) else ()
+    parts = [
+        Part(
+            "What float32 logits buy (a softmax in the dtype, against one in float32)",
+            (*_COLUMNS, *several),
+            _rows(report),
+        ),
+        Part(logitsteps.title(report), logitsteps.COLUMNS, logitsteps.rows(report)),
+    ]
+    taken = cost(report.run)
+    if taken is not None:
+        narrow = (taken.dtype,) if taken.dtype != REFERENCE else ()
+        parts.append(Part("What they cost", ("logits of", "float32", *narrow, "(log scale)"), _lengths(taken)))
+    return [part for part in parts if part.rows]
 
 
 def _several(report: Report) -> bool:
@@ -127,8 +191,8 @@ def _whose(each: Bought) -> str:
     return quoted(each.prompt, _NAME) + (f" row {each.row}" if each.row is not None else "")
 
 
-def rows(report: Report) -> list[tuple[str, ...]]:
-    """A row a dtype, of ``columns``."""
+def _rows(report: Report) -> list[tuple[str, ...]]:
+    """A row a dtype."""
     several = _several(report)
     return [
         (
@@ -145,17 +209,8 @@ def rows(report: Report) -> list[tuple[str, ...]]:
     ]
 
 
-def narrow(report: Report) -> str:
-    """The dtype of the second column of ``lengths``."""
-    taken = cost(report.run)
-    return taken.dtype if taken is not None else ""
-
-
-def lengths(report: Report) -> list[tuple[str, str, str, str]]:
-    """What logits take by length: what of, in float32, in the narrowest dtype, and a bar on a logarithmic scale."""
-    taken = cost(report.run)
-    if taken is None:
-        return []
+def _lengths(taken: Cost) -> list[tuple[str, ...]]:
+    """What of, in float32, in the narrowest dtype where that is another, and a bar on a logarithmic scale."""
     sizes = [each.float32 for each in taken.lengths]
     low, high = math.log(min(sizes)), math.log(max(sizes))
     found = []
@@ -164,7 +219,8 @@ def lengths(report: Report) -> list[tuple[str, str, str, str]]:
         own = f" ({rows}{count(each.tokens, 'token')})" if each is taken.whole or rows else ""
         name = quoted(taken.prompt, _NAME) if each is taken.whole and taken.prompt is not None else each.name
         share = (math.log(each.float32) - low) / (high - low) if high > low else 1.0
-        found.append((name + own, sized(each.float32), sized(each.narrow), "█" * max(1, round(share * _BAR))))
+        narrow = (sized(each.narrow),) if taken.dtype != REFERENCE else ()
+        found.append((name + own, sized(each.float32), *narrow, "█" * max(1, round(share * _BAR))))
     return found
 
 
@@ -172,6 +228,8 @@ def notes(report: Report) -> Iterator[str]:
     """How it was measured, what was really held, and what the upcast takes."""
     if report.bought:
         yield _HOW + (_IN_A_PROMPT if report.run.generation is None else _IN_A_TEXT)
+    if any(each.ranks for each in report.bought.values()):
+        yield _RANKS
     by_hand = list(_by_hand(report))
     if by_hand:
         yield f"{_BY_HAND}: {'; '.join(by_hand)}."
@@ -179,12 +237,20 @@ def notes(report: Report) -> Iterator[str]:
     if taken is None:
         return
     missing = [dtype for dtype in report.run.dtypes if dtype != REFERENCE and dtype not in report.bought]
-    if missing and taken.held is not None and report.run.generation is None:
-        yield f"Not compared in {' and '.join(missing)}: no row kept finite logits of its own."
+    if missing and taken.held is not None:
+        yield f"Not compared in {' and '.join(missing)}: {_why_not(report)}."
     if taken.held is not None:
         pieces = f", in {count(taken.pieces, 'piece')}" if taken.pieces > 1 else ""
         yield f"Held at once here: {sized(taken.held)} at most{pieces}."
-    yield a_step(taken)
+    if taken.dtype != REFERENCE:
+        yield a_step(taken)
+
+
+def _why_not(report: Report) -> str:
+    made = report.run.generation
+    if made is None:
+        return "no row kept finite logits of its own"
+    return "the guard watch is off" if made.unwatched else "no step has logits in it that could be used"
 
 
 def _by_hand(report: Report) -> Iterator[str]:
