@@ -224,16 +224,23 @@ def probe(folder: Path, tokens: int, memory: str, text: str | None = TEXT, arith
     return {**seconds, "peak": int(done.stdout) * 1024 / 1e9}
 
 
-def gemma() -> Path:
-    """A checkpoint in the shape of Gemma 3 270M with random weights: a family that runs as a whole."""
-    folder = FOLDER / "gemma3-270m"
+GEMMA: dict[str, dict[str, Any]] = {
+    "270M": {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
+    "1B": {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
+}
+"""Shapes of Gemma 3, a family that runs as a whole."""
+
+
+def gemma(shape: str) -> Path:
+    """A checkpoint in such a shape, with random weights."""
+    folder = FOLDER / f"gemma3-{shape.lower()}"
     if not (folder / "tokenizer.json").exists():
-        sizes: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}
         heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
-        config = transformers.Gemma3TextConfig(**sizes, **heads, vocab_size=262_144, sliding_window=512)
+        config = transformers.Gemma3TextConfig(**GEMMA[shape], **heads, vocab_size=262_144, sliding_window=512)
         torch.manual_seed(0)
-        model: Any = transformers.Gemma3ForCausalLM(config)
-        model.to(torch.bfloat16).save_pretrained(folder)
+        torch.set_default_dtype(torch.bfloat16)
+        transformers.Gemma3ForCausalLM(config).save_pretrained(folder)
+        torch.set_default_dtype(torch.float32)
         for name in ("tokenizer_config.json", "tokenizer.json"):
             shutil.copy(DEMO / name, folder / name)
     return folder
@@ -241,25 +248,43 @@ def gemma() -> Path:
 
 def whole() -> None:
     """Three dtypes of a family that runs whole: a probe against loading and forwards, one dtype after another."""
-    folder = gemma()
-    settings = load_settings(None, {"memory": "resident", "max_tokens": TOKENS})
+    settings = load_settings(None, {"memory": "resident", "max_tokens": TOKENS, "dtypes": ["fp16", "bf16"]})
     specs = [PromptSpec(name="text", text=TEXT)]
-    for dtypes in (["fp16"], ["fp16", "bf16"]):
-        names = ["fp32", *dtypes]
+    for shape in GEMMA:
+        folder = gemma(shape)
+        taken: list[dict[str, float]] = []
 
-        def plain(names: list[str] = names) -> None:
-            for name in names:
+        def plain(folder: Path = folder) -> None:
+            for name in DTYPES:
                 plain_forward(str(folder), DTYPES[name].torch_name)
 
-        def ours(dtypes: list[str] = dtypes) -> None:
+        def ours(folder: Path = folder, taken: list[dict[str, float]] = taken) -> None:
             files._read.cache_clear()  # a probe that is not the first of its process would find the hashes made
-            run = measure(prepare(str(folder), settings.model_copy(update={"dtypes": dtypes}), specs))
+            run = measure(prepare(str(folder), settings, specs))
             assert run.stopped is None
+            taken.append(run.seconds)
 
         show(
-            f"270M of Gemma 3, whole, {TOKENS} tokens, {', '.join(names)}",
-            interleaved({"plain loads and forwards, in turn": plain, "probe, whole": ours}),
+            f"{shape} of Gemma 3, whole, {TOKENS} tokens, {', '.join(DTYPES)}",
+            interleaved({"plain loads and forwards, in turn": plain, "probe, whole": ours}, FEW),
         )
+        forwards = {name: bare_seconds(folder, name) for name in DTYPES}
+        ratios = {name: min(each[name] for each in taken) / forwards[name] for name in DTYPES}
+        total = sum(min(each[name] for each in taken) for name in DTYPES) / sum(forwards.values())
+        told = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
+        print(f"  its forwards alone, minimum of each: {told}; together {total:.2f}x", flush=True)
+
+
+def bare_seconds(folder: Path, name: str) -> float:
+    """The shortest of a few plain forwards of a model that is loaded."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[name].torch_name)).eval()
+    ids, seconds = some_ids(), []
+    with torch.inference_mode():
+        for _ in range(RUNS):
+            started = time.perf_counter()
+            model(input_ids=ids, use_cache=False)
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def large() -> None:

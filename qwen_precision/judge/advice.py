@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place
-from qwen_precision.judge.logits import Bought, Cost, a_step, cost, sized
+from qwen_precision.judge.logits import Bought, Cost, a_step, cost, lost_by_hand, sized
 from qwen_precision.judge.text import bad_settings, is_advised
 
 MUCH = 1 << 30
@@ -27,6 +27,7 @@ def advice(columns: Columns) -> Iterator[Finding]:
     for dtype, found in columns.bought.items():
         yield from _training(columns, dtype, found, taken)
         yield from _next_token(columns, dtype, found, taken)
+        yield from _by_hand(columns, dtype, found)
     if taken is not None:
         yield from _long(columns, taken)
 
@@ -41,12 +42,12 @@ def _training(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -
         and off > _spared(columns, found, dtype)
     ):
         pair = f"{found.loss_in_dtype:.5g} in place of {found.loss:.5g}"
-        said.append(f"the loss of a prompt is off by {off:.2g} nats a token ({pair})")
+        said.append(f"the loss of {_whose(found)} is off by {off:.2g} nats a token ({pair})")
     if found.bad:
         said.append(f"the log-probability of {_of(found.bad, found.tokens, 'token')} is infinite")
     if not said:
         return
-    memory = f" On this prompt they take {sized(taken.whole.float32)}." if taken is not None else ""
+    memory = f" Those of the largest prompt here take {sized(taken.whole.float32)}." if taken is not None else ""
     do = (
         f"To train or fine-tune in {dtype}, keep the logits of the loss in float32 (transformers' own losses do: "
         f"logits.float() before cross_entropy).{memory} A fused loss (cut-cross-entropy, Liger Kernel) has its softmax "
@@ -55,6 +56,11 @@ def _training(columns: Columns, dtype: str, found: Bought, taken: Cost | None) -
     yield _finding(
         dtype, "loss", f"With its softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found, dtype)
     )
+
+
+def _whose(found: Bought) -> str:
+    row = f", row {found.row}," if found.row is not None else ""
+    return f"prompt {found.prompt!r}{row}" if found.prompt is not None else "a prompt"
 
 
 def _spared(columns: Columns, found: Bought, dtype: str) -> float:
@@ -79,6 +85,28 @@ def _next_token(columns: Columns, dtype: str, found: Bought, taken: Cost | None)
     do = f"Upcast the last position's logits before the softmax, as transformers' generate does.{price}"
     yield _finding(
         dtype, "next token", f"With the softmax in {dtype}, {' and '.join(said)}.", do, _evidence(columns, found, dtype)
+    )
+
+
+def _by_hand(columns: Columns, dtype: str, found: Bought) -> Iterator[Finding]:
+    """What torch's kernels keep in float32 and an exported graph does not."""
+    if not lost_by_hand(found):
+        return
+    said = (
+        f"is not finite on {_of(found.by_hand_bad, found.rows, 'position')}"
+        if found.by_hand_bad
+        else f"sums to {1 - (found.by_hand or 0.0):.4g} at worst"
+    )
+    do = (
+        "Where a softmax is written out (an exported graph, a kernel of your own), upcast the logits before it. "
+        "torch.softmax on a graphics card keeps its sums in float32; on a CPU log_softmax of 16-bit logits does not."
+    )
+    yield _finding(
+        dtype,
+        "by hand",
+        f"A softmax of which every step is rounded to {dtype} {said}.",
+        do,
+        _evidence(columns, found, dtype),
     )
 
 

@@ -52,13 +52,8 @@ class Bought:
     """Rows of prompts (in a generation, steps) that were not compared: they have no finite logits of their own."""
     step: Count | None = None
     """Of a generation: where a log-probability is farthest off."""
-
-    @property
-    def loss_error(self) -> float | None:
-        """How far the loss is off, in nats a token."""
-        if self.loss is None or self.loss_in_dtype is None:
-            return None
-        return abs(self.loss_in_dtype - self.loss)
+    loss_error: Number | None = None
+    """How far the loss is off, in nats a token."""
 
 
 _NOTHING = Bought(
@@ -93,10 +88,11 @@ def together(found: Sequence[Bought]) -> Bought:
         tokens=sum(each.tokens for each in found),
         logprob_max=_farthest([each.logprob_max for each in found]),
         logprob_rms=_root([rms * rms for rms, _ in known], [count for _, count in known]),
-        prompt=worst.prompt,
-        row=worst.row,
+        prompt=worst.prompt if worst.loss is not None else None,
+        row=worst.row if worst.loss is not None else None,
         loss=worst.loss,
         loss_in_dtype=worst.loss_in_dtype,
+        loss_error=worst.loss_error,
         bad=sum(each.bad for each in found),
         zero=sum(each.zero for each in found),
         by_hand=_farthest([each.by_hand for each in found]),
@@ -221,7 +217,16 @@ def a_step(taken: Cost) -> str:
     if not taken.weights:
         return f"{said}."
     share = taken.last.float32 / taken.weights
-    return f"{said}: {share:.2g} of the weights' bytes{', negligible' if share < _NEGLIGIBLE else ''}."
+    return f"{said}: {share:.2g} times the bytes of the weights{', negligible' if share < _NEGLIGIBLE else ''}."
+
+
+_BY_HAND = 0.01
+"""From 1, that what is called probabilities may sum to: as ``Limits.mass`` for the least error of a dtype."""
+
+
+def lost_by_hand(each: Bought) -> bool:
+    """Whether a softmax of which every step is rounded to the dtype gives something else than probabilities."""
+    return bool(each.by_hand_bad) or abs(each.by_hand or 0.0) > _BY_HAND
 
 
 def sized(count: int) -> str:
@@ -235,25 +240,28 @@ def sized(count: int) -> str:
 # -- over prompts -------------------------------------------------------------------------------------------------
 
 
-def _of_prompts(run: Run, dtype: str) -> Bought | None:
-    rows = [
-        (row, run.prompts[each.prompt].name, number if len(each.upcast) > 1 else None)
+def bought_by_row(run: Run, dtype: str) -> list[Bought]:
+    """Of each row of each prompt of a probe; of one that has no finite logits of its own it is only ``left_out``."""
+    return [
+        _of_a_row(row, run.prompts[each.prompt].name, number if len(each.upcast) > 1 else None)
         for each in run.passes
         if each.dtype == dtype
         for number, row in enumerate(each.upcast)
     ]
-    found = [_of_a_row(row, name, number) for row, name, number in rows if row is not None]
-    left_out = sum(row is None or not row.rows for row, _, _ in rows)
-    return replace(together(found or [_NOTHING]), left_out=left_out) if rows else None
 
 
-def _of_a_row(row: Upcast, prompt: str, number: int | None) -> Bought:
-    has_loss = row.loss is not None
-    return Bought(
-        **row.model_dump(),
-        prompt=prompt if has_loss else None,
-        row=number if has_loss else None,
-    )
+def _of_prompts(run: Run, dtype: str) -> Bought | None:
+    found = bought_by_row(run, dtype)
+    return together(found) if found else None
+
+
+def _of_a_row(row: Upcast | None, prompt: str, number: int | None) -> Bought:
+    if row is None:
+        return replace(_NOTHING, prompt=prompt, row=number, left_out=1)
+    told = row.model_dump()
+    if told["loss_error"] is None and row.loss is not None and row.loss_in_dtype is not None:
+        told["loss_error"] = abs(row.loss_in_dtype - row.loss)  # an older record keeps the two alone
+    return Bought(**told, prompt=prompt, row=number, left_out=int(not row.rows))
 
 
 # -- over steps ---------------------------------------------------------------------------------------------------

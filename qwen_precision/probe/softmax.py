@@ -27,9 +27,9 @@ def of_tokens(logprobs: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: in which a log-softmax would have given them.
 
     Returns:
-        ``[batch, 7]``: tokens that are finite in float32, of these the largest error and its root mean square (nats),
-        the cross-entropy (nats a token), that in the dtype, tokens that are infinite in the dtype, and those whose
-        probability is zero. On the device, in the widest format that it has.
+        ``[batch, 8]``: tokens that are finite in float32, of these the largest error and its root mean square (nats),
+        the cross-entropy (nats a token), that in the dtype, how far the two are apart, tokens that are infinite in the
+        dtype, and those whose probability is zero. On the device, in the widest format that it has.
     """
     fine = real & torch.isfinite(logprobs)
     held = logprobs.to(dtype)
@@ -45,6 +45,7 @@ def of_tokens(logprobs: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
         (apart.square().sum(dim=1) / good.sum(dim=1)).sqrt(),
         loss,
         kept.to(dtype),
+        (widened(kept.to(dtype)) - loss).abs(),
         (fine & ~good).sum(dim=1),
         lost.sum(dim=1),
     ]

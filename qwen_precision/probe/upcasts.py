@@ -72,7 +72,7 @@ def _part(tokens: list[float], positions: list[float], width: int) -> Upcast:
     rows = [positions[at : at + width] for at in range(0, len(positions), width)]
     rows = [row for row in rows if row[0]]
     count = int(tokens[0])
-    largest, rms, loss, in_dtype = (rounded(value) if count else None for value in tokens[1:5])
+    largest, rms, loss, in_dtype, off = (rounded(value) if count else None for value in tokens[1:6])
     by_hand = [row[4] for row in rows]
     finite = [value for value in by_hand if math.isfinite(value)]
     return Upcast(
@@ -81,8 +81,9 @@ def _part(tokens: list[float], positions: list[float], width: int) -> Upcast:
         logprob_rms=rms if rms is not None and math.isfinite(rms) else None,
         loss=loss,
         loss_in_dtype=in_dtype,
-        bad=int(tokens[5]),
-        zero=int(tokens[6]),
+        loss_error=off,
+        bad=int(tokens[6]),
+        zero=int(tokens[7]),
         rows=len(rows),
         mass_lost=_farthest([row[1] for row in rows]),
         ranks=int(sum(row[2] for row in rows)),

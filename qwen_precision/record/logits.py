@@ -24,6 +24,8 @@ class Upcast(Part):
     """Cross-entropy of the row in nats a token, its labels shifted as in training: the softmax in float32."""
     loss_in_dtype: Number | None
     """The same with every log-probability, and then their mean, rounded to the dtype."""
+    loss_error: Number | None = None
+    """How far the two are apart, before either is rounded for the record."""
     bad: Count
     """Tokens whose log-probability is infinite in the dtype."""
     zero: Count

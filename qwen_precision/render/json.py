@@ -12,6 +12,7 @@ from qwen_precision.judge import (
     EngineVerdict,
     Finding,
     Report,
+    bought_by_row,
     closeup_of,
     cost,
     headroom_gains,
@@ -131,10 +132,16 @@ def _logits(report: Report) -> dict[str, Any]:
         return {}
     return {
         "logits": {
-            "upcast": {dtype: {**asdict(each), "loss_error": each.loss_error} for dtype, each in found.items()},
+            "upcast": {dtype: asdict(each) for dtype, each in found.items()},
+            **({"rows": _rows(report)} if report.corpus is None and report.run.generation is None else {}),
             "cost": _cost(taken) if taken is not None else None,
         }
     }
+
+
+def _rows(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """The same of each row of each prompt."""
+    return {dtype: [asdict(each) for each in bought_by_row(report.run, dtype)] for dtype in report.bought}
 
 
 def _cost(taken: Cost) -> dict[str, Any]:

@@ -38,13 +38,14 @@ _LEAST = -4
 
 
 def render_svg(view: View) -> str:
-    """The headroom picture (the steps, of a generation) of the first report, above what its logits cost, as SVG."""
-    return on.as_svg(_alone(view.reports[0]))
+    """The headroom picture (the steps, of a generation) of one report, above what its logits cost, as SVG: of several,
+    the first that fails."""
+    return on.as_svg(_alone(view.shown))
 
 
 def render_png(view: View) -> bytes:
     """The same as a PNG file."""
-    return on.as_png(_alone(view.reports[0]))
+    return on.as_png(_alone(view.shown))
 
 
 def pictures(report: Report) -> list[tuple[str, str]]:
@@ -244,7 +245,7 @@ def _length_axes(axes: Any, tokens: list[int]) -> None:
     axes.set_xticks(tokens)
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    on.label(axes, "tokens of a prompt (log scale)", "bytes of its logits\n(log scale)")
+    on.label(axes, "tokens of all rows (log scale)", "bytes of its logits\n(log scale)")
     axes.legend(frameon=False, labelcolor=on.GREY, fontsize=9, loc="upper left")
 
 
@@ -255,7 +256,8 @@ def _our_own(drawn: Canvas, axes: Any, taken: Cost) -> None:
     said = f"this prompt, {tokens:,} tokens: {sized(whole.float32)} in float32"
     marks = [(whole.float32, "o", 9, on.DTYPES_IN["fp32"], "this run", said)]
     if taken.held is not None:
-        marks.append((taken.held, "s", 6, on.QUIET, "held at once here", f"held at once here: {sized(taken.held)}"))
+        held = f"the largest tensor of logits here: {sized(taken.held)}"
+        marks.append((taken.held, "s", 6, on.QUIET, "largest tensor here", held))
     for size, marker, points, color, label, said in marks:
         axes.plot([tokens], [size], marker=marker, ms=points, mfc="none", color=color, linestyle="", label=label)
         drawn.point(axes, tokens, size, said)

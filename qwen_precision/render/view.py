@@ -31,6 +31,11 @@ class View:
             codes = {exit_code_of(report, self.fail_on) for report in self.reports}
         return 1 if 1 in codes else max(codes, default=0)
 
+    @property
+    def shown(self) -> Report:
+        """Of several, the one that a format shows which has room for one: the first that fails, else the first."""
+        return next((each for each in self.reports if "fail" in each.verdict.values()), self.reports[0])
+
     def against(self, report: Report) -> Changes | None:
         """What is new in one of the reports; None where nothing is compared."""
         pairs = zip(self.reports, self.changes, strict=False)

@@ -453,7 +453,7 @@ def as_text(token: int, tokenizer: Any) -> str:
     """One id as text; a part of a character has none of its own, so it is shown as the tokenizer spells it."""
     text = tokenizer.decode([token])
     if "\ufffd" in text or not text:
-        text = str(tokenizer.convert_ids_to_tokens(token))
+        text = tokenizer.convert_ids_to_tokens(token) or f"id {token}"  # a padded vocabulary has more rows than tokens
     return str(text)
 
 

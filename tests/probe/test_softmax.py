@@ -50,8 +50,8 @@ def test_the_error_of_a_log_probability_is_that_against_float64(dtype: str) -> N
     logits, ids = some_logits(dtype)
     true = true_logprobs(logits, ids)
     rounded = torch.from_numpy(true).to(torch_dtype(dtype)).double().numpy()
-    count, largest, rms, loss, _, bad, _ = measured(logits, ids, dtype)
-    assert (count, bad) == (64, 0)
+    count, largest, rms, loss, in_dtype, off, bad, _ = measured(logits, ids, dtype)
+    assert (count, bad) == (64, 0) and off == pytest.approx(abs(in_dtype - loss))
     assert largest == pytest.approx(np.abs(rounded - true).max(), abs=1e-5)
     assert rms == pytest.approx(math.sqrt(((rounded - true) ** 2).mean()), abs=1e-5)
     assert loss == pytest.approx(-true.mean(), abs=1e-5)
@@ -93,10 +93,10 @@ def test_a_spread_beyond_fp16_gives_an_infinite_log_probability_that_the_upcast_
     logits = torch.zeros(2, 8, dtype=torch.float16)
     logits[:, 0], logits[:, 1] = 60_000.0, -60_000.0
     assert torch.isinf(torch.log_softmax(logits, dim=-1)[:, 1]).all()  # torch's own does
-    count, _, _, loss, in_dtype, bad, zero = measured(logits, torch.tensor([1, 0]), "fp16")
+    count, _, _, loss, in_dtype, _, bad, zero = measured(logits, torch.tensor([1, 0]), "fp16")
     assert (count, loss, bad) == (2, 60_000.0, 1) and in_dtype == math.inf
     assert zero == 0  # in float32 its probability is zero, too
-    assert measured(logits.bfloat16(), torch.tensor([1, 0]), "bf16")[5] == 0
+    assert measured(logits.bfloat16(), torch.tensor([1, 0]), "bf16")[6] == 0
 
 
 @pytest.mark.parametrize(("dtype", "below", "zero"), [("fp16", 16.0, 0), ("fp16", 18.0, 1), ("bf16", 18.0, 0)])
@@ -106,7 +106,7 @@ def test_a_probability_below_half_the_least_number_is_zero_and_its_logarithm_inf
     logits = torch.full((1, 8), -100.0, dtype=torch_dtype(dtype))
     logits[0, 0], logits[0, 1] = 0.0, -below
     assert torch.isinf(torch.softmax(logits, dim=-1)[0, 1].log()).item() == bool(zero)
-    assert measured(logits, torch.tensor([1]), dtype)[6] == zero
+    assert measured(logits, torch.tensor([1]), dtype)[7] == zero
 
 
 # -- whole distributions -------------------------------------------------------------------------------------------

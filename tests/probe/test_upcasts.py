@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM
 
-from qwen_precision.judge import bought
+from qwen_precision.judge import bought, judge
 from qwen_precision.model import way
 from qwen_precision.probe import head, upcasts
 from qwen_precision.probe import run as measured
@@ -133,6 +133,20 @@ def test_logits_that_only_a_softmax_in_fp16_overflows_on_are_counted_and_fail_no
     assert fp16.bad > 0 == bf16.bad and math.isinf(float(fp16.loss_in_dtype or 0)) and math.isfinite(fp16.loss or 0)
     assert fp16.unshifted_bad == fp16.rows and bf16.unshifted_bad == bf16.rows > 0
     assert not any(event.nan or event.inf for each in run.passes for event in each.events)
+
+
+def test_a_softmax_written_out_in_fp16_that_loses_everything_is_advised_on_and_fails_nothing(tmp_path: Path) -> None:
+    def flat(model: Any) -> None:
+        model.lm_head.weight.zero_()
+
+    run = run_probe(make_checkpoint(tmp_path, edit=flat, vocab_size=70_000), TEXTS[:1])
+    report = judge(run)
+    assert set(report.verdict.values()) == {"ok"}
+    (finding,) = [each for each in report.findings if each.kind == "advice"]
+    assert (finding.dtype, finding.place.name) == ("fp16", "logits, by hand") and "upcast" in finding.cause.advice
+    # ln 70,000 is nearer to its fp16 than the sixth digit that a record keeps of each of the two.
+    rounded = float(torch.tensor(math.log(7e4)).half())
+    assert report.bought["fp16"].loss_error == pytest.approx(abs(rounded - math.log(7e4)), abs=1e-6)
 
 
 def test_of_a_stream_that_was_replaced_nothing_is_told(tmp_path: Path) -> None:

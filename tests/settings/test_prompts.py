@@ -54,3 +54,13 @@ def test_a_prompt_was_chunked_where_the_guard_was_on_and_it_is_longer(
     guards = {**GUARDS, "float32_logits": {**GUARDS["float32_logits"], **guard}}
     (spec,) = read([a_trip(1)], tmp_path, guards=guards)
     assert spec.failed is not None and spec.failed.chunk == chunk
+
+
+def test_a_row_of_the_embedding_that_no_token_has_is_called_by_its_id() -> None:
+    from transformers import AutoTokenizer
+
+    from qwen_precision.settings.prompts import as_text
+    from support.checkpoints import DEMO
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    assert as_text(len(tokenizer) + 7, tokenizer) == f"id {len(tokenizer) + 7}"

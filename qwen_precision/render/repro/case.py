@@ -97,12 +97,12 @@ def gguf_of(model: Model) -> tuple[str, str] | None:
 
 
 def case_of(view: View) -> Case:
-    """What the script of a view shows: the first report that fails, else the first.
+    """What the script of a view shows.
 
     Raises:
         UsageError: it was redacted, or holds no prompt.
     """
-    report = next((each for each in view.reports if "fail" in each.verdict.values()), view.reports[0])
+    report = view.shown
     run = report.run
     where = f"--format repro: {report.name or 'the run'}"
     if run.redacted:

@@ -306,6 +306,8 @@ def _notes(report: Report) -> Iterator[Fact]:
 def _logits(report: Report) -> Iterator[Fact]:
     """What is advised about them, where anything is: a line a dtype, one of memory, and what to do."""
     advised = [each for each in report.findings if each.kind == "advice" and each.place.op != "setting"]
+    # What only code written by hand would lose has no line where there is more to say.
+    advised = [each for each in advised if each.place.name != "logits, by hand"] or advised
     softmax = {each.dtype for each in advised if each.place.op == "softmax"}
     said = [logits.at_a_glance(dtype, each) for dtype, each in report.bought.items() if dtype in softmax]
     if any(each.place.op == "memory" for each in advised):

@@ -5,12 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from qwen_precision.dtypes import REFERENCE
-from qwen_precision.judge import Bought, Cost, Finding, Report, a_step, cost, sized
+from qwen_precision.judge import Bought, Cost, Finding, Report, a_step, cost, lost_by_hand, sized
 from qwen_precision.record import LOOKED_AT
 from qwen_precision.render.text import count, number, quoted
 from qwen_precision.render.words import logitsteps
-
-_COLUMNS = ("dtype", "loss", "loss error", "log-prob. error", "at most", "mass lost", "ranks tied")
 
 _BAR = 14
 _NAME = 14
@@ -43,11 +41,11 @@ def saved(report: Report) -> Iterator[str]:
 
 def _saves(each: Bought) -> str:
     if each.loss_error is not None:
-        error = "an infinite loss" if math.isinf(each.loss_error) else f"{number(each.loss_error)} of loss error"
-        return error if math.isinf(each.loss_error) else f"{error} (nats)"
+        least = f"at least {number(each.loss_error)} of loss error (nats)"
+        return "an infinite loss" if math.isinf(each.loss_error) else least
     if each.logprob_max is not None:
         return f"{number(each.logprob_max)} nats at most of a token's log-probability"
-    return "nothing that could be compared"
+    return "no loss, as one token has none," if each.rows else "nothing that could be compared"
 
 
 def _at(each: Bought) -> str:
@@ -59,6 +57,8 @@ def at_a_glance(dtype: str, each: Bought) -> str:
     """What a softmax in the dtype loses, in a line of a screen."""
     lost = each.mass_lost or 0.0
     then = _changed(each) if each.changed else f"probabilities sum to {1 - lost:.4g}"
+    if lost_by_hand(each):
+        then = f"by hand {_made_by_hand(each)}"
     return f"softmax in {dtype}: {_loses(each)}; {then}"
 
 
@@ -75,7 +75,7 @@ def memory(report: Report) -> str:
         return ""
     whole, last = sized(taken.whole.float32), sized(taken.last.float32)
     if report.run.generation is not None and taken.held is not None:
-        return f"{sized(taken.held)} were held at once, the last position takes {last} in float32"
+        return f"the largest tensor of them here took {sized(taken.held)}, the last position takes {last} in float32"
     rows = f"{taken.whole.rows} rows of " if taken.whole.rows > 1 else ""
     return f"{rows}{count(taken.whole.tokens, 'token')} take {whole} in float32, the last position {last}"
 
@@ -84,6 +84,7 @@ _REMEDIES = {
     "loss": "train with the loss's logits in float32",
     "next token": "sample from float32",
     "long prompt": "long prompts: logits_to_keep=1, chunked prefill, vLLM",
+    "by hand": "upcast before a softmax that is written out",
     "prefill": "prefill in smaller chunks (guard float32_logits), vLLM",
 }
 """By the name of an advice, in a few words; the finding says it in full."""
@@ -102,7 +103,7 @@ def _next(report: Report, each: Bought) -> str:
 
 
 def _changed(each: Bought) -> str:
-    return f"{each.changed:,} of {count(each.rows, 'next token')} change{'s' if each.changed == 1 else ''}"
+    return f"{each.changed:,} of {count(each.rows, 'next token')} change{'s' if 1 in (each.changed, each.rows) else ''}"
 
 
 def _left_out(report: Report, each: Bought) -> str:
@@ -122,6 +123,8 @@ def _lost(each: Bought) -> str:
         parts.append(f"{count(each.bad, 'log-probability').replace('ys', 'ies')} of {each.tokens:,} infinite")
     if each.zero:
         parts.append(f"{each.zero:,} of {count(each.tokens, 'token')} with probability zero (log -inf)")
+    if lost_by_hand(each):
+        parts.append(f"a softmax by hand {_made_by_hand(each)}")
     return f"; {', '.join(parts)}" if parts else ""
 
 
@@ -162,12 +165,9 @@ class Part(NamedTuple):
 
 def tables(report: Report) -> list[Part]:
     """What they buy by dtype, what at which step, and what they cost by length; those that have rows."""
-    several = ("loss of",) if _several(report) else ()
     parts = [
         Part(
-            "What float32 logits buy (a softmax in the dtype, against one in float32)",
-            (*_COLUMNS, *several),
-            _rows(report),
+            "What float32 logits buy (a softmax in the dtype, against one in float32)", _columns(report), _rows(report)
         ),
         Part(logitsteps.title(report), logitsteps.COLUMNS, logitsteps.rows(report)),
     ]
@@ -178,11 +178,18 @@ def tables(report: Report) -> list[Part]:
     return [part for part in parts if part.rows]
 
 
-def _several(report: Report) -> bool:
-    """Whether a row has to say which prompt it is about."""
+def _columns(report: Report) -> tuple[str, ...]:
+    """A text has no loss; with several prompts, one is of whom it says."""
+    lost = () if report.run.generation is not None else ("loss", "loss error")
+    return ("dtype", *lost, "log-prob. error", "at most", "mass lost", "ranks tied", *_several(report))
+
+
+def _several(report: Report) -> tuple[str, ...]:
+    """A column more where a row has to say which prompt it is about."""
     found = report.bought.values()
     many = len(report.run.prompts) > 1 or report.corpus is not None
-    return any(each.prompt is not None and (many or each.row is not None) for each in found)
+    told = any(each.prompt is not None and (many or each.row is not None) for each in found)
+    return ("loss of",) if told else ()
 
 
 def _whose(each: Bought) -> str:
@@ -197,8 +204,7 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
     return [
         (
             dtype,
-            number(each.loss),
-            number(each.loss_error),
+            *(() if report.run.generation is not None else (number(each.loss), number(each.loss_error))),
             number(each.logprob_rms),
             number(each.logprob_max),
             number(each.mass_lost),
@@ -241,7 +247,7 @@ def notes(report: Report) -> Iterator[str]:
         yield f"Not compared in {' and '.join(missing)}: {_why_not(report)}."
     if taken.held is not None:
         pieces = f", in {count(taken.pieces, 'piece')}" if taken.pieces > 1 else ""
-        yield f"Held at once here: {sized(taken.held)} at most{pieces}."
+        yield f"The largest tensor of logits here: {sized(taken.held)}{pieces}."
     if taken.dtype != REFERENCE:
         yield a_step(taken)
 
@@ -256,10 +262,15 @@ def _why_not(report: Report) -> str:
 def _by_hand(report: Report) -> Iterator[str]:
     """A softmax of which every step is rounded, as an export or code by hand has it."""
     for dtype, each in report.bought.items():
-        if each.by_hand is None and not each.by_hand_bad:
+        said = _made_by_hand(each)
+        if not said:
             continue
-        said = [f"it sums to {1 - each.by_hand:.6g} where it is worst"] if each.by_hand is not None else []
-        if each.by_hand_bad:
-            said.append(f"it is not finite on {each.by_hand_bad:,} of {count(each.rows, 'position')}")
         exp = f", and exp of the largest logit overflows on {each.unshifted_bad:,} unless it is taken off first"
-        yield f"in {dtype} {' and '.join(said)}{exp if each.unshifted_bad else ''}"
+        yield f"in {dtype} it {said}{exp if each.unshifted_bad else ''}"
+
+
+def _made_by_hand(each: Bought) -> str:
+    said = [f"sums to {1 - each.by_hand:.6g} at worst"] if each.by_hand is not None else []
+    if each.by_hand_bad:
+        said.append(f"is not finite on {each.by_hand_bad:,} of {count(each.rows, 'position')}")
+    return " and ".join(said)
