@@ -276,11 +276,12 @@ def whole() -> None:
 
 
 def bare_seconds(folder: Path, name: str) -> float:
-    """The shortest of a few plain forwards of a model that is loaded."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[name].torch_name)).eval()
-    ids, seconds = some_ids(), []
-    with torch.inference_mode():
-        for _ in range(RUNS):
+    """The shortest of a few plain forwards, each the first of a model that was just loaded, as a probe's is."""
+    seconds = []
+    for _ in range(FEW):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[name].torch_name)).eval()
+        ids = some_ids()
+        with torch.inference_mode():
             started = time.perf_counter()
             model(input_ids=ids, use_cache=False)
             seconds.append(time.perf_counter() - started)

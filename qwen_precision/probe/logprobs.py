@@ -12,7 +12,8 @@ from qwen_precision.torch_dtypes import widened
 
 _AT_ONCE = 1 << 18
 """Logits upcast to fp32 at a time, whole rows of the vocabulary: those of a long prompt are never held twice, and what
-fits into the cache is read from there."""
+fits into the cache is read from there. A card has no such cache, and waits for each call."""
+_ON_A_CARD = 1 << 24
 
 
 class LogProbs:
@@ -40,17 +41,14 @@ class LogProbs:
         if key not in self._total:
             self._total[key] = torch.full(ids.shape, -math.inf, device=ids.device)
             self._chosen[key] = torch.full(ids.shape, math.nan, device=ids.device)
-        step = max(1, _AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
-        for offset in range(0, logits.shape[1], step):
-            piece = logits[:, offset : offset + step].float()
-            place = slice(begin + offset, begin + offset + piece.shape[1])
-            self._total[key][:, place] = torch.logaddexp(self._total[key][:, place], torch.logsumexp(piece, -1))
-            following = ids[:, place.start + 1 : place.stop + 1] - start
-            width = following.shape[1]
-            here = (following >= 0) & (following < piece.shape[2])
-            found = piece[:, :width].gather(-1, following.clamp(0, piece.shape[2] - 1)[..., None])[..., 0]
-            held = self._chosen[key][:, place.start : place.start + width]
-            held.copy_(torch.where(here, found, held))
+        place = slice(begin, begin + logits.shape[1])
+        self._total[key][:, place] = torch.logaddexp(self._total[key][:, place], _summed(logits))
+        following = ids[:, place.start + 1 : place.stop + 1] - start
+        width = following.shape[1]
+        here = (following >= 0) & (following < logits.shape[2])
+        found = logits[:, :width].gather(-1, following.clamp(0, logits.shape[2] - 1)[..., None])[..., 0].float()
+        held = self._chosen[key][:, place.start : place.start + width]
+        held.copy_(torch.where(here, found, held))
 
     def of(self, key: tuple[str, int]) -> Tensor:
         """``[batch, tokens]`` float32: at each token the log-probability of the next one, in nats; NaN at the last."""
@@ -69,3 +67,18 @@ class LogProbs:
             rows = (square.sum(dim=1) / both.sum(dim=1)).sqrt().tolist()  # NaN of a row with one token
             found[dtype, prompt] = [rounded(value) if math.isfinite(value) else None for value in rows]
         return found
+
+
+def _summed(logits: Tensor) -> Tensor:
+    """``logsumexp`` in fp32 over the last dimension, a few rows at a time in memory that is used again."""
+    rows = logits.flatten(0, 1)
+    step = max(1, (_AT_ONCE if rows.device.type == "cpu" else _ON_A_CARD) // max(1, rows.shape[1]))
+    held = torch.empty((min(step, len(rows)), rows.shape[1]), device=rows.device)
+    found = []
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        wide = held[: len(piece)].copy_(piece)
+        top = wide.amax(dim=-1, keepdim=True)
+        top = torch.where(torch.isinf(top), 0.0, top)  # infinity less infinity is no number
+        found.append(wide.sub_(top).exp_().sum(dim=-1).log_().add_(top[:, 0]))
+    return torch.cat(found).view(logits.shape[:2])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from qwen_precision.probe import logprobs
 from qwen_precision.probe.softmax import largest, of_positions, of_tokens, rounded_chances
 from qwen_precision.torch_dtypes import torch_dtype
 
@@ -194,3 +195,13 @@ def test_a_row_that_is_bad_in_float32_too_is_not_fine(dtype: str) -> None:
     logits, _ = some_logits(dtype, rows=3)
     logits[0, 5], logits[1, 5], logits[2, 5] = math.nan, math.inf, -math.inf
     assert [row[0] for row in positions(logits)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_rows_summed_a_few_at_a_time_are_the_logsumexp_of_torch(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = (torch.randn(2, 9, 500, generator=torch.Generator().manual_seed(0)) * 8).to(torch_dtype(dtype))
+    logits[0, 1], logits[0, 2, 5], logits[0, 3, 7], logits[1, 3, :10] = -math.inf, math.inf, math.nan, -math.inf
+    wanted = torch.logsumexp(logits.float(), dim=-1)
+    for at_once in (1, 1200, 1 << 20):
+        monkeypatch.setattr(logprobs, "_AT_ONCE", at_once)
+        torch.testing.assert_close(logprobs._summed(logits), wanted, equal_nan=True)
