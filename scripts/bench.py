@@ -238,9 +238,7 @@ def gemma(shape: str) -> Path:
         heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
         config = transformers.Gemma3TextConfig(**GEMMA[shape], **heads, vocab_size=262_144, sliding_window=512)
         torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        transformers.Gemma3ForCausalLM(config).save_pretrained(folder)
-        torch.set_default_dtype(torch.float32)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         for name in ("tokenizer_config.json", "tokenizer.json"):
             shutil.copy(DEMO / name, folder / name)
     return folder

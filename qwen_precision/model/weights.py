@@ -143,7 +143,8 @@ class WeightStore:
             return self._kept[name]
         parts = self.parts(name)
         if self._fused.has(name):
-            tensor = self._upload.start(self._fused.join(name, {part: self._read(part, name) for part in parts}))
+            read = {part: self._read(part, name, self._check) for part in parts}
+            tensor = self._upload.start(self._fused.join(name, read))
         else:
             tensor = self._one(parts[0], name)
         if self._resident:
@@ -154,13 +155,10 @@ class WeightStore:
         """A parameter that is one tensor of the files. A card checks it there: a hundred times faster, and in a few
         calls, where the many of a check on the host would wait in turn with those that feed the card."""
         info = self._checkpoint.tensors[part]
-        if not self._upload.beside or self._scale is not None or info.packed is not None:
-            return self._upload.start(self._read(part, name))
-        started = time.perf_counter()
-        tensor = read_tensor(self._checkpoint, part, memory=self._memory)
-        self._reading += time.perf_counter() - started
-        moved = self._upload.start(tensor)
-        self._upload.then(lambda: self._check.feed(part, info.file, moved, parameter=name))
+        there = self._upload.beside and self._scale is None and info.packed is None
+        moved = self._upload.start(self._read(part, name, WeightCheck([]) if there else self._check))
+        if there:
+            self._upload.then(lambda: self._check.feed(part, info.file, moved, parameter=name))
         return moved
 
     def row_chunks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -172,7 +170,7 @@ class WeightStore:
         part = self.parts(name)[0]
         info = self._checkpoint.tensors[part]
         if info.packed is not None and not info.packed.by_rows:  # its blocks would be cut apart; it is made once
-            whole = self._read(part, name)
+            whole = self._read(part, name, self._check)
             yield from ((start, self._upload(whole[start : start + rows])) for start in range(0, len(whole), rows))
             return
         for start in range(0, info.shape[0], rows):
@@ -196,9 +194,9 @@ class WeightStore:
                     with opened(self._checkpoint.folder, place) as file:
                         os.posix_fadvise(file.fileno(), place.start, place.size, os.POSIX_FADV_WILLNEED)
 
-    def _read(self, part: str, name: str) -> Tensor:
+    def _read(self, part: str, name: str, check: WeightCheck) -> Tensor:
         started = time.perf_counter()
-        tensor = checked_tensor(self._checkpoint, part, self._check, name, self._memory)
+        tensor = checked_tensor(self._checkpoint, part, check, name, self._memory)
         self._reading += time.perf_counter() - started
         return self._scaled(tensor, part if self._fused.has(name) else name)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.model.weightcheck import WeightCheck
@@ -20,7 +20,7 @@ from support import generations, plants
 from support.checkpoints import make_checkpoint
 from support.pretend import devices
 from support.rescues import rescue
-from support.runs import TEXTS, explained, first_of, memory_of, run_probe, timeless
+from support.runs import TEXTS, explained, first_of, memory_of, plain_logits, run_probe, timeless
 
 pytestmark = pytest.mark.device
 
@@ -114,22 +114,11 @@ def test_every_card_gives_the_logits_of_plain_transformers_on_it(
     run = run_probe(folder, file=str(prompts), device=device, memory=memory, attention=attention, on_final=keep)
     assert all(each.what != "second look" for each in run.choices)
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-        for number in range(len(run.prompts)):
-            wanted = plain(model.to(device).eval(), folder, run.prompts[number])
-            ours = answers[name, number]
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        model.to(device).eval()
+        for number, prompt in enumerate(run.prompts):
+            wanted, ours = plain_logits(model, folder, [row.text for row in prompt.rows]), answers[name, number]
             assert torch.equal(ours[:, -1], wanted[:, -1]), (name, number, (ours[:, -1] - wanted[:, -1]).abs().max())
-
-
-def plain(model: Any, folder: Path, prompt: Any) -> torch.Tensor:
-    """Logits of transformers' own forward on the model's device; padding has no position of its own."""
-    texts = [row.text for row in prompt.rows]
-    given = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = given["input_ids"].to(model.device), given["attention_mask"].to(model.device)
-    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-    more = {"attention_mask": mask, "position_ids": positions} if len(texts) > 1 else {}
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False, **more).logits
 
 
 @pytest.mark.parametrize("device", DEVICE)
@@ -331,6 +320,5 @@ def test_a_probe_takes_no_more_of_the_card_than_auto_promised(device: str, tmp_p
         if memory == "auto":
             value, reason = memory_of(run)
             promised = int(reason.split("needs ")[1].split(" MiB")[0]) << 20
-    print(f"\n{value}: {reason}; taken {taken['auto'] / 2**20:.0f} MiB, streamed {taken['streamed'] / 2**20:.0f} MiB")
-    assert value == "resident" and taken["auto"] <= promised / _SHARE
+    assert value == "resident" and taken["auto"] <= promised / _SHARE, (reason, taken)
     assert taken["streamed"] < taken["auto"]

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 from qwen_precision.judge.checks import judge
@@ -20,7 +20,7 @@ from qwen_precision.model.way import LAYERWISE, arranged, prove
 from qwen_precision.record.run import Run
 from qwen_precision.torch_dtypes import torch_dtype
 from support.families import FAMILIES, SKIPPED, make_family
-from support.runs import errors, memory_of, run_probe
+from support.runs import errors, memory_of, plain_logits, run_probe
 
 pytestmark = pytest.mark.transformers
 
@@ -44,13 +44,9 @@ def answered(folder: Path, **settings: Any) -> tuple[Run, dict[str, torch.Tensor
 
 
 def plain(folder: Path, dtype: str, attention: str) -> torch.Tensor:
-    """What transformers' own forward answers; padding has no position of its own, as ``generate`` counts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(dtype), attn_implementation=attention)
-    given = AutoTokenizer.from_pretrained(folder)(BATCH, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = given["input_ids"], given["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-    with torch.inference_mode():
-        return model.eval()(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    logits: torch.Tensor = plain_logits(model.eval(), folder, BATCH)
+    return logits
 
 
 @pytest.mark.parametrize("name", FOUND)

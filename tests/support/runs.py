@@ -31,6 +31,20 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def plain_logits(model: Any, folder: Path, texts: list[str]) -> Any:
+    """What transformers' own forward answers, on the model's device; padding has no position of its own, as
+    ``generate`` counts."""
+    import torch
+    from transformers import AutoTokenizer
+
+    given = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = given["input_ids"].to(model.device), given["attention_mask"].to(model.device)
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    more = {"attention_mask": mask, "position_ids": positions} if len(texts) > 1 else {}
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False, **more).logits
+
+
 TEXTS = ["The capital of France is Paris", "上海有个非常出名的地方，"]
 
 
