@@ -1,5 +1,6 @@
 """The command line through `main`: exit codes, one sentence a mistake, results on stdout alone, no half files."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_precision.cli.app import main
+from qwen_precision.model import open_checkpoint
 from qwen_precision.record.run import SCHEMA
 from support.checkpoints import ROOT, edit_json, make_checkpoint
 from support.runs import sentence
@@ -340,17 +342,16 @@ def test_out_of_memory_saves_what_was_read_and_says_what_to_do(
 def test_a_shard_that_breaks_half_way_leaves_what_was_read(
     broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from qwen_precision.model import opened, weights
+    tensors = open_checkpoint(broken, "model").tensors
+    bad = {info.start for name, info in tensors.items() if "layers.2." in name}
+    original = os.preadv
 
-    original = weights.WeightStore._read
+    def failing(descriptor: int, buffers: list[memoryview], start: int) -> int:
+        if start in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(descriptor, buffers, start)
 
-    def failing(self: weights.WeightStore, part: str, name: str) -> torch.Tensor:
-        if "layers.2" in part:
-            with opened(broken, self._checkpoint.tensors[part]):
-                raise OSError("Input/output error")
-        return original(self, part, name)
-
-    monkeypatch.setattr(weights.WeightStore, "_read", failing)
+    monkeypatch.setattr(os, "preadv", failing)
     assert main(["probe", "./model", "-o", "run.json"]) == 3
     assert "Input/output error" in capsys.readouterr().out
     assert json.loads(Path("run.json").read_text())["stopped"]
