@@ -23,24 +23,14 @@ from qwen_precision.settings.config import (
 )
 from qwen_precision.settings.corpus import BLOCK_PROMPTS, DIGITS, Corpus, PromptBlock
 from qwen_precision.settings.engines import ALL, EVIDENCE, VALUES, Engine, Option, Rule, engine_names, load_engines
+from qwen_precision.settings.failedsteps import at_step
 from qwen_precision.settings.firstids import first_ids
 from qwen_precision.settings.guards import ON_FAILURE, Advice, Clamp, Degenerate, GuardSettings, Watch, load_guards
 from qwen_precision.settings.levels import FAIL_ON, FAILING, SEVERITIES
-from qwen_precision.settings.prompts import (
-    PromptSpec,
-    as_batch,
-    as_text,
-    at_step,
-    is_counted,
-    numbered,
-    read_prompts,
-    rendered,
-    text_of,
-    texts_of,
-    tokenise,
-)
+from qwen_precision.settings.prompts import PromptSpec, is_counted, numbered, read_prompts, texts_of
 from qwen_precision.settings.ranks import Rank, rank_of
 from qwen_precision.settings.templates import TemplateFault, has_template, in_template
+from qwen_precision.settings.tokens import as_batch, as_text, rendered, text_of, tokenise
 
 __all__ = [
     "ALL",

@@ -1,7 +1,7 @@
-"""Prompts: from the command line, a file or the built-in set, to what the model takes.
+"""Prompts as they are given: on the command line, in a file, in a saved run, or the built-in set.
 
-A prompt is a text, a chat turn (where the tokenizer has a template), a batch of texts, padded on the left as for
-generation, or what a saved run holds: token ids, which are not made from text a second time.
+A prompt is a text, a chat turn (where the tokenizer has a template), a batch of texts, or what a saved run holds:
+token ids, which are not made from text a second time.
 """
 
 import json
@@ -12,22 +12,11 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qwen_precision.errors import QprecError, UsageError
+from qwen_precision.errors import UsageError
 from qwen_precision.files import is_whole, read_text
-from qwen_precision.record import (
-    NOT_FINITE,
-    FailedStep,
-    Generation,
-    Prompt,
-    Row,
-    bad_trips,
-    failing_step,
-    is_record,
-    load,
-)
+from qwen_precision.record import FailedStep, Row, is_record, load
 from qwen_precision.settings.config import MAX_TEXT_BYTES, configs_folder, read_yaml
-from qwen_precision.settings.firstids import first_ids
-from qwen_precision.settings.templates import TemplateFault, has_template, in_template
+from qwen_precision.settings.failedsteps import failing_prompts
 
 EXPECTED = (
     "a YAML list of texts (or name/text, name/chat, name/batch), the same as JSONL (a row a line), "
@@ -143,13 +132,13 @@ def read_prompts(
     if not isinstance(items, list) or not items:
         raise UsageError(f"--prompts: {path} holds no list of prompts; expected {EXPECTED}.")
     specs = [_spec(item, number, f"{path}, prompt {number}") for number, item in enumerate(items, 1)]
-    twice = _twice([spec.name for spec in specs])
+    twice = repeated([spec.name for spec in specs])
     if twice is not None:
         raise UsageError(f"--prompts: {path} has two prompts of the name {twice!r}; give each its own.")
     return specs
 
 
-def _twice(names: Sequence[str]) -> str | None:
+def repeated(names: Sequence[str]) -> str | None:
     """The first name that is there twice."""
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
@@ -162,69 +151,10 @@ def _from_record(path: Path, again: bool) -> list[PromptSpec]:
         raise UsageError(f"--prompts: {path} is redacted, its token ids are made up; give the record as it was saved.")
     prompts = run.prompts
     if run.generation is not None and not again:
-        prompts = _failing(run.generation, prompts[0].rows) or prompts
+        prompts = failing_prompts(run.generation, prompts[0].rows) or prompts
     shared = {"checkpoint": run.model.source}
     items = [{"name": each.name, "rows": each.rows, "failed": each.failed, **shared} for each in prompts]
     return [_valid(item, f"{path}, prompt {number}") for number, item in enumerate(items, 1)]
-
-
-def _failing(made: Generation, given: list[Row]) -> list[Prompt]:
-    """What the failing steps of a generation were given, step by step."""
-    steps = {row.row: failing_step(made, row.row) for row in made.rows if row.row < len(given)}
-    if "engine" in made.options:  # rows of a trip file are requests, each for itself
-        return [_alone(made, given, row, step) for row, step in steps.items() if step is not None]
-    return [
-        at_step(made, given, step, [row for row in steps if steps[row] == step])
-        for step in sorted({step for step in steps.values() if step is not None})
-    ]
-
-
-def _alone(made: Generation, given: list[Row], row: int, step: int) -> Prompt:
-    """What a step of one request of a serving engine was given."""
-    failed = _failed(made, given, step, [row])
-    told = failed.model_copy(update={"rows": [0]}) if failed is not None else None
-    return Prompt(name=f"request {row}", rows=[_at(made, given[row], row, step)], failed=told)
-
-
-def at_step(made: Generation, given: list[Row], step: int, failing: list[int]) -> Prompt:
-    """What a step of a generation was given: the row, or the whole batch where there was more than one.
-
-    Args:
-        made: the generation.
-        given: the rows of its prompt.
-        step: how many tokens had been generated.
-        failing: numbers of the rows that failed at it.
-    """
-    numbers = dict.fromkeys(row.row for row in made.rows if row.row < len(given))
-    return Prompt(
-        name=f"batch at step {step}" if len(given) > 1 else "row 0",
-        rows=[_at(made, given[row], row, step) for row in numbers],
-        failed=_failed(made, given, step, failing),
-    )
-
-
-def _failed(made: Generation, given: list[Row], step: int, rows: list[int]) -> FailedStep | None:
-    """What the record says of a step; None where no logits were seen to be anything but finite."""
-    trips = [trip for row in rows for trip in bad_trips(made.trips, row) if trip.step == step]
-    dtypes = {trip.row: trip.dtype for trip in reversed(trips) if trip.kind in NOT_FINITE}
-    if not dtypes:
-        return None
-    dtype = next(iter(dtypes.values()))  # a row leaves the dtype asked for when it fails, and not before: all agree
-    guard = made.guards.get("float32_logits")
-    chunk = guard.get("chunk") if isinstance(guard, dict) and guard.get("enabled") else 0
-    chunked = isinstance(chunk, int) and 0 < chunk < len(given[0].ids) + given[0].padding
-    return FailedStep(dtype=dtype, step=step, rows=sorted(dtypes), chunk=chunk if chunked else 0)
-
-
-def _at(made: Generation, given: Row, row: int, step: int) -> Row:
-    """A row as it was before a step; one that was over by then was filled up, unmasked, as transformers does it."""
-    if not step:
-        return given
-    pad = made.options.get("pad_token_id")
-    pad = next((each for each in (pad if isinstance(pad, list) else [pad]) if isinstance(each, int)), 0)
-    own = next(each.ids for each in made.rows if each.row == row)[:step]
-    ids = [*given.ids, *own, *[pad] * (step - len(own))]
-    return given.model_copy(update={"text": "", "ids": ids})
 
 
 def _standard_input(label: str) -> str:
@@ -327,134 +257,6 @@ def _valid(item: Any, where: str) -> PromptSpec:
         key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
         message = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise UsageError(f"--prompts: {where}{' ' + key if key else ''}: {message}.") from error
-
-
-def tokenise(
-    specs: Sequence[PromptSpec],
-    tokenizer: Any,
-    vocabulary: int,
-    context: int | None,
-    max_tokens: int | None,
-    cut_with: str | None = "--max-tokens",
-) -> tuple[list[Prompt], dict[str, str]]:
-    """Prompts as token ids, and the names of those left out because no chat template makes a text of them, with why.
-
-    Args:
-        vocabulary: rows of the embedding; an id beyond it cannot be looked up.
-        context: the model's longest sequence, or None if it names none.
-        max_tokens: cut every row to its first so many tokens.
-        cut_with: the option that would have cut a row that is too long, for the message.
-
-    Raises:
-        UsageError: a prompt without tokens, longer than the context, or outside the vocabulary.
-    """
-    prompts: list[Prompt] = []
-    left_out: dict[str, str] = {}
-    twice = _twice([spec.name for spec in specs])
-    if twice is not None:
-        raise UsageError(f"prompt {twice!r}: is there twice; give each prompt a name of its own.")
-    for spec in specs:
-        if spec.templated and not has_template(tokenizer):
-            left_out[spec.name] = "the tokenizer has no chat template"
-            continue
-        cut = min(filter(None, (spec.max_tokens, max_tokens)), default=None)
-        most = cut or (context + 1 if context else None)  # one more tells that it is too long
-        try:
-            rows = [(text, ids[:cut]) for text, ids in _ids(spec, tokenizer, most)]
-        except TemplateFault as error:
-            left_out[spec.name] = f"the checkpoint's chat template {error}"
-            continue
-        for _, ids in rows:
-            _check(spec, ids, vocabulary, context, cut_with)
-        longest = max(len(ids) for _, ids in rows)
-        prompts.append(
-            Prompt(
-                name=spec.name,
-                rows=[
-                    Row(
-                        text=text if spec.given_ids is None or text else text_of(ids, tokenizer),
-                        ids=ids,
-                        tokens=[as_text(i, tokenizer) for i in ids],
-                        padding=longest - len(ids),
-                    )
-                    for text, ids in rows
-                ],
-                failed=_still(spec, [ids for _, ids in rows]),
-            )
-        )
-    if not prompts:
-        why = next(iter(left_out.values()))
-        kind = QprecError if has_template(tokenizer) else UsageError
-        raise kind(f"--prompts: only chat prompts, but {why}; give texts.")
-    return prompts, left_out
-
-
-def _still(spec: PromptSpec, rows: list[list[int]]) -> FailedStep | None:
-    """The step that failed on these ids; none where they were cut, or a record from elsewhere lacks a row."""
-    given = [row.ids for row in spec.rows or ()]
-    fits = spec.failed is not None and rows == given and spec.failed.fits([len(ids) for ids in rows])
-    return spec.failed if fits else None
-
-
-def rendered(spec: PromptSpec, text: str, tokenizer: Any) -> str:
-    """The text that is tokenised: as it is, or in the chat template.
-
-    Raises:
-        TemplateFault: the template, a program from a stranger, gives no text.
-    """
-    if spec.messages is not None:
-        return in_template(spec.messages, tokenizer, answer=spec.messages[-1]["role"] != "assistant")
-    return text if spec.chat is None else in_template([{"role": "user", "content": text}], tokenizer, answer=True)
-
-
-def _ids(spec: PromptSpec, tokenizer: Any, most: int | None) -> list[tuple[str, list[int]]]:
-    """Text and token ids of each row; of a long text no more than are asked for."""
-    if spec.given_ids is not None:
-        return list(zip(spec.texts(), spec.given_ids, strict=True))
-    plain = not spec.templated
-    return [(text, first_ids(rendered(spec, text, tokenizer), tokenizer, plain, most)) for text in spec.texts()]
-
-
-def text_of(ids: list[int], tokenizer: Any) -> str:
-    """The text that gives these very ids, or none: half a character, or tokens that would merge, have no such text."""
-    text = str(tokenizer.decode(ids))
-    return text if list(tokenizer(text)["input_ids"]) == ids else ""
-
-
-def as_batch(prompts: Sequence[Prompt]) -> Prompt:
-    """All rows of all prompts as one left-padded batch."""
-    rows = [row for prompt in prompts for row in prompt.rows]
-    longest = max(len(row.ids) for row in rows)
-    padded = [row.model_copy(update={"padding": longest - len(row.ids)}) for row in rows]
-    return Prompt(name="batch" if len(rows) > 1 else prompts[0].name, rows=padded, failed=None)
-
-
-def _check(spec: PromptSpec, ids: list[int], vocabulary: int, context: int | None, cut_with: str | None) -> None:
-    name = spec.name
-    if not ids:
-        raise UsageError(f"prompt {name!r}: gives no tokens; use a longer text.")
-    if context is not None and len(ids) > context:
-        remedy = f"shorten it or add {cut_with} {context}" if cut_with else "shorten it"
-        count = f"more than {context}" if len(ids) == context + 1 else len(ids)
-        raise UsageError(f"prompt {name!r}: has {count} tokens, the model's context is {context}; {remedy}.")
-    if spec.ids is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise UsageError(f"prompt {name!r}: holds the token id {wrong}; this model's are 0 to {vocabulary - 1}.")
-    if min(ids) < 0:
-        raise UsageError(f"prompt {name!r}: holds the token id {min(ids)}; the saved run is damaged.")
-    if max(ids) >= vocabulary:
-        raise UsageError(
-            f"prompt {name!r}: the tokenizer gives id {max(ids)}, the embedding has {vocabulary} rows; "
-            "tokenizer and weights do not belong together."
-        )
-
-
-def as_text(token: int, tokenizer: Any) -> str:
-    """One id as text; a part of a character has none of its own, so it is shown as the tokenizer spells it."""
-    text = tokenizer.decode([token])
-    if "\ufffd" in text or not text:
-        text = tokenizer.convert_ids_to_tokens(token) or f"id {token}"  # a padded vocabulary has more rows than tokens
-    return str(text)
 
 
 def texts_of(file: str | None) -> list[str]:

@@ -59,7 +59,7 @@ def test_a_prompt_was_chunked_where_the_guard_was_on_and_it_is_longer(
 def test_a_row_of_the_embedding_that_no_token_has_is_called_by_its_id() -> None:
     from transformers import AutoTokenizer
 
-    from qwen_precision.settings.prompts import as_text
+    from qwen_precision.settings.tokens import as_text
     from support.checkpoints import DEMO
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
