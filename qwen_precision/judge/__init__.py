@@ -25,17 +25,13 @@ from qwen_precision.judge.findings import (
     rescue_exit_code,
 )
 from qwen_precision.judge.groups import Group, grouped
+from qwen_precision.judge.logitcost import Cost, Length, a_step, cost, sized
 from qwen_precision.judge.logits import (
     Bought,
-    Cost,
-    Length,
     SoftmaxStep,
-    a_step,
     bought,
     bought_by_row,
-    cost,
     lost_by_hand,
-    sized,
     softmax_steps,
     together,
 )

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from qwen_precision.dtypes import DTYPES, REFERENCE
 from qwen_precision.judge.columns import Columns
 from qwen_precision.judge.findings import Cause, Finding, Magnitude, Place
-from qwen_precision.judge.logits import Bought, Cost, a_step, cost, lost_by_hand, sized
+from qwen_precision.judge.logitcost import Cost, a_step, cost, sized
+from qwen_precision.judge.logits import Bought, lost_by_hand
 from qwen_precision.judge.text import bad_settings, is_advised
 
 MUCH = 1 << 30

@@ -6,7 +6,8 @@ import pytest
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding, Limits
-from qwen_precision.judge.logits import bought, cost, together
+from qwen_precision.judge.logitcost import cost
+from qwen_precision.judge.logits import bought, together
 from qwen_precision.record.run import Run
 from support.builders import (
     HEALTHY,
