@@ -27,6 +27,7 @@ import bench_many
 import torch
 import transformers
 from make_checkpoint import DEMO, write
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import qwen_precision
@@ -87,8 +88,19 @@ def show(title: str, seconds: dict[str, list[float]]) -> None:
         print(f"  {name:44s} min {low * 1e3:9.1f} ms  median {middle * 1e3:9.1f} ms   {ratio}")
 
 
+class Empty(TorchDispatchMode):
+    """Runs each operation and does nothing: what torch takes for handing every one to Python, whoever watches."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as the watcher says
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
 def watch_overhead() -> None:
-    """A resident forward: bare, with every operation watched, and with the peers that are installed."""
+    """A resident forward: bare, with nothing done at every operation, watched, and with the peers installed."""
     folder = checkpoint("0.6B")
     ids = some_ids()
     for dtype in (torch.float32, torch.bfloat16):
@@ -97,15 +109,17 @@ def watch_overhead() -> None:
         def bare(model: torch.nn.Module = model) -> None:
             model(ids, use_cache=False)
 
+        def untouched(model: torch.nn.Module = model) -> None:
+            with Empty():
+                model(ids, use_cache=False)
+
         def watched(model: torch.nn.Module = model) -> None:
             with qwen_precision.watch(model):
                 model(ids, use_cache=False)
 
         with torch.inference_mode():
-            show(
-                f"watching every operation, 0.6B, {TOKENS} tokens, {dtype}",
-                interleaved({"bare forward": bare, "qwen_precision.watch": watched}),
-            )
+            ways = {"bare forward": bare, "an empty dispatch mode": untouched, "qwen_precision.watch": watched}
+            show(f"watching every operation, 0.6B, {TOKENS} tokens, {dtype}", interleaved(ways))
         with torch.no_grad(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             rows = {name: interleaved({"bare": bare, name: run}) for name, run in peers(model, ids)}
         for name, seconds in rows.items():
