@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from qwen_precision.errors import QprecError, in_one_line
@@ -23,6 +24,7 @@ _endless: set[str] = set()
 """Templates that did: none is waited for twice."""
 _MEMORY = 512 << 20  # bytes beyond what this process has
 _OUTPUT = 16 << 20  # bytes that it may write
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 class TemplateFault(QprecError):
@@ -51,8 +53,7 @@ def in_template(turns: list[dict[str, str]], tokenizer: Any, answer: bool) -> st
     if template in _endless:
         raise TemplateFault(_TOO_LONG)
     reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child starts none and takes no lock
+    with _in_silence():
         child = os.fork()
     if child == 0:
         _answer(writing, turns, tokenizer, answer)
@@ -73,6 +74,22 @@ def in_template(turns: list[dict[str, str]], tokenizer: Any, answer: bool) -> st
     if why is not None:
         raise TemplateFault(why)
     return str(text)
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Around a fork, of which Python warns because of threads, and tokenizers before 0.23 unless this variable is set:
+    the child starts no thread, takes no lock and tokenises nothing."""
+    unset = _PARALLEL not in os.environ
+    if unset:
+        os.environ[_PARALLEL] = "false"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        if unset:
+            os.environ.pop(_PARALLEL, None)
 
 
 def _render(turns: list[dict[str, str]], tokenizer: Any, answer: bool) -> str:

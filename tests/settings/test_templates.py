@@ -55,6 +55,17 @@ def test_a_template_that_takes_too_much_or_fails_is_a_sentence(name: str, tokeni
     assert in_template.__module__ and not _children()
 
 
+@pytest.mark.transformers
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits need a child process")
+def test_nothing_is_printed_of_the_child(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # as a user has it, and this suite does not
+    tokenizer(["the", "only", "use", "that", "older tokenizers", "call parallel"])
+    in_template(TURNS, tokenizer, answer=True)
+    assert capfd.readouterr() == ("", "") and "TOKENIZERS_PARALLELISM" not in os.environ
+
+
 def _children() -> list[str]:
     path = Path(f"/proc/self/task/{os.getpid()}/children")
     return path.read_text().split() if path.exists() else []
