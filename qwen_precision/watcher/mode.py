@@ -326,8 +326,12 @@ def _entering(watcher: Watcher, names: list[str]) -> Callable[[nn.Module, Any], 
     def enter(module: nn.Module, args: Any) -> None:
         if not watcher.inside:
             watcher.slots.begin()
-        inside = f"{watcher.path}." if watcher.path else ""
-        name = next((each for each in names if each.startswith(inside)), first) if shared else first
-        watcher.enter_module(name)
+        watcher.enter_module(_under(watcher.path, names) if shared else first)
 
     return enter
+
+
+def _under(path: str, names: list[str]) -> str:
+    """Of a shared module's paths the one in the module that runs; the first if there is none."""
+    inside = f"{path}." if path else ""
+    return next((each for each in names if each.startswith(inside)), names[0])
