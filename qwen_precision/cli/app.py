@@ -155,6 +155,7 @@ _SYSTEM = {
     errno.ENFILE: "close some of them",
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
+    errno.EFBIG: "allow larger files (ulimit -f)",
     errno.EROFS: "choose another place",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EIO: "check the disk",

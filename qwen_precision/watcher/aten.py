@@ -18,6 +18,7 @@ ALIASES = {
     "addmm": "linear",
     "bmm": "matmul",
     "_softmax": "softmax",
+    "_safe_softmax": "softmax",  # of an attention that torch writes out: no fused kernel takes it
     "native_dropout": "dropout",
     "_grouped_mm": "grouped_mm",
     "grouped_mm_fallback": "grouped_mm",

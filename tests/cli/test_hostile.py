@@ -208,7 +208,7 @@ def test_too_few_open_files_is_a_sentence(files: int) -> None:
     assert done.returncode == 0 or "ulimit" in done.stderr
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EMFILE, errno.EIO])
 def test_an_error_of_the_system_is_no_bug_and_says_where_the_run_is(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

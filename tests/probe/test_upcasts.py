@@ -32,12 +32,18 @@ def of(run: Run, dtype: str, prompt: int = 0) -> list[Upcast]:
     return [row for row in rows if row is not None]
 
 
+TIES = {"ranks", "changed"}
+"""Counts of tokens that stand otherwise: two whose logits nearly tie stand as the order of a sum has it."""
+
+
 def alike(one: Upcast, other: Upcast) -> None:
     """The same counts, and numbers that differ by no more than the order of a sum."""
     for name, value in one.model_dump().items():
         theirs = getattr(other, name)
         if isinstance(value, float):
             assert theirs == pytest.approx(value, rel=0.05, abs=2e-3), name
+        elif name in TIES:
+            assert abs(theirs - value) <= one.rows, name
         else:
             assert theirs == value, name
 

@@ -48,7 +48,6 @@ def test_module_outputs_products_and_sums_are_all_seen(mode: Callable, healthy: 
         (f"{layer}.self_attn.q_proj", "linear", 0),
         (f"{layer}.self_attn.q_norm", "pow", 0),
         (f"{layer}.self_attn", "mul", 0),  # rotary
-        (f"{layer}.self_attn", "scaled_dot_product_attention", 0),
         (layer, "add", 0),
         (f"{layer}.mlp.act_fn", "silu", 0),
         (f"{layer}.mlp", "mul", 0),  # SwiGLU
@@ -58,6 +57,8 @@ def test_module_outputs_products_and_sums_are_all_seen(mode: Callable, healthy: 
         ("lm_head", "linear", 0),
     ]:
         assert site in seen, site
+    # An older torch writes it out where autograd may follow.
+    assert {op for module, op, _ in seen if module == f"{layer}.self_attn"} & {"scaled_dot_product_attention", "softmax"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
