@@ -238,8 +238,8 @@ def _check_decodes(model: Any) -> None:
         raise not_decoded(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise QprecError(
-            f"{type(model).__name__}: reads a prompt with an encoder and answers with a decoder, as `qprec generate` "
-            "does not do; `qprec probe` finds where it overflows"
+            f"{type(model).__name__}: has an encoder for the prompt, and `qprec generate` decodes without one; "
+            "`qprec probe` finds where it overflows"
         )
 
 

@@ -84,7 +84,7 @@ def test_an_encoder_with_a_decoder_is_given_the_prompt_for_both(tmp_path: Path, 
     assert main(["probe", str(folder), "--prompt", "ab", "--full", "-o", str(tmp_path / "run.json")]) == 0
     assert "decoder reads the prompt too (" in " ".join(capsys.readouterr().out.split())
     assert main(["generate", str(folder), "--prompt", "ab"]) == 3
-    assert "reads a prompt with an encoder" in capsys.readouterr().err
+    assert "an encoder for the prompt" in capsys.readouterr().err
 
 
 def test_a_layer_whose_parts_are_numbered_again_is_named_by_its_own_number(tmp_path: Path) -> None:
