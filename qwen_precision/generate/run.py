@@ -115,8 +115,7 @@ def generate(
     models = Models(job.checkpoint, job.device, settings.attention, tell)
     rescaler = Rescaler(models, job.checkpoint, settings.device, settings.attention, guards.recover.margin, tell)
     model = models.get(settings.dtype)
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise not_decoded(model)
+    _check_decodes(model)
     loaded = time.perf_counter()
     job.choices.insert(1, attention_used(model, settings.attention))
     decoder = Decoder(
@@ -231,6 +230,17 @@ def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeS
         headroom=rows[0].headroom if rows else None,
         where=placed(site.layer, name_of(site.module, site.op, site.call)) if site is not None else "",
     )
+
+
+def _check_decodes(model: Any) -> None:
+    """A prompt is continued here, with a cache that grows by a token a step."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise not_decoded(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise QprecError(
+            f"{type(model).__name__}: has an encoder for the prompt, and `qprec generate` decodes without one; "
+            "`qprec probe` finds where it overflows"
+        )
 
 
 def _run(job: _Job, model: Any, decoder: Decoder) -> str | None:

@@ -145,6 +145,9 @@ def _notes(checkpoint: Checkpoint, raw: dict[str, Any]) -> Iterator[Choice]:
     if "auto_map" in raw:
         reason = f"config.json points at code of the checkpoint's own, which is not run; {raw['model_type']} is known"
         yield Choice(what="code", value="transformers' own", reason=reason)
+    if getattr(checkpoint.config, "is_encoder_decoder", False):
+        reason = "with nothing written yet, it is given what the encoder reads, one token later"
+        yield Choice(what="decoder", value="reads the prompt too", reason=reason)
     if checkpoint.gguf is None:
         yield from adapter_beside(checkpoint.folder)
 

@@ -14,6 +14,13 @@ from qwen_precision.model.index import read_json
 from qwen_precision.record import Choice
 
 ADAPTER = "adapter_config.json"
+_PEFT = {
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "FEATURE_EXTRACTION": "FeatureExtraction",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+}
+"""By an adapter's ``task_type``: the end of the class of peft that opens it, which refuses any other."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ORIGINAL = "probe the checkpoint it was made from"
 
@@ -65,14 +72,18 @@ def _files(folder: Path, pattern: str) -> bool:
 
 def _merge(folder: Path, raw: dict[str, Any]) -> str:
     try:
-        base = str(read_json(folder / ADAPTER, "")["base_model_name_or_path"])
-    except (QprecError, KeyError):
-        base = "its base model"
+        told = read_json(folder / ADAPTER, "")
+    except QprecError:
+        told = {}
+    base, made = told.get("base_model_name_or_path"), _PEFT.get(str(told.get("task_type")), "CausalLM")
+    if not isinstance(base, str):
+        return f"is an adapter (LoRA), no whole model, and {ADAPTER} names no base; merge it into its base with peft"
     merged = f"{folder.name or 'model'}-merged"
+    speaks = str(folder) if (folder / "tokenizer_config.json").is_file() else base  # tokens may have been added
     code = (
-        "from peft import AutoPeftModelForCausalLM as A; from transformers import AutoTokenizer as T; "
+        f"from peft import AutoPeftModelFor{made} as A; from transformers import AutoTokenizer as T; "
         f"A.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained({merged!r}); "
-        f"T.from_pretrained({base!r}).save_pretrained({merged!r})"
+        f"T.from_pretrained({speaks!r}).save_pretrained({merged!r})"
     )
     return (
         f"is an adapter (LoRA) for {base}, no whole model; merge the two and probe {merged}: "

@@ -57,9 +57,11 @@ def read_gguf(path: Path) -> GgufModel:
     header = read_header(path)
     if importlib.util.find_spec("gguf") is None:
         raise QprecError(f'{path}: reading GGUF needs the library gguf; install it: pip install "gguf>=0.10".')
-    from qwen_precision.model.ggufmodel import read_config, read_tokenizer
+    from qwen_precision.model.ggufmodel import DIVISORS, read_config, read_tokenizer
     from qwen_precision.model.gguftensors import read_tensors
 
     config, told = read_config(header, path)
     tensors, unused = read_tensors(header, config, told, path)
+    if told["rope_scaling"] is not None and told["rope_scaling"]["rope_type"] == "longrope":
+        unused = [name for name in unused if name != DIVISORS]
     return GgufModel(config, read_tokenizer(header, config, path), tensors, unused)

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -13,6 +14,17 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from qwen_precision.errors import ENDS, QprecError, in_one_line
 from qwen_precision.model.ggufheader import Header, without_weights
+
+DIVISORS = "rope_freqs.weight"
+"""The tensor that Llama 3's frequencies are divided by."""
+
+_SCALING = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+"""Settings of a stretched rotary embedding: what llama.cpp calls them, and transformers."""
 
 Told = dict[str, Any]
 """What transformers makes of the file's keys: a config's settings by name."""
@@ -40,6 +52,7 @@ def read_config(header: Header, path: Path) -> tuple[PretrainedConfig, Told]:
         width = header.keys.get(f"{header.architecture}.attention.key_length")
         if width is not None:  # its tables leave that out for some families, and take the default of the config
             told.setdefault("head_dim", width)
+        told.setdefault("rope_scaling", _stretched(header, told, path))
         config = AutoConfig.for_model(**told)
     except OSError as error:
         raise QprecError(f"{path}: no room for its header in {tempfile.gettempdir()} ({error.strerror}).") from error
@@ -50,6 +63,27 @@ def read_config(header: Header, path: Path) -> tuple[PretrainedConfig, Told]:
         raise QprecError(f"{path}: is a {header.architecture}, of which transformers has no causal language model.")
     config.architectures = [name]
     return config, told
+
+
+def _stretched(header: Header, told: Told, path: Path) -> Told | None:
+    """How rotary frequencies are stretched for long contexts: of that transformers' tables take gpt-oss's alone.
+
+    Llama 3's way is written out by llama.cpp, a divisor a frequency; longrope divides by such, and does nothing else.
+    """
+    before = f"{header.architecture}.rope."
+    kind, width = header.keys.get(f"{before}scaling.type"), header.keys.get(f"{before}dimension_count")
+    if kind in ("linear", "yarn"):
+        given = {name: header.keys.get(f"{before}scaling.{key}") for key, name in _SCALING.items()}
+        return {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
+    stored = next((each for each in header.tensors if each.name == DIVISORS), None)
+    if stored is None or not isinstance(width, int) or (stored.shape, stored.kind) != ((width // 2,), 0):
+        return None
+    if stored.start + 2 * width > header.sizes[stored.file]:
+        return None  # a truncated file, which is told where its tensors are looked at
+    each = np.fromfile(path.with_name(stored.file), "<f4", width // 2, offset=stored.start).tolist()
+    same = {"short_factor": each, "long_factor": each, "factor": 1.0, "attention_factor": 1.0}
+    longest = told.get("max_position_embeddings", 1)  # both ways are one
+    return {"rope_type": "longrope", "original_max_position_embeddings": longest, **same}
 
 
 def _check(header: Header, path: Path) -> None:

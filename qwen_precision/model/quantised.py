@@ -260,11 +260,29 @@ def _fp8(settings: Settings) -> Pick:
 
 
 def _gptq(settings: Settings) -> Pick:
+    """GPTQ, with GPTQModel's ``dynamic``: by a pattern of their names, some modules have settings of their own.
+
+    Source: GPTQModel, quantization/config.py, ``dynamic_get``: the first that fits; what ``-:`` names is plain.
+    """
+    rules, usual = settings.get("dynamic") or {}, _gptq_layout(settings)
+    if not isinstance(rules, dict) or not all(isinstance(own, dict) for own in rules.values()):
+        raise ValueError("has a dynamic that is no object of objects")
+    try:
+        made = [
+            (re.compile(re.sub("^[-+]:", "", pattern)), _gptq_layout({**settings, **own}) if own else usual)
+            for pattern, own in rules.items()
+        ]
+    except re.error as error:
+        raise ValueError(f"has a dynamic with a key that is no pattern ({error})") from error
+    return lambda module: next((layout for pattern, layout in made if pattern.match(module)), usual)
+
+
+def _gptq_layout(settings: Settings) -> Layout:
     bits, group = _one_of(settings, "bits", (2, 4, 8)), _group(settings)
     kept = settings.get("checkpoint_format") or "gptq"
     if kept not in ("gptq", "gptq_v2"):
         raise ValueError(f"has checkpoint_format {kept!r}; qprec reads gptq and gptq_v2")
-    layout = Layout(
+    return Layout(
         what=f"GPTQ int{bits} ({_in_groups(group)})",
         dtype=f"INT{bits}",
         types=frozenset({"I32"}),
@@ -276,7 +294,6 @@ def _gptq(settings: Settings) -> Pick:
         scales=("scales",),
         turned=True,
     )
-    return lambda module: layout
 
 
 def _awq(settings: Settings) -> Pick:

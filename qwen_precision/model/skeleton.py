@@ -119,6 +119,9 @@ def _make_buffers(path: str, module: nn.Module) -> None:
         raise NotLayerwise(f"{path} keeps constants of its own") from error
     for name, buffer in fresh.named_buffers(recurse=False):
         module._buffers[name] = buffer
+    for name, kept in vars(module).items():  # up to transformers 4 longrope keeps a copy that is no buffer
+        if isinstance(kept, Tensor) and kept.is_meta:
+            vars(module)[name] = vars(fresh)[name]
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

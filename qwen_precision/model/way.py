@@ -47,7 +47,8 @@ def arranged(config: PretrainedConfig, attention: str | None) -> tuple[nn.Module
         QprecError: transformers cannot build it.
     """
     if not is_layerwise(config):
-        return outline(config, attention), "its family was not compared layer by layer"
+        what = "its class" if config.model_type in LAYERWISE else "its family"
+        return outline(config, attention), f"{what} was not compared layer by layer"
     try:
         model = build(config, attention)
         with torch.inference_mode():

@@ -190,15 +190,27 @@ def has_head(model: nn.Module) -> bool:
     return get is not None and get() is not None
 
 
+def _counts_tokens(model: nn.Module) -> bool:
+    """Whether it leaves padding out of its positions by itself, as RoBERTa does, from padding's own on."""
+    return any(
+        path.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
+        for path, part in model.named_modules()
+    )
+
+
 def forward(model: nn.Module, prompt: Encoded) -> Tensor:
     """What a model of transformers answers: its logits, else its last hidden states.
 
     A plain forward counts padding in the position of a token; ``generate`` does not, so positions are given there.
+    What reads with an encoder and writes with a decoder is given the prompt for both, as BART's own forward does.
     """
     takes = inspect.signature(model.forward).parameters
     given: dict[str, Any] = {"attention_mask": prompt.mask, "use_cache": False, "return_dict": True}
-    if not bool(prompt.mask.all()):
+    if not bool(prompt.mask.all()) and not _counts_tokens(model):
         given["position_ids"] = positions_of(prompt.mask)
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if getattr(model.config, "is_encoder_decoder", False) and start is not None:
+        given["decoder_input_ids"] = torch.cat((torch.full_like(prompt.ids[:, :1], start), prompt.ids[:, :-1]), dim=1)
     out = model(input_ids=prompt.ids, **{key: value for key, value in given.items() if key in takes})
     answer = getattr(out, "logits", None)
     found: Tensor = answer if answer is not None else out[0]

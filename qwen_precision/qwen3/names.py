@@ -2,12 +2,12 @@
 
 import re
 
-_LAYER = re.compile(r"^(?:.*\.)?(?:layers?|h|blocks?)\.(\d+)(?:\.(.*))?$")
+_LAYER = re.compile(r"^(?:.*?\.)?(?:layers?|h|blocks?)\.(\d+)(?:\.(.*))?$")
 _EXPERT = re.compile(r"\.experts\.(\d+)(?:\.|$)")
 
 
 def layer_of(module: str) -> int | None:
-    """The decoder layer a module path lies in, or None outside the layers."""
+    """The decoder layer a module path lies in, or None outside the layers; T5 numbers parts of a layer once more."""
     found = _LAYER.match(module)
     return int(found.group(1)) if found else None
 

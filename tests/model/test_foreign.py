@@ -47,7 +47,7 @@ def _config(**changes: Any) -> Callable[[Path], None]:
     ("change", "words"),
     [
         (_adapter, ["adapter (LoRA) for Qwen/Qwen3-8B", "python -c", "merge_and_unload", "probe model-merged"]),
-        (_instead("adapter_config.json"), ["adapter (LoRA) for its base model"]),
+        (_instead("adapter_config.json"), ["adapter (LoRA)", "names no base", "peft"]),
         (_instead("model.onnx", config=False), ["ONNX", "made from"]),
         (_instead("onnx/model.onnx"), ["ONNX", "made from"]),
         (_config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}), ["ModelOpt", "made from"]),
@@ -83,6 +83,22 @@ def test_the_command_that_merges_an_adapter_is_python_and_survives_odd_names(tmp
     assert command[:2] == ["python", "-c"]
     compile(command[2], "command", "exec")
     assert repr(str(folder)) in command[2] and repr("owner/it's") in command[2]
+
+
+def test_the_command_opens_an_adapter_as_what_it_is_and_with_its_own_tokenizer(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    told = {"base_model_name_or_path": "owner/base", "task_type": "SEQ_CLS"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert main(["probe", str(folder)]) == 3
+    line = sentence(capsys)
+    assert "AutoPeftModelForSequenceClassification" in line and "owner/base" in line
+    assert f"T.from_pretrained({str(folder)!r})" in shlex.split(line.split("adapter-merged: ")[1])[2]
+    (folder / "adapter_config.json").write_text(json.dumps({**told, "base_model_name_or_path": None}))
+    assert main(["probe", str(folder)]) == 3
+    line = sentence(capsys)
+    assert "names no base" in line and "None" not in line
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """A GGUF file is read as transformers converts it, bit by bit, and run like any other checkpoint."""
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,59 @@ def test_a_gguf_holds_the_numbers_of_the_model_that_it_was_written_from(family: 
         assert torch.allclose(read_tensor(opened, name), parameter, rtol=0, atol=off), name
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+BEFORE = 32
+"""The context that a stretched model was trained for."""
+
+
+def _divisors(writer: Any) -> None:
+    """Llama 3's stretching as llama.cpp's converter writes it out: LlamaModel.generate_extra_tensors."""
+    waves = 2 * np.pi * 10000.0 ** (np.arange(0, WIDTH["llama"], 2) / WIDTH["llama"])
+    smooth = (BEFORE / waves - 1.0) / (4.0 - 1.0)
+    found = np.where(waves < BEFORE / 4, 1.0, np.where(waves > BEFORE, 8.0, 1 / ((1 - smooth) / 8 + smooth)))
+    writer.add_tensor("rope_freqs.weight", found.astype(np.float32))
+    writer.add_rope_dimension_count(WIDTH["llama"])
+
+
+def _by_keys(kind: gguf.RopeScalingType) -> Callable[[Any], None]:
+    def alter(writer: Any) -> None:
+        writer.add_rope_scaling_type(kind)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(BEFORE)
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("family", "alter", "scaling"),
+    [
+        ("llama", _divisors, {**LLAMA3, "original_max_position_embeddings": BEFORE}),
+        ("llama", _by_keys(gguf.RopeScalingType.LINEAR), {"rope_type": "linear", "factor": 4.0}),
+        (
+            "qwen2",
+            _by_keys(gguf.RopeScalingType.YARN),
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": BEFORE},
+        ),
+    ],
+    ids=["llama 3", "linear", "yarn"],
+)
+def test_a_rotary_embedding_that_is_stretched_is_run_so(
+    family: str, alter: Callable[[Any], None], scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", family, Kind.F32, alter=alter)
+    opened = open_checkpoint(path, "model")
+    ids = torch.tensor([opened.tokenizer(TEXT).input_ids])
+    with torch.inference_mode():
+        model, other = (
+            tiny(family, False, WIDTH[family], **more)(input_ids=ids, use_cache=False).logits
+            for more in ({"rope_scaling": scaling}, {})
+        )
+    found = logits(path)[1]["fp32"]
+    # Divisors of float32 stand for what Llama 3 computes: a frequency may be off by its last bit.
+    assert torch.allclose(found, model, rtol=1e-4, atol=1e-5) and not torch.allclose(found, other, rtol=1e-2, atol=1e-3)
+    assert not any(note.what == "tensors not used" for note in opened.notes)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.Q4_0], ids=lambda kind: kind.name)
 def test_streamed_a_gguf_gives_what_it_gives_resident(family: str, kind: Kind, tmp_path: Path) -> None:
@@ -146,7 +201,6 @@ def test_safetensors_beside_a_gguf_are_what_is_read(broken: Path) -> None:
 
 def split(path: Path) -> list[Path]:
     """The file in two, as llama-gguf-split writes them: the keys in the first, half of the tensors in each."""
-    import gguf
 
     reader = gguf.GGUFReader(path)
     names = [path.with_name(f"model-0000{part}-of-00002.gguf") for part in (1, 2)]
@@ -265,7 +319,6 @@ def test_no_rescue_is_written_for_a_gguf(tmp_path: Path, capsys: Capture) -> Non
 
 
 def test_a_layer_is_made_once_for_all_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gguf
 
     made: list[int] = []
     real = gguf.dequantize

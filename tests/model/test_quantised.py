@@ -13,7 +13,7 @@ from qwen_precision.cli.app import main
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.weights import read_tensor
 from support.checkpoints import edit_json
-from support.quantise import SCHEMES, Parts, group_of, quantised, rewrite, settings_of
+from support.quantise import SCHEMES, Parts, gptq, group_of, quantised, rewrite, settings_of
 from support.runs import run_probe, sentence
 
 Capture = pytest.CaptureFixture[str]
@@ -150,6 +150,18 @@ def test_groups_of_compressed_tensors_are_told_apart_by_their_targets(healthy: P
     assert column(folder) == column(twin)
 
 
+def test_modules_that_gptq_gives_settings_of_their_own_are_read_by_those(healthy: Path, tmp_path: Path) -> None:
+    """8 bits and groups of 16 in one layer's down_proj, 4 bits in all others."""
+    folder, twin = quantised(healthy, tmp_path / "q", SCHEMES["gptq"])
+    name = "model.layers.2.mlp.down_proj"
+    parts, value = gptq(read_tensor(open_checkpoint(healthy, "x"), f"{name}.weight").float().numpy(), bits=8, group=16)
+    rewrite(folder, lambda tensors: tensors.update({f"{name}.{leaf}": part for leaf, part in parts.items()}))
+    rewrite(twin, lambda tensors: tensors.update({f"{name}.weight": torch.from_numpy(value)}))
+    own = {"-:.*layers.1.self_attn": {}, r"+:.*layers\.2\..*down_proj": {"bits": 8, "group_size": 16}}
+    edit_json(folder / "config.json", quantization_config={**settings_of(folder), "dynamic": own})
+    assert column(folder) == column(twin)
+
+
 # -- malformed --------------------------------------------------------
 
 
@@ -191,6 +203,8 @@ def _saying(**changes: Any) -> Callable[[Path], None]:
         ("fp8 blocks", _saying(weight_block_size=[128]), ["weight_block_size", "two positive numbers"]),
         ("gptq", _saying(bits=3), ["config.json", "bits 3", "2, 4, 8"]),
         ("gptq", _saying(bits=8), ["down_proj.qweight", "[2, 64] is expected"]),
+        ("gptq", _saying(dynamic={"(": {"bits": 8}}), ["config.json", "dynamic", "no pattern"]),
+        ("gptq", _saying(dynamic={"a": 8}), ["config.json", "dynamic", "object"]),
         ("gptq", _saying(group_size=0), ["group_size 0"]),
         ("gptq", _saying(checkpoint_format="marlin"), ["checkpoint_format 'marlin'"]),
         ("gptq", _without("qzeros"), ["up_proj.qzeros", "in none"]),

@@ -40,3 +40,15 @@ def test_run_whole_a_family_gives_what_it_gives_layer_by_layer(
     first = [(each.kind, each.place.module, each.place.expert, each.place.token) for each in errors(shadow)[:1]]
     assert first == [(each.kind, each.place.module, each.place.expert, each.place.token) for each in errors(whole)[:1]]
     assert bool(first) == plant
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "what"),
+    [("qwen3", "Qwen3ForSequenceClassification", "its class was"), ("gpt2", None, "its family was")],
+)
+def test_why_a_model_runs_whole_names_what_was_not_compared(
+    name: str, architecture: str | None, what: str, tmp_path: Path
+) -> None:
+    folder = make_family(tmp_path / "model", name, architecture=architecture).folder
+    chosen, why = memory_of(run_probe(folder, ["hello there"], dtypes=["fp16"]))
+    assert chosen == "whole" and what in why

@@ -99,8 +99,8 @@ def write_gguf(
     return path
 
 
-def tiny(family: str, tied: bool, width: int) -> Any:
-    """The model, with norms that are not all alike."""
+def tiny(family: str, tied: bool, width: int, **changes: Any) -> Any:
+    """The model, with norms that are not all alike; ``changes`` are of its config."""
     made, config = FAMILIES[family]
     torch.manual_seed(0)
     more = {"query_pre_attn_scalar": width, "sliding_window": 16} if family == "gemma3" else {}
@@ -115,7 +115,7 @@ def tiny(family: str, tied: bool, width: int) -> Any:
         "tie_word_embeddings": tied,
         **({} if family == "qwen2" else {"head_dim": width}),
     }
-    model = made(config(**settings, **more))
+    model = made(config(**settings, **more, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

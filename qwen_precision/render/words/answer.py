@@ -326,7 +326,8 @@ def _rescued(report: Report) -> Iterator[Fact]:
         yield Fact("Rescue", f"NOT verified: {made.why}")
         return
     least = room(float(made.headroom)) if made.headroom is not None else "-"
-    same = "the original's answer in fp32, bit for bit" if made.identical else "not the original's answer in fp32"
+    equal = "in fp32 the original's answer, bit for bit, before its weights were rounded"
+    same = equal if made.identical else "not the original's answer in fp32"
     yield Fact("Rescued", f"{made.folder}: {made.verdict.upper()} in fp16, least headroom {least}; {same}")
 
 
