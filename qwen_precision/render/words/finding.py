@@ -97,7 +97,8 @@ def _token(token: Token, with_id: bool) -> str:
     if token.padding:
         return f"token {token.position}{row}, which is padding"
     number = f" (id {token.id})" if with_id else ""
-    return f"token {token.position}{row} {quoted(str(token.text), 24)}{number}"
+    text = f" {quoted(token.text, 24)}" if token.text else ""  # none where it was redacted
+    return f"token {token.position}{row}{text}{number}"
 
 
 def how_far(first: Finding) -> str:
