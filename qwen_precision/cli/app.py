@@ -129,11 +129,13 @@ def _left_over(error: BaseException) -> int:
     if not callable(message) or not isinstance(code, int):
         terminal.error(_of_the_system(error) or _of_a_bug(error))
         return 3  # 1 would say "findings" to a CI server: a crash has the code of a run that could not be
-    if not message():  # `qprec` alone: the help was the answer
+    if type(error).__name__ == "NoArgsIsHelpError":  # `qprec` alone: the help is the answer
+        terminal.help_text(str(message()))
         return code
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "qprec")
-    terminal.error(f"{' '.join(str(message()).split()).rstrip('.')}. See: {path} --help")
+    said = " ".join(str(message()).split()).removesuffix(".")
+    terminal.error(f"{said}{'' if said.endswith('?') else '.'} See: {path} --help")
     return code
 
 

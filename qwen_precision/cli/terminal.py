@@ -173,5 +173,10 @@ def error(text: str) -> None:
     _say(_stderr(), f"qprec: {safe(text, 10_000)}")
 
 
+def help_text(text: str) -> None:
+    """The help, on stderr, where it was not asked for."""
+    _say(_stderr(), text)
+
+
 def _stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)

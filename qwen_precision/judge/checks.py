@@ -221,7 +221,7 @@ def _beyond(columns: Columns, each: Pass, event: Event) -> Finding:
         sentence=f"The {place.name} reaches {value:.6g} in fp32, beyond {dtype}; "
         f"the {dtype} stream itself had failed before and did not get here."
         + (" What overflows stands at pad positions." if event.in_padding else ""),
-        facts=(f"all that goes in is within {dtype}'s range",),
+        facts=(f"in fp32 all that goes into this element is within {dtype}'s range",),
         advice=advice_for(columns.run, dtype, math.inf, 0.0),
     )
     size = Magnitude(value, columns.limit(dtype, event.site) / value)
@@ -242,7 +242,7 @@ def _near_finding(columns: Columns, row: Headroom) -> Finding:
         dtype=row.dtype,
         place=place,
         magnitude=Magnitude(row.abs_max, row.headroom),
-        cause=Cause(None, f"{reaches}: {row.headroom:.3g}x headroom.", (), advice),
+        cause=Cause(None, f"{reaches}.", (), advice),
         spread=Spread(prompts=(str(place.prompt),)),
     )
 

@@ -180,11 +180,29 @@ def _listing_or_cache(source: str, revision: str | None) -> Listing | Path:
             raise
         there = cached(source, revision)
         if there is None:
-            raise QprecError(
-                f"{source}: is not in the local cache, and {host()} cannot be reached ({type(error).__name__}); check "
-                "the network, or give a folder that holds the checkpoint."
-            ) from error
+            raise _nobody(source, error) from error
         return there
+
+
+def listing_from_hub(source: str, revision: str | None) -> Listing:
+    """The hub's listing, where no cache can stand for it.
+
+    Raises:
+        QprecError: as ``listing`` does, or nothing answers; the library's own errors go through.
+    """
+    try:
+        return listing(source, revision)
+    except Exception as error:
+        if not _unreachable(error):
+            raise
+        raise _nobody(source, error) from error
+
+
+def _nobody(source: str, error: Exception) -> QprecError:
+    return QprecError(
+        f"{source}: is not in the local cache, and {host()} cannot be reached ({type(error).__name__}); check "
+        "the network, or give a folder that holds the checkpoint."
+    )
 
 
 def fetched(source: str, revision: str | None, weights: bool = True) -> Path | None:

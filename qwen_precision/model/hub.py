@@ -23,7 +23,7 @@ from qwen_precision.model.fetching import (
     fetched,
     fetched_model,
     host,
-    listing,
+    listing_from_hub,
     names,
 )
 from qwen_precision.model.foreign import file_in_words
@@ -177,7 +177,7 @@ def download_bytes(source: str, revision: str | None = None) -> tuple[int, int]:
     """
     on_hub = _file_on_hub(source)
     with _sentences(source, revision):
-        found = listing(on_hub.id if on_hub else source, revision)
+        found = listing_from_hub(on_hub.id if on_hub else source, revision)
     weights = {name: size for name, size in found.sizes.items() if name.endswith(".safetensors")}
     if on_hub or (found.models and not weights):
         gguf = gguf_on_hub(source, revision)

@@ -145,6 +145,7 @@ class Shadow:
     def _layer(self, index: int) -> None:
         layer, sources = self._layers[index], self._read(index)
         ran: dict[tuple[str, int], list[Reading]] = {}
+        ends: dict[tuple[str, int], list[float]] = {}
         for name in self.task.dtypes:
             started = time.perf_counter()
             self.scratch.place(layer, sources, torch_dtype(name))
@@ -153,14 +154,16 @@ class Shadow:
                 foretell(self.prompts, self.task.dtypes, len(self._layers) + 2, partial(self._try, name), self.announce)
             readings, numbers = self._run_prompts(name, index)
             for prompt, (error, *bounds) in enumerate(numbers):
-                ran[name, prompt] = readings[prompt]
+                ran[name, prompt], ends[name, prompt] = readings[prompt], bounds
                 self._compare(name, prompt, error)
                 self._massive(name, prompt, index, bounds)
                 self._local(name, prompt, layer, self._streams[name, prompt].calls[index])
-                self._reseed(name, prompt, index, bounds)
             self.seconds["read and cast"] += placed - started
             self.seconds[name] += time.perf_counter() - placed
         self._look_closely(index, sources, ran)
+        # Only then: whoever stops it in between leaves no stream that was replaced for a reason nobody looked at.
+        for (name, prompt), bounds in ends.items():
+            self._reseed(name, prompt, index, bounds)
         self.scratch.release()
 
     def _try(self, name: str, prompt: int) -> None:

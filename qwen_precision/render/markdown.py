@@ -96,7 +96,7 @@ def _sections(report: Report) -> Iterator[_Section]:
         (88, "what it is not", _ruled_out(told)),
         (85, "reproduction", _reproduction(report)),
         (70, "environment", _environment(report)),
-        (90, "findings", _folded(f"All findings ({len(report.findings)})", _findings(report))),
+        (90, "findings", _folded(f"All findings ({len(grouped(report.findings))})", _findings(report))),
         (87, "rescue", _folded("Rescue", _rescue(report))),
         (80, "generated text", _folded("Generated text", _texts(report))),
         (60, "trips", _trips(report)),
@@ -321,7 +321,7 @@ def _prompts(report: Report) -> str:
 def _precision(report: Report) -> str:
     rows = [
         f"| {dtype} | {number(each.layers[-1]) if each.layers and each.layers[-1] is not None else '-'} | "
-        f"{each.agree} of {each.rows} | {number(each.kl)} | {number(each.logprob)} |"
+        f"{f'{each.agree} of {each.rows}' if each.rows else '-'} | {number(each.kl)} | {number(each.logprob)} |"
         for dtype, each in report.precision.items()
     ]
     head = "| dtype | relative error after last layer | same top-1 | KL at most | "

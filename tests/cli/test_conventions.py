@@ -34,7 +34,12 @@ def test_a_dash_as_output_prints_the_run_and_saves_nothing(capsys: Capture) -> N
 def test_no_command_at_all_gets_the_help(capsys: Capture) -> None:
     assert main([]) == 2
     told = capsys.readouterr()
-    assert "probe" in told.out + told.err and "bug" not in told.err
+    assert told.out == "" and told.err.startswith("Usage: qprec") and "\n  probe " in told.err
+
+
+def test_a_command_that_is_nearly_right_is_asked_about_and_the_question_ends_there(capsys: Capture) -> None:
+    assert main(["prob", "demo"]) == 2
+    assert sentence(capsys) == "qprec: No such command 'prob'. Did you mean 'probe'? See: qprec --help"
 
 
 @pytest.mark.parametrize("words", [["-o", ""], ["--output", ""], ["--output="]])

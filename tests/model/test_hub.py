@@ -230,12 +230,13 @@ def test_an_interrupted_download_says_so_and_the_same_command_goes_on(
     assert main(["probe", "owner/good", "--dtype", "bf16"]) == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["-o", "runs/"]])
 def test_without_a_network_the_sentence_says_what_to_do(
-    hub: type[Hub], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    more: list[str], hub: type[Hub], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert main(["probe", "owner/good"]) == 3
+    assert main(["probe", "owner/good", *more]) == 3
     line = sentence(capsys)
     assert "owner/good" in line and "cannot be reached" in line and "folder" in line
 

@@ -10,11 +10,13 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from qwen_precision.judge.checks import judge
 from qwen_precision.judge.findings import Finding
+from qwen_precision.probe.watched import Section, WatchedRun
 from qwen_precision.record.run import Event, Reseed, Run
 from qwen_precision.settings.prompts import PromptSpec
+from qwen_precision.watcher import Reading
 from support import plants
 from support.builders import a_pass, a_run, an_event
-from support.checkpoints import make_checkpoint
+from support.checkpoints import DEMO, make_checkpoint
 from support.runs import TEXTS, explained, run_probe
 
 NAN, INF = float("nan"), float("inf")
@@ -49,6 +51,23 @@ def unwatched(run: Run) -> list[Finding]:
 
 
 WAYS: list[dict[str, Any]] = [{}, {"memory": "streamed"}, {"attention": "eager"}, {"reference": False}]
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=str)
+def test_an_interrupt_before_a_failing_layer_was_looked_at_blames_no_kernel(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, stopped = WatchedRun.look, []
+
+    def look(self: WatchedRun, section: Section, readings: list[Reading], *more: Any) -> None:
+        if section.key[0] == "fp16" and any(not reading.finite for reading in readings):
+            stopped.append(section.key)
+            raise KeyboardInterrupt
+        plain(self, section, readings, *more)
+
+    monkeypatch.setattr(WatchedRun, "look", look)
+    run = run_probe(DEMO, **settings)
+    assert stopped and run.stopped is not None and not unwatched(run)
 
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from support.builders import (
     healthy_run,
     hostile_run,
     hostile_text_run,
+    many_overflows_run,
     overflowing_run,
 )
 
@@ -114,6 +116,40 @@ def test_markdown_stays_below_what_github_takes_and_says_what_was_left_out() -> 
     text = shown(overflowing_run(prompts=prompts), "markdown")
     assert len(text) <= 65_536 and len(text) <= LONGEST + 100
     assert "Left out" in text and "prompts" in text.rsplit("Left out", 1)[1] and "All findings" in text
+
+
+def test_markdown_counts_as_many_findings_as_it_lists() -> None:
+    text = shown(many_overflows_run(40), "markdown")
+    told = re.search(r"All findings \((\d+)\)(.*?)</details>", text, re.DOTALL)
+    assert told is not None and int(told[1]) == len(re.findall(r"^\d+\. ", told[2], re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["table", "markdown", "html"])
+def test_of_very_many_prompts_that_fail_a_few_are_named_and_the_rest_is_counted(name: str) -> None:
+    from support.builders import HEALTHY, a_pass, a_prompt, a_run, an_event
+
+    bad = [*HEALTHY[:4], float("inf"), float("nan")]
+    passes = [
+        each
+        for n in range(20)
+        for each in (
+            a_pass("fp32", [*HEALTHY[:4], 80000.0, 31.0], prompt=n),
+            a_pass("fp16", bad, [an_event(4)], prompt=n),
+        )
+    ]
+    run = a_run(passes, prompts=[a_prompt(f"prompt {n}") for n in range(20)])
+    text = " ".join(unescape(shown(run, name)).split())
+    assert 'prompt 11" and 8 more' in text
+
+
+@pytest.mark.parametrize("name", ["table", "markdown", "html"])
+def test_where_no_answer_was_left_to_compare_no_format_counts_answers(name: str) -> None:
+    from support.builders import HEALTHY, a_pass, a_run, an_event
+
+    bad = [*HEALTHY[:4], float("inf"), float("nan")]
+    fp16 = a_pass("fp16", bad, [an_event(4)], top1=[None], layer_error=[0.001])
+    text = shown(a_run([a_pass("fp32", [*HEALTHY[:4], 80000.0, 31.0]), fp16]), name)
+    assert "same top-1" in text and "0 of 0" not in text
 
 
 # -- junit ---------------------------------------------------------------------------------------------------------

@@ -145,3 +145,32 @@ def test_beside_the_fix_stands_what_it_costs() -> None:
     assert "becomes 4x or more; 40 of 536,870,912 weights change by over 1 % in fp16, 3 to zero" in told
     free = a_plan(losses=[each.model_copy(update={"badly": 0}) for each in a_plan().losses])
     assert "weights change" not in screen(overflowing_run(rescue=free))
+
+
+def test_what_came_of_a_sweep_is_told_by_the_command_that_made_it() -> None:
+    """The screen names it as the next command: without this line it would look as if nothing had been done."""
+    from qwen_precision.record.explanation import Sweep
+
+    made = Sweep(
+        kind="first-token",
+        dtype="fp16",
+        total=512,
+        tried=512,
+        over=0,
+        layers=healthy_run().model.layers,
+        worst=[],
+        prompt=None,
+        shortest_failing=None,
+        longest_clean=None,
+        seconds=0.1,
+    )
+    for over, words in ((0, "512 of 512 tried; none fails"), (3, "512 of 512 tried; 3 fail")):
+        view = View((judge(healthy_run(sweep=made.model_copy(update={"over": over}))),))
+        assert words in str(FORMATS["screen"].render(view)) and words in str(FORMATS["html"].render(view))
+
+
+def test_of_a_token_without_its_text_no_empty_quotes_are_shown() -> None:
+    from qwen_precision.report.redact import redacted
+
+    text = str(FORMATS["screen"].render(View((judge(redacted(overflowing_run())),))))
+    assert "token 0, channel 35" in text and '""' not in text

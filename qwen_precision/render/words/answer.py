@@ -16,7 +16,7 @@ from qwen_precision.render.words import corpus, engines, logits
 from qwen_precision.render.words.finding import how_far, inside, tried, why
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.steps import Step, steps
-from qwen_precision.render.words.why import times_nearer
+from qwen_precision.render.words.why import swept, times_nearer
 
 
 class Verdict(NamedTuple):
@@ -82,6 +82,7 @@ def answer(report: Report, record: str = "") -> Answer:
             *_unfinished(report),
             *(_facts(report, first) if first is not None else _tightest(report, dtype)),
             *_corpus(report, first.first.dtype if first is not None else dtype),
+            *(Fact("Sweep", line) for line in swept(report.run)),
             *_by_engine(report),
             *_rescued(report),
             *_notes(report),

@@ -13,6 +13,8 @@ from qwen_precision.render.text import count, number, quoted, room
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.why import microscope
 
+_PROMPTS = 12  # names of prompts; all of them are in the JSON
+
 COUNTED = "Layers, tokens, channels, rows and steps count from 0."
 
 
@@ -61,7 +63,8 @@ def _spread(group: Group) -> Iterator[tuple[str, str]]:
         yield "bad", f"{size.inf:,} inf, {size.nan:,} NaN" + (f"; {later}" if carried else "")
     prompts = dict.fromkeys(name for each in group.findings for name in each.spread.prompts)
     if prompts:
-        yield "prompts", ", ".join(map(quoted, prompts))
+        more = len(prompts) - _PROMPTS
+        yield "prompts", ", ".join(map(quoted, [*prompts][:_PROMPTS])) + (f" and {more} more" if more > 0 else "")
     if len(group.findings) > 1:
         rest = group.findings[1:]
         yield (
@@ -94,7 +97,8 @@ def _token(token: Token, with_id: bool) -> str:
     if token.padding:
         return f"token {token.position}{row}, which is padding"
     number = f" (id {token.id})" if with_id else ""
-    return f"token {token.position}{row} {quoted(str(token.text), 24)}{number}"
+    text = f" {quoted(token.text, 24)}" if token.text else ""  # none where it was redacted
+    return f"token {token.position}{row}{text}{number}"
 
 
 def how_far(first: Finding) -> str:

@@ -265,7 +265,8 @@ def _by_hand(report: Report) -> Iterator[str]:
         said = _made_by_hand(each)
         if not said:
             continue
-        exp = f", and exp of the largest logit overflows on {each.unshifted_bad:,} unless it is taken off first"
+        where = count(each.unshifted_bad, "position")
+        exp = f", and exp of the largest logit overflows on {where} unless it is taken off first"
         yield f"in {dtype} it {said}{exp if each.unshifted_bad else ''}"
 
 

@@ -82,22 +82,33 @@ def massive(report: Report) -> Iterator[str]:
         yield f"channel {each.channel}, {layers}: up to {number(each.value)}, at {tokens}"
 
 
+def swept(run: Run, seconds: bool = False) -> Iterator[str]:
+    """What came of a sweep, in a line."""
+    found = run.sweep
+    if found is None:
+        return
+    if found.kind == "length":
+        yield f"Length of {quoted(found.prompt or '')} in {found.dtype}: {_length(found)}"
+        return
+    taken = f", {float(found.seconds):.1f} s" if seconds else ""
+    fails = "none fails" if not found.over else "1 fails" if found.over == 1 else f"{found.over:,} fail"
+    if _up_to_the_step_up(run, found):
+        fails = f"{found.over:,} beyond {_largest(found)} in hidden states or at linear layers"
+    yield f"First tokens in {found.dtype}: {found.tried:,} of {found.total:,} tried{taken}; {fails}"
+
+
 def triggers(run: Run) -> Iterator[str]:
     """What a sweep looked at, and what it found."""
     found = run.sweep
     if found is None:
         return
-    if found.kind == "length":
-        cost = count(found.tried, "forward")
-        yield f"Length of {quoted(found.prompt or '')} in {found.dtype}: {_length(found)} ({cost})."
+    length = found.kind == "length"
+    yield from (f"{line} ({count(found.tried, 'forward')})." if length else f"{line}." for line in swept(run, True))
+    if length:
         return
-    tried = f"First tokens in {found.dtype}: {found.tried:,} of {found.total:,} tried, {float(found.seconds):.1f} s"
     if _up_to_the_step_up(run, found):
-        yield f"{tried}; {found.over:,} beyond {_largest(found)} in hidden states or at linear layers."
         yield f"Not looked at: other operations, and all behind {count(found.layers, 'layer')}; sweep again."
     else:
-        fails = "none fails" if not found.over else "1 fails" if found.over == 1 else f"{found.over:,} fail"
-        yield f"{tried}; {fails}."
         yield (
             f"Looked at: every operation, in fp32, from embedding through {count(found.layers, 'layer')} to the end; "
             f"what came within 2x of {_largest(found)} there, in {found.dtype} itself. "
