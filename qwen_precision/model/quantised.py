@@ -7,13 +7,13 @@ as if it had never been quantised; ``Packed`` in such an entry says how it is ma
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import regex
 from torch import Tensor
 
 from qwen_precision.errors import QprecError
@@ -267,14 +267,11 @@ def _gptq(settings: Settings) -> Pick:
     rules, usual = settings.get("dynamic") or {}, _gptq_layout(settings)
     if not isinstance(rules, dict) or not all(isinstance(own, dict) for own in rules.values()):
         raise ValueError("has a dynamic that is no object of objects")
-    try:
-        made = [
-            (re.compile(re.sub("^[-+]:", "", pattern)), _gptq_layout({**settings, **own}) if own else usual)
-            for pattern, own in rules.items()
-        ]
-    except re.error as error:
-        raise ValueError(f"has a dynamic with a key that is no pattern ({error})") from error
-    return lambda module: next((layout for pattern, layout in made if pattern.match(module)), usual)
+    made = [
+        (pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, _gptq_layout({**settings, **own}) if own else usual)
+        for pattern, own in rules.items()
+    ]
+    return lambda module: next((layout for pattern, layout in made if _fits(pattern, module)), usual)
 
 
 def _gptq_layout(settings: Settings) -> Layout:
@@ -353,13 +350,22 @@ def _rank(targets: list[str], module: str) -> int | None:
     """
     if module in targets:
         return 0
-    patterns = [each.removeprefix("re:") for each in targets if each.startswith("re:")]
-    try:
-        if any(re.match(pattern, module) for pattern in patterns):
-            return 1
-    except re.error as error:
-        raise QprecError(f"config.json: quantization_config has a target that is no pattern ({error}).") from error
+    if any(_fits(each.removeprefix("re:"), module) for each in targets if each.startswith("re:")):
+        return 1
     return 2 if any(not each.startswith("re:") and "." not in each for each in targets) else None
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Whether a pattern of the config fits the beginning of a module's name; a stranger's may take for ever, so
+    it is given a second, which ``re`` has no way to say."""
+    try:
+        return regex.match(pattern, module, timeout=1.0) is not None
+    except (regex.error, TimeoutError) as error:
+        why = "takes too long" if isinstance(error, TimeoutError) else str(error)
+        raise QprecError(
+            f"config.json: quantization_config has {pattern!r:.200}, which is no pattern of modules' names ({why}); "
+            "download the file again."
+        ) from error
 
 
 def _compressed_layout(group: Settings, settings: Settings) -> Layout | None:
