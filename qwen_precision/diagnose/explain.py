@@ -110,9 +110,8 @@ def _templates(job: Job, report: Report) -> list[Candidate]:
 def _ids_of(job: Job, spec: PromptSpec) -> list[int]:
     """Token ids; none where the text has none, or the template fails: that tells nothing."""
     tokenizer, vocabulary = job.checkpoint.tokenizer, job.checkpoint.text_config.vocab_size
-    context = getattr(job.checkpoint.text_config, "max_position_embeddings", None)
     try:
-        prompts, _ = tokenise([spec], tokenizer, vocabulary, context, job.settings.max_tokens)
+        prompts, _ = tokenise([spec], tokenizer, vocabulary, job.checkpoint.context, job.settings.max_tokens)
     except QprecError:
         return []
     return prompts[0].rows[0].ids

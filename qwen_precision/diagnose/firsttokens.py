@@ -102,8 +102,7 @@ def first_tokens(
 def _rows(job: Job, limit: int | None, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of everything that is tried, shortest first so that equal lengths go together."""
     if texts:
-        context = getattr(job.checkpoint.text_config, "max_position_embeddings", None)
-        cut = min(filter(None, (job.settings.max_tokens, context)), default=None)
+        cut = min(filter(None, (job.settings.max_tokens, job.checkpoint.context)), default=None)
         rows = [first_ids(text, job.checkpoint.tokenizer, True, cut)[:cut] for text in texts]
         return sorted((row for row in rows if row), key=len)
     vocabulary = int(job.checkpoint.text_config.vocab_size)

@@ -236,11 +236,10 @@ class _Work:
         """By name: why a prompt alone is not taken. A chat prompt without a template is left out anyway."""
         checkpoint, found = self._opened(self.source), {}
         config, tokenizer = checkpoint.text_config, checkpoint.tokenizer
-        context = getattr(config, "max_position_embeddings", None)
         for spec in specs:
             try:
                 if not spec.templated or has_template(tokenizer):
-                    tokenise([spec], tokenizer, config.vocab_size, context, self.settings.max_tokens)
+                    tokenise([spec], tokenizer, config.vocab_size, checkpoint.context, self.settings.max_tokens)
             except UsageError as error:
                 found[spec.name] = str(error).removeprefix(f"prompt {spec.name!r}: ").rstrip(".")
         return found

@@ -176,8 +176,9 @@ def _tokenised(
     if without:
         remedy = "use --raw" if settings.chat else "give it as text"
         raise UsageError(f"prompt {without[0]!r}: is a chat turn, but the tokenizer has no chat template; {remedy}.")
-    context = getattr(checkpoint.text_config, "max_position_embeddings", None)
-    prompts, left_out = tokenise(specs, tokenizer, checkpoint.text_config.vocab_size, context, None, cut_with=None)
+    prompts, left_out = tokenise(
+        specs, tokenizer, checkpoint.text_config.vocab_size, checkpoint.context, None, cut_with=None
+    )
     for name, why in left_out.items():
         raise QprecError(f"prompt {name!r}: {why}; use --raw, or give a text.")
     inputs = [each for spec, made in zip(specs, prompts, strict=True) for each in _inputs(spec, made, tokenizer)]

@@ -72,8 +72,7 @@ def generation_config(
     for name, value in asked.items():
         setattr(config, name, value)
     notes = _plain(config)
-    context = getattr(checkpoint.text_config, "max_position_embeddings", None)
-    config.max_new_tokens, length = _new_tokens(config, settings, prompt_tokens, context)
+    config.max_new_tokens, length = _new_tokens(config, settings, prompt_tokens, checkpoint.context)
     config.max_length = None
     config.use_cache, config.return_dict_in_generate = True, False
     config.output_scores = config.output_logits = config.output_attentions = config.output_hidden_states = False

@@ -3,6 +3,7 @@
 Nothing of the checkpoint's own Python code is ever run.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,18 @@ class Checkpoint:
         return sum(info.given_out for info in self.tensors.values())
 
     @property
+    def context(self) -> int | None:
+        """Tokens of the longest sequence that it takes: where rotary embeddings are stretched by a factor (YaRN and
+        others), that many times the positions it was trained with. None if its config names none."""
+        longest: int | None = getattr(self.text_config, "max_position_embeddings", None)
+        if longest is None:
+            return None
+        told = [getattr(self.text_config, name, None) for name in ("rope_parameters", "rope_scaling")]
+        given = [each for each in told if isinstance(each, dict)]
+        kinds = given + [each for one in given for each in one.values() if isinstance(each, dict)]  # by type of layer
+        return max([longest, *(_stretched(each, longest) for each in kinds)])
+
+    @property
     def quantised(self) -> str | None:
         """How weights are quantised, in words, or None."""
         found = dict.fromkeys(info.packed.what for info in self.tensors.values() if info.packed is not None)
@@ -94,6 +107,13 @@ class Checkpoint:
         for info in self.tensors.values():
             count[info.dtype] = count.get(info.dtype, 0) + info.elements
         return max(count, key=lambda name: count[name])
+
+
+def _stretched(rope: dict[str, Any], longest: int) -> int:
+    factor, trained = rope.get("factor"), rope.get("original_max_position_embeddings") or longest
+    if not isinstance(factor, (int, float)) or not isinstance(trained, int) or not math.isfinite(factor):
+        return 0
+    return int(factor * trained)
 
 
 def open_checkpoint(folder: Path, source: str, revision: str | None = None) -> Checkpoint:

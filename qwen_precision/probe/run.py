@@ -130,13 +130,12 @@ def prepared(checkpoint: Checkpoint, source: str, settings: ProbeSettings, specs
 
 
 def _prepared(checkpoint: Checkpoint, source: str, settings: ProbeSettings, specs: Sequence[PromptSpec]) -> Job:
-    context = getattr(checkpoint.text_config, "max_position_embeddings", None)
     theirs = sorted({str(spec.checkpoint) for spec in specs if spec.failed and spec.checkpoint not in (None, source)})
     prompts, left_out = tokenise(
         [spec.model_copy(update={"failed": None}) if spec.checkpoint in theirs else spec for spec in specs],
         checkpoint.tokenizer,
         checkpoint.text_config.vocab_size,
-        context,
+        checkpoint.context,
         settings.max_tokens,
     )
     job = job_for(checkpoint, source, settings, prompts, left_out)
