@@ -23,7 +23,7 @@ SMALL = (
     "config.json generation_config.json model.safetensors.index.json tokenizer.json tokenizer_config.json vocab.json "
     "vocab.txt merges.txt special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
     "tokenizer.model tekken.json preprocessor_config.json processor_config.json adapter_config.json "
-    "hf_quant_config.json quantize_config.json quant_config.json"
+    "hf_quant_config.json quantize_config.json quant_config.json modules.json"
 ).split()
 """Files beside the weights that something reads."""
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qwen_precision.errors import ENDS, QprecError, in_one_line
-from qwen_precision.model.foreign import adapter_beside, check_readable
+from qwen_precision.model.foreign import beside, check_readable
 from qwen_precision.model.gate import check_tokenizer, foreign_faults, read_config, tamed
 from qwen_precision.model.gguffile import gguf_of, read_gguf
 from qwen_precision.model.index import TensorInfo, read_index
@@ -169,7 +169,7 @@ def _notes(checkpoint: Checkpoint, raw: dict[str, Any]) -> Iterator[Choice]:
         reason = "with nothing written yet, it is given what the encoder reads, one token later"
         yield Choice(what="decoder", value="reads the prompt too", reason=reason)
     if checkpoint.gguf is None:
-        yield from adapter_beside(checkpoint.folder)
+        yield from beside(checkpoint.folder)
 
 
 def _check_config(raw: dict[str, Any], folder: Path) -> None:

@@ -5,7 +5,7 @@ such a folder would be called incomplete, which sends its owner off to download 
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ _PEFT = {
     "SEQ_2_SEQ_LM": "Seq2SeqLM",
 }
 """By an adapter's ``task_type``: the end of the class of peft that opens it, which refuses any other."""
+_MODULES = "modules.json"
+"""Of sentence-transformers: a model, and what follows it."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _ORIGINAL = "probe the checkpoint it was made from"
 
@@ -57,12 +59,14 @@ def file_in_words(path: Path) -> str:
     }.get(path.suffix, "is a file; give the checkpoint's folder")
 
 
-def adapter_beside(folder: Path) -> list[Choice]:
-    """A note where an adapter lies beside a whole model: it is not applied."""
-    if not (folder / ADAPTER).is_file():
-        return []
-    reason = f"{ADAPTER} is there, and a whole model too: the model alone is run; merge the adapter to probe both"
-    return [Choice(what="adapter", value="not applied", reason=reason)]
+def beside(folder: Path) -> Iterator[Choice]:
+    """Notes of what lies beside a whole model and is not run with it."""
+    if (folder / ADAPTER).is_file():
+        reason = f"{ADAPTER} is there, and a whole model too: the model alone is run; merge the adapter to probe both"
+        yield Choice(what="adapter", value="not applied", reason=reason)
+    if (folder / _MODULES).is_file():
+        reason = f"{_MODULES} is sentence-transformers': the model alone is run, not what follows it"
+        yield Choice(what="pooling", value="not run", reason=reason)
 
 
 def _files(folder: Path, pattern: str) -> bool:
@@ -91,6 +95,11 @@ def _merge(folder: Path, raw: dict[str, Any]) -> str:
     )
 
 
+def _first_module(folder: Path) -> Path | None:
+    """The model of an older sentence-transformers folder."""
+    return next((each.parent for each in sorted(folder.glob("0_*/config.json"))), None)
+
+
 def _method(raw: dict[str, Any]) -> str:
     settings = raw.get("quantization_config")
     return str(settings.get("quant_method", "")) if isinstance(settings, dict) else ""
@@ -105,6 +114,12 @@ def _bitsandbytes(raw: dict[str, Any]) -> str:
 
 
 FOREIGN = (
+    Foreign(
+        lambda folder, raw: not raw and (folder / _MODULES).is_file() and bool(_first_module(folder)),
+        lambda folder, raw: (
+            f"is of sentence-transformers, with the model in a folder of its own; give {_first_module(folder)}"
+        ),
+    ),
     Foreign(lambda folder, raw: _files(folder, ADAPTER), _merge),
     Foreign(
         lambda folder, raw: _files(folder, "*.onnx") or _files(folder, "onnx/*.onnx"),

@@ -61,6 +61,10 @@ def _config(**changes: Any) -> Callable[[Path], None]:
             ["bitsandbytes (8-bit)"],
         ),
         (_config(quantization={"group_size": 64, "bits": 4}), ["MLX", "--dequantize"]),
+        (
+            _instead("modules.json", "0_Transformer/config.json", config=False),
+            ["sentence-transf", "model/0_Transformer"],
+        ),
         (_instead("pytorch_model.bin"), ["pytorch_model.bin", "pickle", "safetensors"]),
     ],
 )
@@ -123,6 +127,12 @@ def test_an_adapter_beside_a_whole_model_is_said_not_to_be_applied(broken: Path,
     for command in (["probe", "--dtype", "bf16"], ["generate", "--dtype", "bf16", "--max-new-tokens", "2"]):
         assert main([command[0], "./model", "--prompt", "Hello", *command[1:]]) == 0
         assert "adapter not applied (adapter_config.json is there" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_follows_a_model_of_sentence_transformers_is_said_not_to_be_run(broken: Path, capsys: Capture) -> None:
+    (broken / "modules.json").write_text("[]")
+    assert main(["probe", "./model", "--prompt", "Hello", "--dtype", "bf16"]) == 0
+    assert "pooling not run (modules.json is sentence-transformers'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_code_of_a_model_that_transformers_knows_is_not_run_and_not_needed(broken: Path, capsys: Capture) -> None:
