@@ -63,5 +63,5 @@ def read_gguf(path: Path) -> GgufModel:
     config, told = read_config(header, path)
     tensors, unused = read_tensors(header, config, told, path)
     if told["rope_scaling"] is not None and told["rope_scaling"]["rope_type"] == "longrope":
-        unused = [name for name in unused if name != DIVISORS]
+        unused = [name for name in unused if name not in DIVISORS]
     return GgufModel(config, read_tokenizer(header, config, path), tensors, unused)

@@ -15,12 +15,14 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from qwen_precision.errors import ENDS, QprecError, in_one_line
 from qwen_precision.model.ggufheader import Header, without_weights
 
-DIVISORS = "rope_freqs.weight"
-"""The tensor that Llama 3's frequencies are divided by."""
+DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors that rotary frequencies are divided by: Llama 3's; longrope's up to the trained context, and beyond it."""
+
+_TRAINED = "original_max_position_embeddings"
 
 _SCALING = {
     "factor": "factor",
-    "original_context_length": "original_max_position_embeddings",
+    "original_context_length": _TRAINED,
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
@@ -53,6 +55,10 @@ def read_config(header: Header, path: Path) -> tuple[PretrainedConfig, Told]:
         if width is not None:  # its tables leave that out for some families, and take the default of the config
             told.setdefault("head_dim", width)
         told.setdefault("rope_scaling", _stretched(header, told, path))
+        if (told["rope_scaling"] or {}).get("rope_type") == "longrope":  # transformers 4 looks for it here
+            told.setdefault(
+                "original_max_position_embeddings", told["rope_scaling"]["original_max_position_embeddings"]
+            )
         config = AutoConfig.for_model(**told)
     except OSError as error:
         raise QprecError(f"{path}: no room for its header in {tempfile.gettempdir()} ({error.strerror}).") from error
@@ -75,15 +81,28 @@ def _stretched(header: Header, told: Told, path: Path) -> Told | None:
     if kind in ("linear", "yarn"):
         given = {name: header.keys.get(f"{before}scaling.{key}") for key, name in _SCALING.items()}
         return {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
-    stored = next((each for each in header.tensors if each.name == DIVISORS), None)
+    every, short, long = (_stored(header, path, name, width) for name in DIVISORS)
+    longest = told.get("max_position_embeddings", 1)
+    if every is not None:
+        same = {"short_factor": every, "long_factor": every, "factor": 1.0, "attention_factor": 1.0}
+        return {"rope_type": "longrope", _TRAINED: longest, **same}
+    if short is None or long is None:
+        return None
+    trained = header.keys.get(f"{before}scaling.original_context_length") or longest
+    scale = header.keys.get(f"{before}scaling.attn_factor")
+    factors = {"short_factor": short, "long_factor": long, **({"attention_factor": scale} if scale else {})}
+    return {"rope_type": "longrope", _TRAINED: trained, **factors}
+
+
+def _stored(header: Header, path: Path, name: str, width: Any) -> list[float] | None:
+    """A divisor a frequency; None where there is none, or not one for each."""
+    stored = next((each for each in header.tensors if each.name == name), None)
     if stored is None or not isinstance(width, int) or (stored.shape, stored.kind) != ((width // 2,), 0):
         return None
     if stored.start + 2 * width > header.sizes[stored.file]:
         return None  # a truncated file, which is told where its tensors are looked at
-    each = np.fromfile(path.with_name(stored.file), "<f4", width // 2, offset=stored.start).tolist()
-    same = {"short_factor": each, "long_factor": each, "factor": 1.0, "attention_factor": 1.0}
-    longest = told.get("max_position_embeddings", 1)  # both ways are one
-    return {"rope_type": "longrope", "original_max_position_embeddings": longest, **same}
+    found: list[float] = np.fromfile(path.with_name(stored.file), "<f4", width // 2, offset=stored.start).tolist()
+    return found
 
 
 def _check(header: Header, path: Path) -> None:

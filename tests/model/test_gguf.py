@@ -101,9 +101,25 @@ def _by_keys(kind: gguf.RopeScalingType) -> Callable[[Any], None]:
     return alter
 
 
+SHORT, LONG = np.linspace(1.0, 3.0, 8, dtype=np.float32), np.linspace(2.0, 30.0, 8, dtype=np.float32)
+
+
+def _factors(writer: Any) -> None:
+    """Phi-3's way."""
+    writer.add_tensor("rope_factors_short.weight", SHORT)
+    writer.add_tensor("rope_factors_long.weight", LONG)
+    writer.add_rope_dimension_count(WIDTH["llama"])
+    writer.add_rope_scaling_orig_ctx_len(BEFORE)
+    writer.add_rope_scaling_attn_factors(1.25)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": SHORT.tolist(), "long_factor": LONG.tolist()}
+
+
 @pytest.mark.parametrize(
     ("family", "alter", "scaling"),
     [
+        ("llama", _factors, {**LONGROPE, "original_max_position_embeddings": BEFORE, "attention_factor": 1.25}),
         ("llama", _divisors, {**LLAMA3, "original_max_position_embeddings": BEFORE}),
         ("llama", _by_keys(gguf.RopeScalingType.LINEAR), {"rope_type": "linear", "factor": 4.0}),
         (
@@ -112,7 +128,7 @@ def _by_keys(kind: gguf.RopeScalingType) -> Callable[[Any], None]:
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": BEFORE},
         ),
     ],
-    ids=["llama 3", "linear", "yarn"],
+    ids=["longrope", "llama 3", "linear", "yarn"],
 )
 def test_a_rotary_embedding_that_is_stretched_is_run_so(
     family: str, alter: Callable[[Any], None], scaling: dict[str, Any], tmp_path: Path
