@@ -54,6 +54,7 @@ def read_config(header: Header, path: Path) -> tuple[PretrainedConfig, Told]:
         width = header.keys.get(f"{header.architecture}.attention.key_length")
         if width is not None:  # its tables leave that out for some families, and take the default of the config
             told.setdefault("head_dim", width)
+        told.update(_scaled_scores(header, width))
         told.setdefault("rope_scaling", _stretched(header, told, path))
         if (told["rope_scaling"] or {}).get("rope_type") == "longrope":  # transformers 4 looks for it here
             told.setdefault(
@@ -69,6 +70,25 @@ def read_config(header: Header, path: Path) -> tuple[PretrainedConfig, Told]:
         raise QprecError(f"{path}: is a {header.architecture}, of which transformers has no causal language model.")
     config.architectures = [name]
     return config, told
+
+
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+"""By architecture: how many layers the one has (27B) whose scores are scaled by another number than the rest's."""
+
+
+def _scaled_scores(header: Header, width: Any) -> Told:
+    """What Gemma's scores are divided by the root of, which the file leaves out and transformers takes for 256.
+
+    Source: llama.cpp, src/models/gemma2.cpp and gemma3.cpp, ``f_attention_scale``.
+    """
+    name = header.architecture
+    layers, *parts = (
+        header.keys.get(f"{name}.{key}") for key in ("block_count", "embedding_length", "attention.head_count")
+    )
+    if name not in _LARGEST or not isinstance(width, int):
+        return {}
+    size, heads = (each if isinstance(each, int) and each > 0 else 1 for each in parts)  # else refused elsewhere
+    return {"query_pre_attn_scalar": size // heads if layers == _LARGEST[name] else width}
 
 
 def _stretched(header: Header, told: Told, path: Path) -> Told | None:

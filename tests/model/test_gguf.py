@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.cli.app import main
 from qwen_precision.judge.checks import judge
-from qwen_precision.model import gguffile
+from qwen_precision.model import gguffile, ggufmodel
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.weights import read_tensor
 from qwen_precision.record.run import Run
 from qwen_precision.torch_dtypes import torch_dtype
-from support.gguffiles import FAMILIES, WIDTH, tiny, write_gguf
+from support.gguffiles import FAMILIES, HEADS, LAYERS, SIZE, WIDTH, tiny, write_gguf
 from support.plants import down_proj_output
 from support.runs import errors, run_probe, sentence
 
@@ -145,6 +145,18 @@ def test_a_rotary_embedding_that_is_stretched_is_run_so(
     # Divisors of float32 stand for what Llama 3 computes: a frequency may be off by its last bit.
     assert torch.allclose(found, model, rtol=1e-4, atol=1e-5) and not torch.allclose(found, other, rtol=1e-2, atol=1e-3)
     assert not any(note.what == "tensors not used" for note in opened.notes)
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(62, 32), (LAYERS, SIZE // HEADS)], ids=["most", "27B"])
+def test_gemma_s_scores_are_scaled_as_llama_cpp_scales_them(
+    largest: int, scale: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ggufmodel._LARGEST, "gemma3", largest)
+    path = write_gguf(tmp_path / "model.gguf", "gemma3", Kind.F32, width=32)
+    ids = torch.tensor([open_checkpoint(path, "model").tokenizer(TEXT).input_ids])
+    with torch.inference_mode():
+        expected = tiny("gemma3", True, 32, query_pre_attn_scalar=scale)(input_ids=ids, use_cache=False).logits
+    assert torch.equal(logits(path)[1]["fp32"], expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])

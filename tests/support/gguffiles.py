@@ -27,8 +27,8 @@ from support.checkpoints import DEMO
 HEADS, SHARED, SIZE, INNER, LAYERS = 4, 2, 64, 128, 3
 """Heads of queries, of keys, numbers of the stream, of the mlp, and layers."""
 
-WIDTH = {"qwen3": 128, "qwen2": 16, "llama": 16, "gemma3": 32}
-"""Numbers of a head. Of Qwen3 transformers takes 128 for granted."""
+WIDTH = {"qwen3": 128, "qwen2": 16, "llama": 16, "gemma3": 256}
+"""Numbers of a head. Of Qwen3 transformers takes 128 for granted, of Gemma 256."""
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
@@ -115,7 +115,7 @@ def tiny(family: str, tied: bool, width: int, **changes: Any) -> Any:
         "tie_word_embeddings": tied,
         **({} if family == "qwen2" else {"head_dim": width}),
     }
-    model = made(config(**settings, **more, **changes))
+    model = made(config(**{**settings, **more, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
