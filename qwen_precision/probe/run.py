@@ -1,7 +1,8 @@
 """A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
 
+import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -179,8 +180,17 @@ def job_for(
     if why is not None:
         resident, memory, store = True, _whole(settings.memory, model, why), None
     ways = [device_choice, memory, attention_used(model, settings.attention), *_arithmetic(settings)]
-    choices = [*ways, *_notes(checkpoint, left_out, store is not None)]
+    choices = [*ways, *_notes(checkpoint, left_out, store is not None), *_padding(model, prompts)]
     return Job(source, checkpoint, model, settings, device, resident, store, prompts, choices, passes, check)
+
+
+def _padding(model: nn.Module, prompts: Sequence[Prompt]) -> Iterator[Choice]:
+    """BERT's kin answer from the first token of a row; what generates, or pools by its padding's id, from the last."""
+    takes = inspect.signature(model.forward).parameters
+    classifies = type(model).__name__.endswith("ForSequenceClassification") and "past_key_values" not in takes
+    if classifies and any(row.padding for prompt in prompts for row in prompt.rows):
+        reason = "short rows of a batch are answered from their padding; give each text as a prompt of its own"
+        yield Choice(what="padding", value="on the left", reason=reason)
 
 
 def measure(

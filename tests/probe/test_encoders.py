@@ -20,7 +20,7 @@ TEXTS = ["hello there, this is a test", "ab"]
 Answers = dict[int, torch.Tensor]
 
 
-def encoder(folder: Path, made: str) -> Path:
+def encoder(folder: Path, made: str, answers_with: str = "Model") -> Path:
     """RoBERTa or BERT: the first counts positions from the padding's id, which is the tokenizer's here."""
     made_of: dict[str, Any] = {
         "vocab_size": 512,
@@ -32,7 +32,7 @@ def encoder(folder: Path, made: str) -> Path:
         "initializer_range": 0.25,
         "pad_token_id": ids_of("<|endoftext|>")[0],
     }
-    return saved(folder, getattr(transformers, f"{made}Model")(getattr(transformers, f"{made}Config")(**made_of)))
+    return saved(folder, getattr(transformers, made + answers_with)(getattr(transformers, f"{made}Config")(**made_of)))
 
 
 def t5(folder: Path, loud: bool = False) -> Path:
@@ -72,6 +72,19 @@ def test_beside_padding_a_row_of_an_encoder_is_what_it_is_alone(made: str, tmp_p
     for row, single in alone.items():
         # Sums over padding that counts for nothing are rounded elsewhere; another position moves it by its own size.
         assert torch.allclose(together[row, -single.shape[1] :], single[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_classifier_that_reads_its_first_token_says_that_it_is_padding_in_short_rows(tmp_path: Path) -> None:
+    folders = {
+        "Bert": encoder(tmp_path / "bert", "Bert", "ForSequenceClassification"),
+        "Qwen3": make_family(tmp_path / "qwen3", "qwen3", architecture="Qwen3ForSequenceClassification").folder,
+    }
+    (tmp_path / "prompts.yaml").write_text(f"- {{name: two, batch: {TEXTS}}}\n")
+    runs = {
+        made: run_probe(each, file=str(tmp_path / "prompts.yaml"), dtypes=["fp32"]) for made, each in folders.items()
+    }
+    notes = {made: [each.value for each in run.choices if each.what == "padding"] for made, run in runs.items()}
+    assert notes == {"Bert": ["on the left"], "Qwen3": []}
 
 
 def test_an_encoder_with_a_decoder_is_given_the_prompt_for_both(tmp_path: Path, capsys: Any) -> None:
