@@ -232,5 +232,6 @@ def fault(folder: Path, error: BaseException) -> str:
     """The sentence of ``foreign_faults``."""
     return (
         f"{folder}: transformers fails on this checkpoint ({in_one_line(error)}); a value of its config.json or of its "
-        "tokenizer's files is not what the model expects: compare them with the hub's."
+        f"tokenizer's files is not what the model expects (compare them with the hub's), or torch {torch.__version__} "
+        "not what this transformers needs."
     )
