@@ -362,16 +362,29 @@ def _row_ids(case: _Case) -> list[int]:
 def _template(case: _Case) -> _Found:
     """A failing chat turn whose text is clean: what fails is of the template's making, token or not."""
     other = case.controls.get("without the template")
-    return ("trigger-prompt", f"{other.detail}: {_what_is(other)}", _usual(case)) if _clean(other, case) else None
+    if _every_prompt_fails(case) or not _clean(other, case):
+        return None
+    return "trigger-prompt", f"without the chat template {_what_is(other)}", _usual(case)
 
 
 def _together(case: _Case) -> _Found:
     other, alone = case.controls.get("with the template"), case.controls.get("token alone")
+    if _every_prompt_fails(case) or not _clean(alone, case):
+        return None  # then it takes less than this text
     filled = [case.controls.get("as many first tokens"), case.controls.get("as many other tokens")]
-    if _clean(alone, case) and any(_clean(each, case) for each in filled):
+    if any(_clean(each, case) for each in filled):
         why = "the token is clean alone, and after as many others: it takes what stands before it"
         return "trigger-prompt", why, _usual(case)
-    return ("trigger-prompt", f"{other.detail}: {_what_is(other)}", _usual(case)) if _clean(other, case) else None
+    if not _clean(other, case):
+        return None
+    return "trigger-prompt", f"with the chat template {_what_is(other)}", _usual(case)
+
+
+def _every_prompt_fails(case: _Case) -> bool:
+    """Of several: then no text of them is to blame."""
+    failing, clean = case.columns.by_outcome(case.run_pass.dtype)
+    fails, of = case.columns.failing(case.run_pass.dtype) or (len(failing), len(failing) + len(clean))
+    return fails == of > 1
 
 
 def _usual(case: _Case) -> str:
