@@ -1,6 +1,7 @@
 """One screen that answers: golden at two widths, never longer than a terminal, its commands whole and last."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from qwen_precision.render.screen import MOST_LINES
 from support.builders import (
     HEALTHY,
     RUNS,
+    a_continuation,
     a_control,
     a_cost,
     a_generation,
@@ -174,3 +176,13 @@ def test_of_a_token_without_its_text_no_empty_quotes_are_shown() -> None:
 
     text = str(FORMATS["screen"].render(View((judge(redacted(overflowing_run())),))))
     assert "token 0, channel 35" in text and '""' not in text
+
+
+def test_an_empty_text_and_one_that_a_failure_ended_say_how_they_ended() -> None:
+    def screen(**changes: Any) -> str:
+        row = a_continuation([9, 9], ["a", "b"], **changes)
+        return str(FORMATS["screen"].render(View((judge(generated(a_generation([row]), ["fp16"])),))))
+
+    assert "2 tokens, ENDED after its last good token" in screen(text="ab", finish="failed")
+    assert "2 tokens, ended at the limit" in screen(text="", finish="length")
+    assert "2 tokens" not in screen(text="ab", finish="length")
