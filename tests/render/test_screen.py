@@ -20,6 +20,7 @@ from support.builders import (
     a_plan,
     a_prompt,
     a_run,
+    a_trip,
     advised_run,
     an_upcast,
     generated,
@@ -186,3 +187,10 @@ def test_an_empty_text_and_one_that_a_failure_ended_say_how_they_ended() -> None
     assert "2 tokens, ENDED after its last good token" in screen(text="ab", finish="failed")
     assert "2 tokens, ended at the limit" in screen(text="", finish="length")
     assert "2 tokens" not in screen(text="ab", finish="length")
+
+
+def test_of_a_loop_it_is_the_logits_that_are_called_repaired() -> None:
+    row = a_continuation([9] * 9, ["a"] * 9)
+    made = a_generation([row], [a_trip(3), a_trip(3, "clamp", "repaired")])
+    text = str(FORMATS["screen"].render(View((judge(generated(made, ["fp16"])),))))
+    assert "RISK the text says nothing from step 0 on (degenerate-text), with repaired logits" in " ".join(text.split())

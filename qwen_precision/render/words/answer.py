@@ -182,6 +182,8 @@ def _of_a_text(report: Report, dtype: str, mine: list[Finding]) -> str:
         rows = {finding.place.row for finding in mine if finding.place.row is not None}
         where = f"{len(rows)} of {len(made.rows)} rows" if len(made.rows) > 1 else "the text"
         step = f" at step {first.place.step}" if first.place.step is not None else ""
+        if first.kind == "degenerate-text" and first.severity != "error":  # logits are repaired, a text is not
+            return f"{where} says nothing from step {first.place.step} on ({first.kind}), with repaired logits"
         return f"{where} failed{step} ({first.kind})" + ("" if first.severity == "error" else ", repaired")
     watched = any(value is not None and value == value for row in made.rows for value in row.top1)
     return "all logits finite" if watched else "not watched"
