@@ -11,7 +11,7 @@ from qwen_precision.judge.controls import candidates
 from qwen_precision.record.explanation import Control, Explanation
 from qwen_precision.record.run import Run
 from qwen_precision.render.words.finding import why
-from support.builders import HEALTHY, a_pass, a_prompt, a_run, an_event
+from support.builders import HEALTHY, a_pass, a_plan, a_prompt, a_run, an_event
 
 SUM = 3
 FIRST, SECOND = a_prompt().rows[0].ids
@@ -123,3 +123,20 @@ def test_no_text_is_blamed_where_a_token_alone_fails_or_every_prompt() -> None:
         assert cause(run) == "trigger-prompt"
         second = [each.model_copy(update={"prompt": 1}) for each in run.passes[:2]]
         assert cause(run.model_copy(update={"passes": [*run.passes[:2], *second]})) == "out-of-range"
+
+
+def test_advice_names_the_whole_command_of_a_sweep_and_of_a_rescue() -> None:
+    def advice(run: Run) -> str:
+        return judge(run, record="r.json").findings[0].cause.advice
+
+    start = "qprec probe Qwen/Qwen3-8B --revision 0123456789abcdef --dtype fp16"
+    token = failing(1, [control("token alone", 1, clean=False), control("without the token", 1, clean=True)])
+    assert advice(token).endswith(f" with: {start} --sweep first-token")
+    outcomes = {"token after the first": True, "token alone": True, "as many first tokens": False}
+    length = failing(
+        1, [control(what, 1, clean) for what, clean in {**outcomes, "as many other tokens": False}.items()]
+    )
+    assert advice(length).endswith(f" with: {start} --prompt 'Hello there' --prompt no --sweep length")
+    assert advice(length.model_copy(update={"redacted": True})).endswith(" with: --sweep length")
+    usual = advice(failing(1).model_copy(update={"rescue": a_plan()}))
+    assert usual.startswith("Rescale it exactly (qprec probe MODEL --rescue-to FOLDER), ")
