@@ -166,6 +166,12 @@ def test_colour_follows_the_environment(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "\x1b" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["report --explain-cause", "probe demo --dtype", "generate demo -o"])
+def test_an_option_without_its_value_points_to_the_help_of_its_command(line: str, capsys: Capture) -> None:
+    assert main(line.split()) == 2
+    assert sentence(capsys).endswith(f"requires an argument. See: qprec {line.split()[0]} --help")
+
+
 def test_a_cause_is_explained_without_a_run(capsys: Capture) -> None:
     assert main(["report", "--explain-cause", "accumulation"]) == 0
     assert "a partial sum" in capsys.readouterr().out
