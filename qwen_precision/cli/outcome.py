@@ -17,7 +17,7 @@ from qwen_precision.files import check_writable, write_atomically
 from qwen_precision.judge import Report, rescue_exit_code
 from qwen_precision.record import Run, is_record, to_json
 from qwen_precision.record import save as write
-from qwen_precision.render import View
+from qwen_precision.render import View, why_none
 
 STDOUT = Path("-")
 RECORD = "record"
@@ -148,5 +148,7 @@ def _print(view: View, report: Report, output: Output, rescue_asked: bool) -> No
         terminal.result(to_json(report.run))
     elif output.shown is not None:
         terminal.result(str(terminal.render(view, output.shown)))
-    if rescue_asked and (report.run.rescue is None or report.run.rescue.exported is None):
-        terminal.note("no rescaled checkpoint was written")
+    plan = report.run.rescue
+    if rescue_asked and (plan is None or plan.exported is None):
+        why = (why_none(plan) if plan is not None else "") or report.run.unfinished or report.stopped
+        terminal.note(f"no rescaled checkpoint was written{f': {why}' if why else ''}")

@@ -49,6 +49,7 @@ _WORTH |= {
     "Rescued": 85,
     "Note": 46,
     "Rescue": 85,
+    "No rescue": 57,
     "Go on": 50,
     "Engine": 88,
     "Engines": 48,

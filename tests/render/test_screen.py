@@ -28,6 +28,7 @@ from support.builders import (
     healthy_text_run,
     hostile_run,
     many_overflows_run,
+    not_rescuable_run,
     overflowing_run,
     two_prompts_run,
 )
@@ -194,3 +195,11 @@ def test_of_a_loop_it_is_the_logits_that_are_called_repaired() -> None:
     made = a_generation([row], [a_trip(3), a_trip(3, "clamp", "repaired")])
     text = str(FORMATS["screen"].render(View((judge(generated(made, ["fp16"])),))))
     assert "RISK the text says nothing from step 0 on (degenerate-text), with repaired logits" in " ".join(text.split())
+
+
+def test_where_no_rescue_is_possible_the_screen_says_why() -> None:
+    text = " ".join(str(FORMATS["screen"].render(View((judge(not_rescuable_run()),)))).split())
+    assert "No rescue rescaling alone does not do it: logits (0.5x headroom): a logit is the answer" in text
+    plan = a_plan(unsupported="only a Qwen can be rescaled")
+    text = str(FORMATS["screen"].render(View((judge(overflowing_run(rescue=plan)),))))
+    assert "No rescue only a Qwen can be rescaled" in text
