@@ -50,6 +50,13 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
             raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
     if real.is_file() and not force:
         raise UsageError(f"{label} {path}: is there already; add --force to replace it.")
+    place = unfinished(real)
+    try:  # what may be written by its permissions need not take a new file: /proc takes none
+        os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        raise unwritable(f"{label} {str(path)[:60]}", error) from error
+    finally:
+        done_with(place)
 
 
 def write_atomically(path: Path, text: str | bytes) -> None:

@@ -94,8 +94,8 @@ def generate(
         from qwen_precision.generate import generate as decode  # torch
 
         run = decode(model, settings, chosen, specs, revision, probe_run, progress, on_token, terminal.note)
-    outcome.keep(run, wanted)
+    record = outcome.keep(run, wanted)
     if text and run.generation is not None:
         terminal.result("".join(f"{row.text}\n" for row in run.generation.rows))
         wanted = replace(wanted, shown=None)
-    outcome.show(judge(run, record=outcome.word(wanted.record)), wanted, fail_on)
+    outcome.show(judge(run, record=record), wanted, fail_on)

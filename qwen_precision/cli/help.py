@@ -1,4 +1,4 @@
-"""Help of a command: its options under the headings they have, each name whole, no column for types."""
+"""Help of a command: its options under the headings they have, each name whole; and where to look when one is wrong."""
 
 from typing import Any
 
@@ -7,6 +7,20 @@ from typer.core import TyperCommand
 
 class Grouped(TyperCommand):
     """A command whose help lists options by ``rich_help_panel``; what has none comes first."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; an option without its value is told as any other mistake is, with the command's own help.
+
+        Args:
+            ctx: of click, which leaves it out of that error.
+            args: words behind the command.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write all parameters into the help.

@@ -16,7 +16,7 @@ from qwen_precision.cli import terminal
 from qwen_precision.cli.signals import follow_launcher, taking_along
 from qwen_precision.errors import QprecError, UsageError
 from qwen_precision.parents import PARENT, follows
-from qwen_precision.render import count, safe
+from qwen_precision.render import count
 from qwen_precision.settings import BLOCK_PROMPTS, Corpus, ProbeSettings, Rank, texts_of
 
 _STDIN = "-"
@@ -221,8 +221,8 @@ def _tell(plan: Plan, asked: Asked, folder: Folder) -> None:
     with terminal.progress() as (progress, _):
         progress(0, 0, "looking at the checkpoints")
         check_there(plan.sources, plan.revision)
-        lines = [f"{key:12}{safe(said, 400)}\n" for key, said in share_told(plan, asked.settings, asked.rank)]
-    terminal.result("".join(lines))
+        rows = list(share_told(plan, asked.settings, asked.rank))
+    terminal.result(terminal.labelled(rows, 12))
 
 
 def _told(plan: Plan, rank: Rank, folder: Folder) -> str:
@@ -240,4 +240,4 @@ def _told(plan: Plan, rank: Rank, folder: Folder) -> str:
         "share": f"{said}; first {mine[0].source}, {mine[0].block.said}" if mine else f"{said}: nothing to do",
         "there": f"{count(there, 'record')} in {folder.path}",
     }
-    return "".join(f"{key:12}{safe(said, 400)}\n" for key, said in lines.items())
+    return terminal.labelled(lines.items(), 12)

@@ -4,7 +4,7 @@ The suffix of ``-o`` is the format: ``.json`` is the run itself; any other repor
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from qwen_precision.files import check_writable, write_atomically
 from qwen_precision.judge import Report, rescue_exit_code
 from qwen_precision.record import Run, is_record, to_json
 from qwen_precision.record import save as write
-from qwen_precision.render import View
+from qwen_precision.render import View, why_none
 
 STDOUT = Path("-")
 RECORD = "record"
@@ -91,12 +91,17 @@ def for_file(view: View, name: str) -> str | bytes:
     return reporting.bundled(view) if name == reporting.BUNDLE else terminal.render(view, name, plain=True)
 
 
-def keep(run: Run, output: Output) -> None:
-    """Write the record of what there is so far, where one is kept; a full disk ends no measurement."""
+def keep(run: Run, output: Output) -> str:
+    """Write the record of what there is so far, where one is kept; a full disk ends no measurement.
+
+    Gives the record as a word of a command line; empty where none was written.
+    """
     try:
         save(run, output)
     except QprecError as error:
         terminal.note(str(error))
+        return ""
+    return shlex.quote(str(output.record)) if output.record is not None else ""
 
 
 def save(run: Run, output: Output) -> None:
@@ -106,18 +111,13 @@ def save(run: Run, output: Output) -> None:
         saved.append(output.record)
 
 
-def word(record: Path | None) -> str:
-    """Where a run is saved, as a word of a command line; empty where it is not."""
-    return shlex.quote(str(record)) if record is not None else ""
-
-
 def show(report: Report, output: Output, fail_on: str, rescue_asked: bool = False) -> NoReturn:
     """What was found: saved, in a report, on stdout; and the exit code of the run, or of the rescue asked for.
 
     Raises:
         QprecError: a file could not be written; all the rest was, and was shown.
     """
-    view = View((report,), fail_on, record=word(output.record))
+    view = View((report,), fail_on, record=shlex.quote(str(output.record)) if output.record is not None else "")
     failed: list[QprecError] = []
     for path, write_it in ((output.record, _save_run), (output.report, _save_report)):
         try:
@@ -126,6 +126,8 @@ def show(report: Report, output: Output, fail_on: str, rescue_asked: bool = Fals
                 terminal.note(f"saved {path}")
         except QprecError as error:
             failed.append(error)
+            if path == output.record:  # then no command may read it
+                view = replace(view, reports=(replace(report, record=""),), record="")
     _print(view, report, output, rescue_asked)
     if failed:
         raise failed[0]
@@ -146,5 +148,7 @@ def _print(view: View, report: Report, output: Output, rescue_asked: bool) -> No
         terminal.result(to_json(report.run))
     elif output.shown is not None:
         terminal.result(str(terminal.render(view, output.shown)))
-    if rescue_asked and (report.run.rescue is None or report.run.rescue.exported is None):
-        terminal.note("no rescaled checkpoint was written")
+    plan = report.run.rescue
+    if rescue_asked and (plan is None or plan.exported is None):
+        why = (why_none(plan) if plan is not None else "") or report.run.unfinished or report.stopped
+        terminal.note(f"no rescaled checkpoint was written{f': {why}' if why else ''}")

@@ -9,7 +9,6 @@ import typer
 
 from qwen_precision.cli import many, options, outcome, terminal
 from qwen_precision.dtypes import DTYPES
-from qwen_precision.render import safe
 from qwen_precision.settings import (
     ARITHMETIC,
     FAIL_ON,
@@ -143,5 +142,5 @@ def _tell(model: str, settings: ProbeSettings, specs: list[PromptSpec], revision
         from qwen_precision.probe import dry_run as told  # torch
 
         progress(0, 0, "looking at the checkpoint")
-        lines = [f"{key:<9} {safe(said, 400)}\n" for key, said in told(model, settings, specs, revision)]
-    terminal.result("".join(lines))
+        rows = list(told(model, settings, specs, revision))
+    terminal.result(terminal.labelled(rows, 10))

@@ -23,7 +23,7 @@ def _explain_cause(name: str | None) -> None:
     options.choice_from(CAUSES, "cause")(name)
     meaning = CAUSES[name]
     terminal.result(
-        f"{name}\n  means    {meaning.said.format(dtype='the dtype')}\n  shown by {meaning.shown}\n"
+        f"{name}\n  means    {meaning.said.format(dtype='the dtype', how='')}\n  shown by {meaning.shown}\n"
         f"  not to be mixed up: {meaning.unlike}\n"
     )
     raise typer.Exit

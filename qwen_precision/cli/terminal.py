@@ -3,9 +3,11 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rich import progress as bars
@@ -40,10 +42,29 @@ _NARROWEST, _WIDEST = 20, 500
 
 def render(view: View, name: str, plain: bool = False) -> str | bytes:
     """Reports in one of the formats, as wide as the terminal; ``plain`` for what goes into a file."""
-    terminal = sys.stdout is not None and sys.stdout.isatty() and not plain
+    terminal = _is_terminal() and not plain
+    return FORMATS[name].render(replace(view, width=_width(terminal), colour=_colour(terminal) and not plain))
+
+
+def labelled(rows: Iterable[tuple[str, str]], column: int) -> str:
+    """Sentences behind their names, as wide as the terminal.
+
+    Args:
+        rows: names, and strings that strangers may have written.
+        column: where the sentences begin.
+    """
+    width, indent = _width(_is_terminal()), " " * column
+    fill = partial(textwrap.fill, width=width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"{fill(f'{name:{column}}{safe(said, 400)}')}\n" for name, said in rows)
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _width(terminal: bool) -> int:
     width = shutil.get_terminal_size((80, 24)).columns if terminal or "COLUMNS" in os.environ else 80
-    width = min(max(width, _NARROWEST), _WIDEST)
-    return FORMATS[name].render(replace(view, width=width, colour=_colour(terminal) and not plain))
+    return min(max(width, _NARROWEST), _WIDEST)
 
 
 def _colour(terminal: bool) -> bool:

@@ -23,7 +23,7 @@ def diagnose(
     target: Target | None = None,
     progress: Progress = silent,
     announce: Announce = lambda sentence: None,
-    on_measured: Callable[[Run], None] = lambda run: None,
+    on_measured: Callable[[Run], object] = lambda run: None,
     sweep_file: Path | None = None,
 ) -> Report:
     """Probe a checkpoint, tell why it fails, and rescue it.

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeGuard
 from qwen_precision.dtypes import REFERENCE
 from qwen_precision.judge.columns import Columns, narrow_sums, token_of
 from qwen_precision.judge.findings import Cause, Tried
+from qwen_precision.judge.nextcommand import sweep
 from qwen_precision.judge.poisoned import SWITCHES, clean_in, failed_before, suspect
 from qwen_precision.qwen3 import name_of, row_of
 from qwen_precision.record import Control, Event, Pass, Run, Site, Weight
@@ -113,8 +114,11 @@ def advice_for(run: Run, dtype: str, magnitude: float | None, limit: float) -> s
     if dtype == "fp16" and (magnitude is None or magnitude > limit):
         otherwise = "run this checkpoint in bf16 or fp32, or keep what leaves the range in fp32."
         rescued = run.rescue is not None and run.rescue.possible and not run.rescue.rescaling.changes_nothing
-        return f"Rescale it exactly (see Rescue), {otherwise}" if rescued else f"R{otherwise[1:]}"
+        return f"Rescale it exactly ({_RESCUE}), {otherwise}" if rescued else f"R{otherwise[1:]}"
     return f"Run this checkpoint in fp32, or keep this operation out of {dtype}."
+
+
+_RESCUE = "qprec probe MODEL --rescue-to FOLDER"
 
 
 def _measured(case: _Case) -> list[str]:
@@ -193,7 +197,7 @@ def _poisoned(case: _Case) -> _Found:
 
 
 _OF_CACHES = (
-    "No guard on rows cleans the cache: rescale the checkpoint (qprec probe MODEL --rescue-to FOLDER), or serve it in "
+    f"No guard on rows cleans the cache: rescale the checkpoint ({_RESCUE}), or serve it in "
     f"bf16 (--dtype bfloat16). Until then {SWITCHES}"
 )
 
@@ -311,7 +315,8 @@ def _length(case: _Case) -> _Found:
     if others is None or (many is None and not same) or _clean(many, case) or _clean(others, case):
         return None
     why = f"the token is clean alone and after one other, and fails after {place} times the first token, or another"
-    return "length", why, f"Find the length with --sweep length. {_usual(case)}"
+    find = sweep(case.columns.run, case.run_pass.dtype, "length", case.columns.record)
+    return "length", why, f"{_usual(case)} Find the length with: {find}"
 
 
 def _token(case: _Case) -> _Found:
@@ -338,7 +343,7 @@ def _token(case: _Case) -> _Found:
     return (
         "trigger-token",
         f"{shown} overflows by itself, and {why}",
-        (f"Find others like it with --sweep first-token. {_usual(case)}"),
+        f"{_usual(case)} Find others like it with: {sweep(case.columns.run, case.run_pass.dtype, 'first-token')}",
     )
 
 
@@ -362,16 +367,29 @@ def _row_ids(case: _Case) -> list[int]:
 def _template(case: _Case) -> _Found:
     """A failing chat turn whose text is clean: what fails is of the template's making, token or not."""
     other = case.controls.get("without the template")
-    return ("trigger-prompt", f"{other.detail}: {_what_is(other)}", _usual(case)) if _clean(other, case) else None
+    if _every_prompt_fails(case) or not _clean(other, case):
+        return None
+    return "trigger-prompt", f"without the chat template {_what_is(other)}", _usual(case)
 
 
 def _together(case: _Case) -> _Found:
     other, alone = case.controls.get("with the template"), case.controls.get("token alone")
+    if _every_prompt_fails(case) or not _clean(alone, case):
+        return None  # then it takes less than this text
     filled = [case.controls.get("as many first tokens"), case.controls.get("as many other tokens")]
-    if _clean(alone, case) and any(_clean(each, case) for each in filled):
+    if any(_clean(each, case) for each in filled):
         why = "the token is clean alone, and after as many others: it takes what stands before it"
         return "trigger-prompt", why, _usual(case)
-    return ("trigger-prompt", f"{other.detail}: {_what_is(other)}", _usual(case)) if _clean(other, case) else None
+    if not _clean(other, case):
+        return None
+    return "trigger-prompt", f"with the chat template {_what_is(other)}", _usual(case)
+
+
+def _every_prompt_fails(case: _Case) -> bool:
+    """Of several: then no text of them is to blame."""
+    failing, clean = case.columns.by_outcome(case.run_pass.dtype)
+    fails, of = case.columns.failing(case.run_pass.dtype) or (len(failing), len(failing) + len(clean))
+    return fails == of > 1
 
 
 def _usual(case: _Case) -> str:

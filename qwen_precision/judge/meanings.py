@@ -7,7 +7,8 @@ class Meaning(NamedTuple):
     """One cause."""
 
     said: str
-    """One clause for somebody who has just met it; ``{dtype}`` stands for the dtype that failed."""
+    """One clause for somebody who has just met it; ``{dtype}`` stands for the dtype that failed, ``{how}`` for what
+    was found of it, where one cause has several ways."""
     shown: str
     """What shows that it is this one."""
     unlike: str
@@ -81,7 +82,7 @@ CAUSES: dict[str, Meaning] = {
         "out-of-range fails with any text; trigger-prompt needs several tokens together.",
     ),
     "trigger-prompt": Meaning(
-        "this text does it: only these tokens together, or only with (or without) the chat template",
+        "this text does it{how}",
         "this text: only with (or without) the chat template, or only these tokens together",
         "trigger-token fails with the token alone; length fails with any tokens in front.",
     ),

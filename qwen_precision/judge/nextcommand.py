@@ -101,13 +101,15 @@ def same_again(run: Run, record: str = "RUN") -> str:
     for key, (on, off) in switches.items():
         if isinstance(told.get(key), bool):
             parts.append(on if told[key] else off)
+    return " ".join(part for part in [*parts, *_prompts(run, record)] if part)
+
+
+def _prompts(run: Run, record: str) -> list[str]:
     if run.verb == "probe" and {prompt.name for prompt in run.prompts} == _built_in():
-        pass  # the prompts that a probe takes when it is given none
-    elif _texts_will_do(run):
-        parts += [_prompt(row.text) for prompt in run.prompts for row in prompt.rows]
-    else:
-        parts.append(f"--prompts {record}")
-    return " ".join(part for part in parts if part)
+        return []  # the prompts that a probe takes when it is given none
+    if _texts_will_do(run):
+        return [_prompt(row.text) for prompt in run.prompts for row in prompt.rows]
+    return [f"--prompts {record}"]
 
 
 def _texts_will_do(run: Run) -> bool:
@@ -144,9 +146,18 @@ def next_sweep(report: Report) -> str | None:
     run = report.run
     if run.verb != "probe" or run.sweep is not None or run.stopped or RESCUED not in run.dtypes or not run.reference:
         return None
+    return sweep(run, RESCUED, "first-token")
+
+
+def sweep(run: Run, dtype: str, kind: str, record: str = "RUN") -> str:
+    """The command of a search for triggers: first tokens, or the length of this run's prompts (``record`` is its file);
+    of a redacted run, which holds none, the option for the latter."""
+    if kind == "length" and run.redacted:
+        return f"--sweep {kind}"
     told = run.settings.get("arithmetic")
     computed = [f"--arithmetic {quoted_for_a_shell(told)}"] if isinstance(told, str) and told != "native" else []
-    return " ".join([*_start("probe", run), *computed, f"--dtype {RESCUED}", "--sweep first-token"])
+    prompts = _prompts(run, record) if kind == "length" else []
+    return " ".join([*_start("probe", run), *computed, f"--dtype {dtype}", *prompts, f"--sweep {kind}"])
 
 
 def _start(verb: str, run: Run) -> list[str]:

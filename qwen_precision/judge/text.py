@@ -157,6 +157,8 @@ def _symptom(columns: Columns, made: Generation, row: Continuation, symptom: Sym
     mended = mended_steps(made.trips, row.row)
     bad = [t for t in bad_trips(made.trips, row.row) if t.step in span]
     left = [trip for trip in bad if trip.step not in mended]
+    again = {t.step for t in made.trips if t.acted and t.kind == "recovered" and t.row == row.row}
+    patched = {trip.step for trip in bad} - again
     ids = row.ids[symptom.start : symptom.end]
     looks = symptom.kind == "descending" or (symptom.kind == "run" and ids[0] == 0)
     what = _described(row, symptom)
@@ -164,11 +166,12 @@ def _symptom(columns: Columns, made: Generation, row: Continuation, symptom: Sym
     if left:
         cause = f"{what}: the logits were not usable at {len(left)} of these steps, so the text means nothing."
         severity, advice = "error", to_its_origin(run, row, columns.record)
-    elif bad:
-        cause = f"{what}: the logits were repaired at {len({t.step for t in bad})} of these steps."
+    elif patched:
+        cause = f"{what}: the logits were repaired at {len(patched)} of these steps."
         severity, advice = "warning", to_its_origin(run, row, columns.record)
     elif watched:
-        cause = f"{what}: the logits were healthy all along, so the model merely repeats itself."
+        healthy = "that its tokens come from were healthy" if bad else "were healthy all along"
+        cause = f"{what}: the logits {healthy}, so the model merely repeats itself."
         severity, advice = "info", "This is not a numerical fault: sample, or raise the repetition penalty a little."
     elif looks:
         cause = f"{what}: this is what NaN logits print (the argmax of a NaN row is id 0); they were not watched."

@@ -7,5 +7,6 @@ May import: record, qwen3, settings, judge, model, watcher.
 from qwen_precision.render.formats import FORMATS, Format
 from qwen_precision.render.text import count, safe
 from qwen_precision.render.view import View, one
+from qwen_precision.render.words.rescue import why_none
 
-__all__ = ["FORMATS", "Format", "View", "count", "one", "safe"]
+__all__ = ["FORMATS", "Format", "View", "count", "one", "safe", "why_none"]

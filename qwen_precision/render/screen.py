@@ -16,6 +16,7 @@ from qwen_precision.render.text import count, quoted, room, safe
 from qwen_precision.render.view import View
 from qwen_precision.render.words.answer import Answer, Fact, answer
 from qwen_precision.render.words.changes import change_lines
+from qwen_precision.render.words.continuation import ended_by_itself, went
 from qwen_precision.render.words.steps import Step
 
 MOST_LINES = 22
@@ -48,6 +49,7 @@ _WORTH |= {
     "Rescued": 85,
     "Note": 46,
     "Rescue": 85,
+    "No rescue": 57,
     "Go on": 50,
     "Engine": 88,
     "Engines": 48,
@@ -117,6 +119,8 @@ def _texts(rows: list[Continuation], width: int) -> Iterator[RenderableType]:
     for row in rows[:_ROWS]:
         yield _labelled(f"row {row.row}", Text(quoted(row.input, 200)), 1, width)
         yield _labelled("  gives", Text(quoted(row.text, 400)), 2, width)
+        if not row.text or not ended_by_itself(row):
+            yield _labelled("", Text(went(row)), 1, width)
     if len(rows) > _ROWS:
         yield _labelled("", Text(f"and {count(len(rows) - _ROWS, 'more row')}"), 1, width)
 

@@ -131,7 +131,7 @@ def test_a_dry_run_tells_what_it_would_take_and_reads_no_weight(
     monkeypatch.setattr("qwen_precision.model.weights.read_tensor", lambda *given: pytest.fail("a weight was read"))
     assert main(["probe", "demo", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == [
+    assert [line.split()[0] for line in out.splitlines() if line[0] != " "] == [
         "download",
         "device",
         "memory",
@@ -140,6 +140,17 @@ def test_a_dry_run_tells_what_it_would_take_and_reads_no_weight(
         "time",
     ]
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("more", [[], ["-o", "runs/"]])
+def test_a_dry_run_is_as_wide_as_the_terminal(
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["probe", "demo", "--dry-run", *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert any(line.startswith(" " * 10) and "controls after" in line for line in lines)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
@@ -164,6 +175,12 @@ def test_colour_follows_the_environment(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("NO_COLOR", "1")
     main(["report", file])
     assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["report --explain-cause", "probe demo --dtype", "generate demo -o"])
+def test_an_option_without_its_value_points_to_the_help_of_its_command(line: str, capsys: Capture) -> None:
+    assert main(line.split()) == 2
+    assert sentence(capsys).endswith(f"requires an argument. See: qprec {line.split()[0]} --help")
 
 
 def test_a_cause_is_explained_without_a_run(capsys: Capture) -> None:

@@ -1,5 +1,6 @@
 """Disks that are really full or read-only: a sentence, the answer, the old file, and nothing beside it."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_precision.cli import main
+from qwen_precision.files import unwritable
 from qwen_precision.rescue import export
 
 pytestmark = pytest.mark.usefixtures("scratch")
@@ -70,6 +72,37 @@ def test_on_a_full_disk_the_old_file_stays(name: str, disk: Disk, capsys: Captur
     assert told.err.count("qprec: ") == 1 and "No space left on device" in told.err and "Traceback" not in told.err
     assert name in ("report", "picture", "bundle") or told.out.strip()
     assert same_as_before(place)
+
+
+@pytest.mark.parametrize("name", ["probe", "page", "generate"])
+def test_a_run_that_could_not_be_saved_is_in_no_command(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Found out when it was measured: the disk was fine before."""
+    Path("disk").mkdir()
+    before: list[object] = []
+
+    def full(run: object, place: Path) -> None:
+        before.append(place)
+        raise unwritable(str(place), OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr("qwen_precision.cli.outcome.write", full)
+    assert main(COMMANDS[name]) == 3 and before
+    page = Path("disk/run.html").read_text() if name == "page" else ""
+    told = capsys.readouterr().out
+    assert "FAIL" in told or "RISK" in told
+    assert "disk/run.json" not in told and "disk/run.json" not in page
+
+
+def test_where_no_new_file_can_be_made_nothing_is_measured(capsys: Capture) -> None:
+    """Root may write in /proc, by its permissions, and no file can be made there."""
+    if not os.access("/proc", os.W_OK):
+        pytest.skip("takes root, and a /proc")
+    for name in ("probe", "generate", "report"):
+        assert main([*COMMANDS[name][:-1], "/proc/run.html"]) == 3
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1 and "-o /proc/run" in told.err
+        assert "cannot be written" in told.err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -187,6 +187,7 @@ def test_what_a_command_would_do_is_told_before_anything_is_done(
     corpus: str, healthy: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwen_precision.model.weights.read_tensor", None)  # no weight is read
+    monkeypatch.setenv("COLUMNS", "300")
     words = ["probe", "demo", str(healthy), "--prompts", corpus, "--block", "2", "-o", "runs/", "--dry-run"]
     assert main([*words, "--shard", "2/3"]) == 0
     shown = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Which controls a failing token is given, and of which token what they say is."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from qwen_precision.judge.checks import judge
 from qwen_precision.judge.controls import candidates
 from qwen_precision.record.explanation import Control, Explanation
 from qwen_precision.record.run import Run
-from support.builders import HEALTHY, a_pass, a_prompt, a_run, an_event
+from qwen_precision.render.words.finding import why
+from support.builders import HEALTHY, a_pass, a_plan, a_prompt, a_run, an_event
 
 SUM = 3
 FIRST, SECOND = a_prompt().rows[0].ids
@@ -95,3 +97,46 @@ def test_a_length_fails_after_as_many_tokens_whatever_they_are_and_a_pair_does_n
     run = failing(2, controls)
     long = a_prompt("one", ids=[1, 2, 3], tokens=["a", "b", "c"])
     assert cause(run.model_copy(update={"prompts": [long, run.prompts[1]]})) == wanted
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "wanted"),
+    [
+        ({"with the template": True, "token alone": True}, "with the chat template the row is clean"),
+        ({"without the template": True, "token alone": False}, "without the chat template the row is clean"),
+        ({"token alone": True, "as many other tokens": True}, "the token is clean alone, and after as many others"),
+    ],
+)
+def test_of_a_text_that_does_it_the_one_way_is_said_that_was_found(outcomes: dict[str, bool], wanted: str) -> None:
+    run = failing(1, [control(what, 1, clean) for what, clean in outcomes.items()])
+    said = why(judge(run).findings[0])
+    assert said.startswith(f"trigger-prompt: this text does it; {wanted}")
+    assert len(re.findall("template|as many", said)) == 1
+
+
+def test_no_text_is_blamed_where_a_token_alone_fails_or_every_prompt() -> None:
+    alone = [control("token alone", 1, clean=False), control("with the template", 1, clean=True)]
+    assert cause(failing(1, alone)) == "out-of-range"
+    assert cause(failing(1, alone[1:])) == "out-of-range"  # nobody tried the token alone
+    for what in ("with the template", "without the template", "as many other tokens"):
+        run = failing(1, [control(what, 1, clean=True), control("token alone", 1, clean=True)])
+        assert cause(run) == "trigger-prompt"
+        second = [each.model_copy(update={"prompt": 1}) for each in run.passes[:2]]
+        assert cause(run.model_copy(update={"passes": [*run.passes[:2], *second]})) == "out-of-range"
+
+
+def test_advice_names_the_whole_command_of_a_sweep_and_of_a_rescue() -> None:
+    def advice(run: Run) -> str:
+        return judge(run, record="r.json").findings[0].cause.advice
+
+    start = "qprec probe Qwen/Qwen3-8B --revision 0123456789abcdef --dtype fp16"
+    token = failing(1, [control("token alone", 1, clean=False), control("without the token", 1, clean=True)])
+    assert advice(token).endswith(f" with: {start} --sweep first-token")
+    outcomes = {"token after the first": True, "token alone": True, "as many first tokens": False}
+    length = failing(
+        1, [control(what, 1, clean) for what, clean in {**outcomes, "as many other tokens": False}.items()]
+    )
+    assert advice(length).endswith(f" with: {start} --prompt 'Hello there' --prompt no --sweep length")
+    assert advice(length.model_copy(update={"redacted": True})).endswith(" with: --sweep length")
+    usual = advice(failing(1).model_copy(update={"rescue": a_plan()}))
+    assert usual.startswith("Rescale it exactly (qprec probe MODEL --rescue-to FOLDER), ")

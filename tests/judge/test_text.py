@@ -49,6 +49,22 @@ def test_one_unmended_step_among_mended_ones_is_an_error() -> None:
     assert kinds(generated(a_generation([row], mended[:3]), ["fp16"])) == [("nonfinite-logits", "error")]
 
 
+def test_a_loop_on_logits_that_were_computed_again_is_told_and_not_called_repaired() -> None:
+    ways = [Stretch(start=0, dtype="bf16", rescaled=False)]
+    row = a_continuation([9] * 9, [""] * 9, text="", clean_text="", stretches=ways)
+    trips = [a_trip(0), a_trip(0, "recover", "recovered")]
+    report = judge(generated(a_generation([row], trips), ["fp16", "bf16"]))
+    assert [(f.kind, f.dtype, f.severity) for f in report.findings] == [
+        ("nonfinite-logits", "fp16", "warning"),
+        ("degenerate-text", "bf16", "info"),
+    ]
+    assert report.verdict == {"fp16": "risk", "bf16": "ok"} and "healthy" in report.findings[1].cause.sentence
+    patched = [*trips, a_trip(3, dtype="bf16"), a_trip(3, "clamp", "repaired", dtype="bf16")]
+    report = judge(generated(a_generation([row], patched), ["fp16", "bf16"]))
+    loop = next(each for each in report.findings if each.kind == "degenerate-text")
+    assert loop.severity == "warning" and "repaired at 1 of these steps" in loop.cause.sentence
+
+
 def test_what_was_only_reported_did_not_mend_anything() -> None:
     row = a_continuation([1], ["a"])
     only = [a_trip(0), a_trip(0, "clamp", "repaired", acted=False)]

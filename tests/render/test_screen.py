@@ -1,6 +1,7 @@
 """One screen that answers: golden at two widths, never longer than a terminal, its commands whole and last."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from qwen_precision.render.screen import MOST_LINES
 from support.builders import (
     HEALTHY,
     RUNS,
+    a_continuation,
     a_control,
     a_cost,
     a_generation,
@@ -18,6 +20,7 @@ from support.builders import (
     a_plan,
     a_prompt,
     a_run,
+    a_trip,
     advised_run,
     an_upcast,
     generated,
@@ -25,6 +28,7 @@ from support.builders import (
     healthy_text_run,
     hostile_run,
     many_overflows_run,
+    not_rescuable_run,
     overflowing_run,
     two_prompts_run,
 )
@@ -174,3 +178,28 @@ def test_of_a_token_without_its_text_no_empty_quotes_are_shown() -> None:
 
     text = str(FORMATS["screen"].render(View((judge(redacted(overflowing_run())),))))
     assert "token 0, channel 35" in text and '""' not in text
+
+
+def test_an_empty_text_and_one_that_a_failure_ended_say_how_they_ended() -> None:
+    def screen(**changes: Any) -> str:
+        row = a_continuation([9, 9], ["a", "b"], **changes)
+        return str(FORMATS["screen"].render(View((judge(generated(a_generation([row]), ["fp16"])),))))
+
+    assert "2 tokens, ENDED after its last good token" in screen(text="ab", finish="failed")
+    assert "2 tokens, ended at the limit" in screen(text="", finish="length")
+    assert "2 tokens" not in screen(text="ab", finish="length")
+
+
+def test_of_a_loop_it_is_the_logits_that_are_called_repaired() -> None:
+    row = a_continuation([9] * 9, ["a"] * 9)
+    made = a_generation([row], [a_trip(3), a_trip(3, "clamp", "repaired")])
+    text = str(FORMATS["screen"].render(View((judge(generated(made, ["fp16"])),))))
+    assert "RISK the text says nothing from step 0 on (degenerate-text), with repaired logits" in " ".join(text.split())
+
+
+def test_where_no_rescue_is_possible_the_screen_says_why() -> None:
+    text = " ".join(str(FORMATS["screen"].render(View((judge(not_rescuable_run()),)))).split())
+    assert "No rescue rescaling alone does not do it: logits (0.5x headroom): a logit is the answer" in text
+    plan = a_plan(unsupported="only a Qwen can be rescaled")
+    text = str(FORMATS["screen"].render(View((judge(overflowing_run(rescue=plan)),))))
+    assert "No rescue only a Qwen can be rescaled" in text

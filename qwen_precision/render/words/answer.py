@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qwen_precision.dtypes import DTYPES, narrowest
+from qwen_precision.dtypes import DTYPES, RESCUED, narrowest
 from qwen_precision.judge import Finding, Group, Report, grouped
 from qwen_precision.qwen3 import name_of, placed
 from qwen_precision.render.text import count, number, quoted, room
 from qwen_precision.render.words import corpus, engines, logits
 from qwen_precision.render.words.finding import how_far, inside, tried, why
+from qwen_precision.render.words.rescue import why_none
 from qwen_precision.render.words.ruledout import ruled_out
 from qwen_precision.render.words.steps import Step, steps
 from qwen_precision.render.words.why import swept, times_nearer
@@ -182,6 +183,8 @@ def _of_a_text(report: Report, dtype: str, mine: list[Finding]) -> str:
         rows = {finding.place.row for finding in mine if finding.place.row is not None}
         where = f"{len(rows)} of {len(made.rows)} rows" if len(made.rows) > 1 else "the text"
         step = f" at step {first.place.step}" if first.place.step is not None else ""
+        if first.kind == "degenerate-text" and first.severity != "error":  # logits are repaired, a text is not
+            return f"{where} says nothing from step {first.place.step} on ({first.kind}), with repaired logits"
         return f"{where} failed{step} ({first.kind})" + ("" if first.severity == "error" else ", repaired")
     watched = any(value is not None and value == value for row in made.rows for value in row.top1)
     return "all logits finite" if watched else "not watched"
@@ -319,8 +322,11 @@ def _logits(report: Report) -> Iterator[Fact]:
 
 
 def _rescued(report: Report) -> Iterator[Fact]:
-    """What came of a rescue that was carried out."""
-    made = report.run.rescue.exported if report.run.rescue is not None else None
+    """What came of a rescue that was carried out, or why none can be."""
+    plan = report.run.rescue
+    made = plan.exported if plan is not None else None
+    if plan is not None and not plan.possible and report.verdict.get(RESCUED) == "fail":
+        yield Fact("No rescue", why_none(plan))
     if made is None:
         return
     if not made.verified:

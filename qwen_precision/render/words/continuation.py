@@ -15,6 +15,11 @@ _FINISH = {
 _STRETCHES = 6
 
 
+def ended_by_itself(row: Continuation) -> bool:
+    """Whether its text ends where the model or a setting ends it, and not for a failure or an interrupt."""
+    return row.finish in ("eos", "length", "criterion")
+
+
 def went(row: Continuation) -> str:
     """``16 tokens, ended at the limit; in fp16``; of several dtypes from which step each."""
     ways = [f"{each.way} from step {each.start}" for each in row.stretches]

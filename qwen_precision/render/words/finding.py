@@ -26,9 +26,10 @@ def facts(report: Report, group: Group) -> Iterator[tuple[str, str]]:
     if far:
         yield "how far", far
     yield from _spread(group)
-    if first.kind != "near-overflow":
-        yield "why", why(first)
-    yield from (("", line) for line in first.cause.facts)
+    said = "" if first.kind == "near-overflow" else why(first)
+    if said:
+        yield "why", said
+    yield from (("", line) for line in first.cause.facts if not said.endswith(f"; {line}"))
     if first.predicted:
         yield "", f"foreseen from fp32: the {first.dtype} stream had failed before, and did not get here"
     if first.cause.tried:
@@ -132,7 +133,8 @@ def why(first: Finding) -> str:
     """The cause in one clause; the sentence of the finding where it has none."""
     if first.cause.kind is None or first.cause.kind not in CAUSES:
         return first.cause.sentence.rstrip(".")
-    return f"{first.cause.kind}: {CAUSES[first.cause.kind].said.format(dtype=first.dtype)}"
+    how = "".join(f"; {fact}" for fact in first.cause.facts[-1:])
+    return f"{first.cause.kind}: {CAUSES[first.cause.kind].said.format(dtype=first.dtype, how=how)}"
 
 
 def tried(report: Report, first: Finding) -> str:

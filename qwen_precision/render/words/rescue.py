@@ -36,6 +36,17 @@ def headline(plan: Rescue) -> str:
     return f"Powers of two that change no fp32 output and give {room(plan.margin)} headroom in fp16:"
 
 
+def why_none(plan: Rescue) -> str:
+    """Why a plan is not carried out, in a clause; empty where it can be."""
+    if plan.unsupported is not None:
+        return plan.unsupported
+    fails = [each for each in plan.stuck if each.fails]
+    if fails:
+        more = f", and {count(len(fails) - 1, 'more such place')}" if fails[1:] else ""
+        return f"rescaling alone does not do it: {_stuck(fails[0])}{more}"
+    return "nothing to rescue in fp16" if plan.rescaling.changes_nothing else ""
+
+
 def _modules(modules: list[str]) -> str:
     """ "model.layers.1 to 3, lm_head": layers that are whole as ranges, then the rest of what there is one by one."""
     whole: dict[str, list[int]] = {}
