@@ -41,9 +41,10 @@ def _finding(fault: ScaleFault, dtype: str) -> Finding:
     severity, what, follows = _SAYS[fault.kind]
     module, _, leaf = fault.parameter.rpartition(".")
     said = what.format(dtype=dtype, limit=DTYPES[dtype].max)
+    expert = "" if fault.expert is None else f"expert {fault.expert}, "
     first = (
-        f"first: block row {fault.row}, column {fault.column} (outputs {_span(fault.row, fault.height)}, inputs "
-        f"{_span(fault.column, fault.width)}), scale {float(fault.value):.6g}"
+        f"first: {expert}block row {fault.row}, column {fault.column} (outputs {_span(fault.row, fault.height)}, "
+        f"inputs {_span(fault.column, fault.width)}), scale {float(fault.value):.6g}"
     )
     cause = Cause(
         kind="damaged-scale" if severity == "error" else None,

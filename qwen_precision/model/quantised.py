@@ -23,6 +23,7 @@ from qwen_precision.model.index import FLOAT_TYPES, Packed, TensorInfo
 Infos = Mapping[str, TensorInfo]
 Shape = tuple[int, ...]
 Settings = dict[str, Any]
+_SCALES = frozenset({*FLOAT_TYPES, "F8_E4M3", "F8_E8M0"})
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ class Layout:
     """The weight in float32; raises ValueError where the parts contradict each other."""
     scales: tuple[str, ...] = ("scale",)
     """Roles that are scales, for the static check: the first is the one of the blocks."""
+    kept: frozenset[str] = _SCALES
+    """Formats, by safetensors' name, that scales may have."""
     turned: bool = False
     """Whether scales are ``[across, down]`` of the weight."""
+    glue: str = "."
+    """What ends the module's name; with any but a dot it is the weight that has this name, and no module."""
 
 
 Pick = Callable[[str], Layout | None]
@@ -73,12 +78,14 @@ def unquantised(tensors: dict[str, TensorInfo], settings: Settings, folder: Path
         raise QprecError(f"{path}: quantization_config ({method}) {error}.") from error
     found, parts = dict[str, TensorInfo](), set[str]()
     for name, info in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        layout = pick(module)
-        if layout is not None and info.dtype in layout.types and leaf in layout.leaves[_first(layout)]:
+        layout = pick(name.rpartition(".")[0])
+        if layout is None or info.dtype not in layout.types:
+            continue
+        module, _, leaf = name.rpartition(layout.glue)
+        if leaf in layout.leaves[_first(layout)]:
             packed = _packed(tensors, module, layout, folder)
-            parts |= {*packed.names.values(), *(f"{module}.{leaf}" for leaf in layout.drop)}
-            found[f"{module}.weight"] = _entry(packed, layout, folder)
+            parts |= {*packed.names.values(), *(f"{module}{layout.glue}{leaf}" for leaf in layout.drop)}
+            found[f"{module}.weight" if layout.glue == "." else module] = _entry(packed, layout, folder)
     if not found:
         raise QprecError(
             f"{path}: quantization_config says {method}, but no tensor of the files is kept so; "
@@ -95,17 +102,18 @@ def _packed(tensors: Infos, module: str, layout: Layout, folder: Path) -> Packed
     """The parts of one weight."""
     names: dict[str, str] = {}
     for role, leaves in layout.leaves.items():
-        there = [f"{module}.{leaf}" for leaf in leaves if f"{module}.{leaf}" in tensors]
+        spelled = [f"{module}{layout.glue}{leaf}" for leaf in leaves]
+        there = [name for name in spelled if name in tensors]
         if there:
             names[role] = there[0]
         elif role not in layout.may:
             raise QprecError(
-                f"{folder}: the tensor {module}.{leaves[0]} is in none of its files, and the weight of {module} is "
+                f"{folder}: the tensor {spelled[0]} is in none of its files, and the weight of {module} is "
                 f"{layout.what}; download the checkpoint again."
             )
     infos = {role: tensors[name] for role, name in names.items()}
     for role in layout.scales:
-        if infos[role].dtype not in _SCALES:
+        if infos[role].dtype not in layout.kept:
             raise QprecError(
                 f"{folder / infos[role].file}: {names[role]} is stored as {infos[role].dtype}, which is no format of "
                 f"scales; {_WRONG}."
@@ -125,8 +133,6 @@ def _entry(packed: Packed, layout: Layout, folder: Path) -> TensorInfo:
 
 
 _WRONG = "the file and its config.json do not belong together"
-_SCALES = frozenset({*FLOAT_TYPES, "F8_E4M3", "F8_E8M0"})
-
 
 # -- what config.json says ------------------------------------------------------------------------------------
 
@@ -225,6 +231,14 @@ def _nvfp4_shape(infos: Infos) -> Shape:
     _expect(infos, "scale", {(outputs, math.ceil(half / 8))})
     _expect(infos, "global", {(), (1,)})
     return outputs, half * 2
+
+
+def _mxfp4_shape(infos: Infos) -> Shape:
+    shape = infos["blocks"].shape
+    if len(shape) != 4 or shape[3] != 16 or 0 in shape:
+        raise ValueError(f"has shape {list(shape)}; experts, outputs, groups and 16 bytes a group are expected")
+    _expect(infos, "scales", {shape[:3]})
+    return shape[0], shape[2] * 32, shape[1]
 
 
 # -- the schemes ----------------------------------------------------------------------------------------------
@@ -430,6 +444,27 @@ def _compressed_nvfp4(weights: Settings) -> Layout:
     )
 
 
+def _mxfp4(settings: Settings) -> Pick:
+    """MXFP4 as gpt-oss is published: all experts of a layer in one tensor, which the model keeps turned.
+
+    Source: transformers, integrations/mxfp4.py, ``convert_moe_packed_tensors``.
+    """
+    layout = Layout(
+        what="MXFP4 (groups of 32, powers of two as scales)",
+        dtype="MXFP4",
+        types=frozenset({"U8"}),
+        leaves={"blocks": ("blocks",), "scales": ("scales",)},
+        may=frozenset(),
+        drop=(),
+        shape=_mxfp4_shape,
+        unpack=unpack.mxfp4,
+        scales=("scales",),
+        kept=frozenset({"U8", "F8_E8M0"}),
+        glue="_",
+    )
+    return lambda module: layout
+
+
 FORMATS: dict[str, Callable[[Settings], Layout]] = {
     "float-quantized": _compressed_plain,
     "int-quantized": _compressed_plain,
@@ -445,5 +480,6 @@ METHODS: dict[str, Callable[[Settings], Pick]] = {
     "compressed-tensors": _compressed,
     "gptq": _gptq,
     "awq": _awq,
+    "mxfp4": _mxfp4,
 }
 """By ``quant_method``: a scheme is a row here."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen_precision.model.index import Packed
-from qwen_precision.model.unpack import grid
+from qwen_precision.model.unpack import grid, numbers
 from qwen_precision.record import ScaleFault
 from qwen_precision.torch_dtypes import torch_dtype
 
@@ -27,14 +27,16 @@ def scale_faults(
     Args:
         packed: how it is kept.
         pieces: its parts by role, as the files have them.
-        weight: ``[rows, columns]`` what they make, in float32.
+        weight: ``[rows, columns]`` what they make, in float32; of experts together ``[experts, columns, rows]``.
         parameter: the model's parameter it is (a part of).
         dtypes: short names of the dtypes it will be cast to.
     """
     found: list[ScaleFault] = []
-    rows, columns = weight.shape
+    columns = weight.shape[1]
+    rows = weight.numel() // columns  # those of one expert below those of another
     for number, role in enumerate(packed.scales):
-        scale = pieces[role].float()
+        scale = numbers(pieces[role])
+        scale = scale.flatten(0, 1) if scale.dim() == 3 else scale
         scale = grid(scale.T if packed.turned and scale.dim() == 2 else scale, rows)
         block = (math.ceil(rows / scale.shape[0]), math.ceil(columns / scale.shape[1]))
         bad = dict(_bad(scale))
@@ -45,6 +47,8 @@ def scale_faults(
         for kind, dtype, mask in faults:
             if bool(mask.any()):
                 row, column = (int(each) for each in mask.nonzero()[0])
+                value = float(scale[row, column])
+                expert, row = divmod(row, weight.shape[2]) if weight.dim() == 3 else (None, row)
                 found.append(
                     ScaleFault(
                         name=packed.names[role],
@@ -54,11 +58,12 @@ def scale_faults(
                         dtype=dtype,
                         count=int(mask.sum()),
                         scales=scale.numel(),
+                        expert=expert,
                         row=row,
                         column=column,
                         height=block[0],
                         width=block[1],
-                        value=float(scale[row, column]),
+                        value=value,
                     )
                 )
     return found
@@ -80,7 +85,8 @@ def _beyond(
     for name in dtypes:
         if -torch.finfo(torch_dtype(name)).max <= low and high <= torch.finfo(torch_dtype(name)).max:
             continue  # NaN compares as neither, and is looked at
-        places = torch.isinf(weight.to(torch_dtype(name))).nonzero()
+        matrix = weight.mT.flatten(0, 1) if weight.dim() == 3 else weight
+        places = torch.isinf(matrix.to(torch_dtype(name))).nonzero()
         mask = torch.zeros_like(scale, dtype=torch.bool)
         mask[places[:, 0] // block[0], places[:, 1] // block[1]] = True
         yield name, mask

@@ -4,6 +4,7 @@ A stored number (8 bits at most) times a scale of 16 bits or fewer is exact in f
 is rounded once, to 24 bits.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,9 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit float with two exponent bits and one of mantissa; the fourth bit is the sign."""
+
+_E8M0 = (*(2.0 ** (byte - 127) for byte in range(255)), math.nan)
+"""The numbers of an 8-bit exponent without sign or mantissa (OCP Microscaling Formats, E8M0): no zero among them."""
 
 _SIXTEEN = 16
 """Columns that share a scale in NVFP4."""
@@ -154,10 +158,39 @@ def nvfp4(pieces: Pieces) -> Tensor:
     Args:
         pieces: ``packed`` uint8 ``[outputs, inputs / 2]``, ``scale`` ``[outputs, inputs / 16]``, ``global`` of one.
     """
-    packed = pieces["packed"]
+    scale = pieces["scale"].float() / pieces["global"].float().reshape(1, 1)
+    return times_blocks(_fp4(pieces["packed"]), scale, (1, _SIXTEEN))
+
+
+def mxfp4(pieces: Pieces) -> Tensor:
+    """4-bit floats times their group's power of two, of all experts: ``[experts, inputs, outputs]``.
+
+    A scale whose byte is 255 is NaN, as the format has it; transformers takes it for 2^128, which is infinite.
+    Source: transformers, integrations/mxfp4.py, ``convert_moe_packed_tensors`` (low nibble first, turned at the end).
+
+    Args:
+        pieces: ``blocks`` uint8 ``[experts, outputs, groups, 16]``, ``scales`` ``[experts, outputs, groups]``.
+    """
+    experts, outputs, groups, half = pieces["blocks"].shape
+    made = torch.empty(experts, groups * half * 2, outputs, device=pieces["blocks"].device)
+    for one, packed, scale in zip(made, pieces["blocks"], pieces["scales"], strict=True):
+        # One at a time: on the way it takes several times the room that it will have.
+        one.copy_((_fp4(packed) * numbers(scale).unsqueeze(-1)).flatten(1).T)
+    return made
+
+
+def numbers(scale: Tensor) -> Tensor:
+    """Scales in float32; bytes are exponents."""
+    return torch.tensor(_E8M0, device=scale.device)[scale.int()] if scale.dtype == torch.uint8 else scale.float()
+
+
+def _fp4(packed: Tensor) -> Tensor:
+    """Two numbers out of every byte, the low four bits first: the last dimension becomes twice as long."""
     values = torch.tensor([*_E2M1, *(-each for each in _E2M1)], device=packed.device)
-    weight = values[torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1).int()]
-    return times_blocks(weight, pieces["scale"].float() / pieces["global"].float().reshape(1, 1), (1, _SIXTEEN))
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)  # of every byte there is
+    # A pair is looked up as one number of its size: four times as fast as its halves.
+    found = pairs.view(torch.int64).flatten().index_select(0, packed.flatten().int())
+    return found.view(torch.float32).reshape(*packed.shape[:-1], -1)
 
 
 def _in_order(values: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class WeightCheck:
             name: of the weight.
             packed: how it is kept.
             pieces: its parts by role, as the files have them.
-            weight: ``[rows, columns]`` what they make, in float32.
+            weight: what they make, in float32.
             parameter: the model's parameter it is (a part of).
         """
         if self.dtypes and name not in self._scale_faults:

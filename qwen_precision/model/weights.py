@@ -260,8 +260,8 @@ def check_formats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         info = checkpoint.tensors[name]
         if info.packed is None and info.dtype not in FLOAT_TYPES:
             raise QprecError(
-                f"{checkpoint.folder / info.file}: {name} is stored as {info.dtype}, and config.json says nothing of "
-                "how it was quantised; qprec reads F16, BF16, F32 and F64 weights."
+                f"{checkpoint.folder / info.file}: {name} is stored as {info.dtype}, and by what config.json says "
+                "it is no part of a quantised weight; qprec reads F16, BF16, F32 and F64 weights."
             )
 
 

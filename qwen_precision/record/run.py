@@ -59,7 +59,7 @@ class Model(Part):
     weight_bytes: Annotated[int, Field(ge=0, le=2**53)]
     source_dtype: str
     """The dtype of most weights in the files, as safetensors spells it (BF16, F16, F32), or what they are quantised to
-    (FP8, INT8, INT4, NVFP4)."""
+    (FP8, INT8, INT4, NVFP4, MXFP4)."""
     tied_embeddings: bool
     files: Many[WeightFile]
     """By name: which bytes were measured. Empty in records that were made before it was kept."""
@@ -226,6 +226,8 @@ class ScaleFault(Part):
     """How many scales (blocks of weights) it is."""
     scales: Count
     """How many there are."""
+    expert: Count | None = None
+    """Of the first: which, where one tensor holds the scales of all experts."""
     row: Count
     """Of the first: the block's place, counted in blocks down the weight's outputs …"""
     column: Count

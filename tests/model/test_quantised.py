@@ -13,7 +13,8 @@ from qwen_precision.cli.app import main
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.weights import read_tensor
 from support.checkpoints import edit_json
-from support.quantise import SCHEMES, Parts, gptq, group_of, quantised, rewrite, settings_of
+from support.families import make_family
+from support.quantise import EXPERTS, MXFP4, SCHEMES, Parts, gptq, group_of, quantised, rewrite, settings_of
 from support.runs import run_probe, sentence
 
 Capture = pytest.CaptureFixture[str]
@@ -56,6 +57,48 @@ def test_experts_that_files_keep_one_by_one_are_dequantised_and_put_together(
 ) -> None:
     folder, twin = quantised(healthy_moe, tmp_path / "q", SCHEMES[name])
     assert column(folder, memory=memory) == column(twin, memory=memory)
+
+
+@pytest.fixture
+def gpt_oss(tmp_path: Path) -> tuple[Path, Path]:
+    """A tiny one as it is published, and its twin with the same numbers."""
+    return quantised(make_family(tmp_path / "plain", "gpt_oss").folder, tmp_path / "q", MXFP4, EXPERTS)
+
+
+@pytest.mark.transformers
+def test_experts_that_files_keep_in_one_tensor_are_the_numbers_their_parts_stand_for(
+    gpt_oss: tuple[Path, Path],
+) -> None:
+    folder, twin = (open_checkpoint(each, "x") for each in gpt_oss)
+    assert folder.tensors.keys() == twin.tensors.keys() and folder.parameters == twin.parameters
+    assert folder.quantised is not None and folder.quantised.startswith(MXFP4.says)
+    for tensor in twin.tensors:
+        ours, theirs = read_tensor(folder, tensor), read_tensor(twin, tensor)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), tensor
+        assert ours.shape == folder.tensors[tensor].shape
+    assert sum(info.packed is not None for info in folder.tensors.values()) == 2 * 4
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_probe_of_gpt_oss_equals_that_of_the_folder_with_the_same_numbers(
+    memory: str, gpt_oss: tuple[Path, Path]
+) -> None:
+    folder, twin = gpt_oss
+    assert column(folder, memory=memory) == column(twin, memory=memory)
+    assert column(folder) != column(folder.with_name("plain"))
+
+
+@pytest.mark.transformers
+def test_generate_of_gpt_oss_gives_the_tokens_of_the_folder_with_the_same_numbers(
+    gpt_oss: tuple[Path, Path], capsys: Capture
+) -> None:
+    printed = []
+    for folder in gpt_oss:
+        arguments = ["--dtype", "bf16", "--prompt", "Hello", "--max-new-tokens", "8", "--text", "-o", "gen.json"]
+        assert main(["generate", str(folder), *arguments]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].strip()
 
 
 def test_a_quantised_lm_head_is_sliced_like_a_plain_one(healthy: Path, tmp_path: Path) -> None:
@@ -165,16 +208,20 @@ def test_modules_that_gptq_gives_settings_of_their_own_are_read_by_those(healthy
 # -- malformed --------------------------------------------------------
 
 
-def _without(leaf: str) -> Callable[[Path], None]:
+MATRIX = "model.layers.2.mlp.up_proj."
+TOGETHER = "model.layers.2.mlp.experts.gate_up_proj"
+
+
+def _without(leaf: str, of: str = MATRIX) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        rewrite(folder, lambda tensors: tensors.pop(f"model.layers.2.mlp.up_proj.{leaf}"))
+        rewrite(folder, lambda tensors: tensors.pop(f"{of}{leaf}"))
 
     return damage
 
 
-def _as(leaf: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+def _as(leaf: str, change: Callable[[torch.Tensor], torch.Tensor], of: str = MATRIX) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        name = f"model.layers.2.mlp.up_proj.{leaf}"
+        name = f"{of}{leaf}"
         rewrite(folder, lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}))
 
     return damage
@@ -230,7 +277,46 @@ def test_a_malformed_quantised_checkpoint_gets_one_sentence(
 ) -> None:
     folder, _ = quantised(healthy, tmp_path / "q", SCHEMES[scheme])
     damage(folder)
+    said = refused(folder, capsys)
+    assert all(word in said for word in words), said
+
+
+def refused(folder: Path, capsys: Capture) -> str:
     code = main(["probe", str(folder), "--prompt", "Hello"])
     captured = capsys.readouterr()
     said = " ".join((captured.err + captured.out).split())
-    assert code == 3 and "Traceback" not in said and all(word in said for word in words), said
+    assert code == 3 and "Traceback" not in said, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_without("_scales", TOGETHER), ["gate_up_proj_scales", "in none of its files", "MXFP4"]),
+        (_without("_blocks", TOGETHER), ["gate_up_proj_scales", "stored as U8", "no part of a quantised weight"]),
+        (
+            _as("_scales", lambda t: t[:, :-1], TOGETHER),
+            ["gate_up_proj_blocks", "has scales of shape [8, 255, 2]", "[8, 256, 2] is expected"],
+        ),
+        (_as("_scales", lambda t: t.float(), TOGETHER), ["gate_up_proj_scales", "F32", "no format of scales"]),
+        (_as("_scales", lambda t: t.view(torch.int8), TOGETHER), ["gate_up_proj_scales", "I8", "no format of scales"]),
+        (_as("_blocks", lambda t: t[..., :8], TOGETHER), ["gate_up_proj_blocks", "[8, 256, 2, 8]", "16 bytes"]),
+        (_as("_blocks", lambda t: t.flatten(2), TOGETHER), ["gate_up_proj_blocks", "[8, 256, 32]", "16 bytes"]),
+        (_as("_blocks", lambda t: t[:0], TOGETHER), ["gate_up_proj_blocks", "[0, 256, 2, 16]", "16 bytes"]),
+        (
+            _as("_blocks", lambda t: t.view(torch.int8), TOGETHER),
+            ["gate_up_proj_blocks", "stored as I8", "no part of a quantised weight"],
+        ),
+        (
+            lambda folder: edit_json(folder / "config.json", hidden_size=128),
+            ["config.json", "do not belong together"],
+        ),
+        (_saying(**SCHEMES["fp8 blocks"].config), ["no tensor", "together"]),
+    ],
+)
+def test_a_malformed_gpt_oss_gets_one_sentence(
+    damage: Callable[[Path], None], words: list[str], gpt_oss: tuple[Path, Path], capsys: Capture
+) -> None:
+    damage(gpt_oss[0])
+    said = refused(gpt_oss[0], capsys)
+    assert all(word in said for word in words), said

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_precision.judge.checks import judge
 from qwen_precision.record.file import parse, to_json
 from qwen_precision.record.run import ScaleFault
-from support.quantise import SCHEMES, Parts, quantised, rewrite
+from support.families import make_family
+from support.quantise import EXPERTS, MXFP4, SCHEMES, Parts, quantised, rewrite
 from support.runs import run_probe
 
 LOWEST = torch.finfo(torch.float32).min
@@ -95,6 +97,42 @@ def test_a_scale_of_one_expert_is_named_by_its_tensor(healthy_moe: Path, tmp_pat
     name = "model.layers.1.mlp.experts.5.gate_proj.weight_scale_inv"
     (fault,) = faults(broken(healthy_moe, tmp_path / "q", "fp8 blocks", name, [(1, 0)], 0.0), memory="streamed")
     assert (fault.name, fault.kind, fault.row, fault.column) == (name, "zero", 1, 0)
+
+
+def experts_with(folder: Path, scale: int, places: list[tuple[int, int, int]]) -> Path:
+    """gpt-oss with bytes of layer 2's down_proj changed: the scale of some groups, and all 32 numbers there to 6."""
+
+    def change(tensors: Parts) -> None:
+        for place in places:
+            tensors["model.layers.2.mlp.experts.down_proj_scales"][place] = scale
+            tensors["model.layers.2.mlp.experts.down_proj_blocks"][place] = 0x77
+
+    plain = make_family(folder / "plain", "gpt_oss").folder
+    return rewrite(quantised(plain, folder / "q", MXFP4, EXPERTS)[0], change)
+
+
+@pytest.mark.parametrize("scale", [127 + 13, 0])
+def test_scales_of_experts_inside_fp16_are_no_fault(scale: int, tmp_path: Path) -> None:
+    """6 times 2^13 is inside; the smallest there is, which all zeros have, is no zero."""
+    assert faults(experts_with(tmp_path, scale, [(5, 33, 3)])) == []
+
+
+@pytest.mark.parametrize(
+    ("scale", "kind", "dtypes"), [(255, "nan", [None]), (127 + 14, "overflow", ["fp16"])], ids=["nan", "overflow"]
+)
+def test_scales_of_experts_in_one_tensor_are_named_with_their_expert(
+    scale: int, kind: str, dtypes: list[str | None], tmp_path: Path
+) -> None:
+    folder = experts_with(tmp_path, scale, [(6, 0, 0), (5, 33, 3)])
+    found = faults(folder)
+    assert [each.dtype for each in found] == dtypes and found[0].kind == kind
+    assert (found[0].expert, found[0].row, found[0].column) == (5, 33, 3)
+    assert (found[0].height, found[0].width, found[0].count, found[0].scales) == (1, 32, 2, 8 * 64 * 4)
+    assert found[0].name == "model.layers.2.mlp.experts.down_proj_scales"
+    assert found[0].parameter == "model.layers.2.mlp.experts.down_proj"
+    told = [each for each in judge(run_probe(folder, ["Hello there"])).findings if each.kind == "bad-scale"]
+    assert {each.place.name for each in told} == {"experts down_proj scale"}
+    assert "expert 5, block row 33, column 3 (outputs 33, inputs 96 to 127)" in told[0].cause.evidence[0]
 
 
 def test_the_scale_of_all_blocks_is_checked_too(healthy: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.weights import read_tensor
-from support.quantise import SCHEMES, quantised
+from support.families import make_family
+from support.quantise import EXPERTS, MXFP4, SCHEMES, Parts, quantised, rewrite
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
 
@@ -28,6 +29,35 @@ def test_fp8_blocks_are_what_transformers_makes_of_them(module: str, healthy: Pa
     parts = parts_of(folder, module)
     theirs = integration.Fp8Dequantize(None)._dequantize_one(parts["weight"], parts["weight_scale_inv"], torch.float32)
     assert torch.equal(read_tensor(open_checkpoint(folder, "x"), f"{module}.weight"), theirs)
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("kept", [torch.uint8, "float8_e8m0fnu"])
+def test_experts_in_mxfp4_are_what_transformers_makes_of_them(kept: Any, tmp_path: Path) -> None:
+    """Bit by bit, of any bytes; 255 is no scale."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    kept = getattr(torch, kept, None) if isinstance(kept, str) else kept
+    if kept is None:
+        pytest.skip("this torch has no such format")
+    folder, _ = quantised(make_family(tmp_path / "plain", "gpt_oss").folder, tmp_path / "q", MXFP4, EXPERTS)
+    torch.manual_seed(0)
+    made: Parts = {}
+
+    def change(tensors: Parts) -> None:
+        for name in [name for name in tensors if name.endswith("_blocks")]:
+            scales = name.replace("_blocks", "_scales")
+            blocks, bytes_of = torch.randint(256, tensors[name].shape), torch.randint(255, tensors[scales].shape)
+            made[name], made[scales] = blocks.byte(), bytes_of.byte()
+            tensors |= {name: made[name], scales: made[scales].view(kept)}
+
+    rewrite(folder, change)
+    checkpoint = open_checkpoint(folder, "x")
+    for weight in [name.removesuffix("_blocks") for name in made if name.endswith("_blocks")]:
+        blocks, scales = made[f"{weight}_blocks"], made[f"{weight}_scales"]
+        theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).cpu()
+        assert torch.equal(read_tensor(checkpoint, weight).view(torch.int32), theirs.view(torch.int32)), weight
+    assert len(made) == 2 * 2 * 4
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -289,6 +289,19 @@ def test_scales_that_were_never_written_are_read_from_their_file(
     assert not passed and name in said
 
 
+def test_bytes_that_are_no_scale_are_read_from_their_file(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.families import make_family
+    from support.quantise import EXPERTS, MXFP4, quantised, rewrite
+
+    folder, _ = quantised(make_family(tmp_path / "plain", "gpt_oss").folder, tmp_path / "q", MXFP4, EXPERTS)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    rewrite(folder, lambda parts: parts[name][2, 0, :2].fill_(255))
+    passed, said = ran(script_of(run_probe(folder, TEXTS)), capsys, monkeypatch)
+    assert not passed and f"{name} in model.safetensors: 2 of 2048 numbers are NaN" in said
+
+
 # -- generations ---------------------------------------------------------------------------------------------------
 
 

@@ -160,6 +160,23 @@ def nvfp4(weight: np.ndarray) -> Made:
     return parts, value.reshape(rows, columns).astype(np.float32)
 
 
+def mxfp4(weight: np.ndarray) -> Made:
+    """As gpt-oss keeps its experts: groups of 32 of an output's inputs, a power of two each, and all of it turned."""
+    experts, inputs, outputs = weight.shape
+    groups = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(experts, outputs, inputs // 32, 32)
+    powers = np.ceil(np.log2(np.abs(groups).max(3) / 6))
+    each = np.exp2(powers)[..., None].astype(np.float32)
+    nearest = np.abs(np.abs(groups / each)[..., None] - FP4).argmin(-1)
+    negative = groups < 0
+    value = np.where(negative, -FP4[nearest], FP4[nearest]) * each
+    nibbles = (nearest + 8 * negative).astype(np.uint8)
+    parts = {
+        "_blocks": torch.from_numpy(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)),
+        "_scales": torch.from_numpy((powers + 127).astype(np.uint8)),
+    }
+    return parts, value.reshape(experts, outputs, inputs).transpose(0, 2, 1).astype(np.float32, order="C")
+
+
 def group_of(kept: str, **weights: Any) -> dict[str, Any]:
     """``quantization_config`` of compressed-tensors with one group."""
     groups = {"group_0": {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": None}}
@@ -238,6 +255,17 @@ SCHEMES = {
         awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, "AWQ int4"
     ),
 }
+
+
+MXFP4 = Scheme(
+    mxfp4,
+    {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]},
+    "MXFP4 (groups of 32",
+)
+"""Not of a matrix, as those are, but of the experts of gpt-oss together."""
+
+EXPERTS = r"experts\.(gate_up|down)_proj$"
+"""What gpt-oss calls them."""
 
 
 def _renamed(made: Made) -> Made:
