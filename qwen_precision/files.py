@@ -28,12 +28,26 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
         QprecError: the folder is missing or not writable, or the path is a folder or an input.
         UsageError: there is a file already that may not be replaced.
     """
+    real = _check_place(path, inputs, label, force)
+    if real is None:
+        return
+    place = unfinished(real)
+    try:  # what may be written by its permissions need not take a new file: /proc takes none
+        os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        raise unwritable(f"{label} {str(path)[:60]}", error) from error
+    finally:
+        done_with(place)
+
+
+def _check_place(path: Path, inputs: Iterable[Path] = (), label: str = "-o", force: bool = True) -> Path | None:
+    """What ``check_writable`` can tell without writing; where the file will lie, or None for a pipe or a device."""
     real = Path(os.path.realpath(path))
     folder = real.parent
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             _pipe(path)
-            return
+            return None
     except OSError as error:
         raise unwritable(f"{label} {str(path)[:60]}", error) from error
     if real.is_symlink():
@@ -50,13 +64,7 @@ def check_writable(path: Path, inputs: Iterable[Path] = (), label: str = "-o", f
             raise QprecError(f"{label} {path}: would write over what is read ({each}); choose another name.")
     if real.is_file() and not force:
         raise UsageError(f"{label} {path}: is there already; add --force to replace it.")
-    place = unfinished(real)
-    try:  # what may be written by its permissions need not take a new file: /proc takes none
-        os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        raise unwritable(f"{label} {str(path)[:60]}", error) from error
-    finally:
-        done_with(place)
+    return real
 
 
 def write_atomically(path: Path, text: str | bytes) -> None:
@@ -67,11 +75,10 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     Raises:
         QprecError: the file cannot be written.
     """
-    check_writable(path)
-    real = Path(os.path.realpath(path))
+    real = _check_place(path)
     data = text.encode("utf-8", "replace") if isinstance(text, str) else text  # half a character is no reason to fail
     try:
-        if path.exists() and not path.is_file():
+        if real is None:
             with open(_pipe(path), "wb") as file:
                 del _PIPES[path]
                 file.write(data)

@@ -20,6 +20,7 @@ from support.builders import (
     a_plan,
     a_prompt,
     a_run,
+    a_sweep,
     a_trip,
     advised_run,
     an_upcast,
@@ -153,53 +154,37 @@ def test_beside_the_fix_stands_what_it_costs() -> None:
 
 def test_what_came_of_a_sweep_is_told_by_the_command_that_made_it() -> None:
     """The screen names it as the next command: without this line it would look as if nothing had been done."""
-    from qwen_precision.record.explanation import Sweep
-
-    made = Sweep(
-        kind="first-token",
-        dtype="fp16",
-        total=512,
-        tried=512,
-        over=0,
-        layers=healthy_run().model.layers,
-        worst=[],
-        prompt=None,
-        shortest_failing=None,
-        longest_clean=None,
-        seconds=0.1,
-    )
     for over, words in ((0, "512 of 512 tried; none fails"), (3, "512 of 512 tried; 3 fail")):
-        view = View((judge(healthy_run(sweep=made.model_copy(update={"over": over}))),))
-        assert words in str(FORMATS["screen"].render(view)) and words in str(FORMATS["html"].render(view))
+        run = healthy_run(sweep=a_sweep(over=over))
+        assert words in screen(run) and words in str(FORMATS["html"].render(View((judge(run),))))
 
 
 def test_of_a_token_without_its_text_no_empty_quotes_are_shown() -> None:
     from qwen_precision.report.redact import redacted
 
-    text = str(FORMATS["screen"].render(View((judge(redacted(overflowing_run())),))))
+    text = screen(redacted(overflowing_run()))
     assert "token 0, channel 35" in text and '""' not in text
 
 
 def test_an_empty_text_and_one_that_a_failure_ended_say_how_they_ended() -> None:
-    def screen(**changes: Any) -> str:
-        row = a_continuation([9, 9], ["a", "b"], **changes)
-        return str(FORMATS["screen"].render(View((judge(generated(a_generation([row]), ["fp16"])),))))
+    def shown(**changes: Any) -> str:
+        return screen(generated(a_generation([a_continuation([9, 9], ["a", "b"], **changes)]), ["fp16"]))
 
-    assert "2 tokens, ENDED after its last good token" in screen(text="ab", finish="failed")
-    assert "2 tokens, ended at the limit" in screen(text="", finish="length")
-    assert "2 tokens" not in screen(text="ab", finish="length")
+    assert "2 tokens, ENDED after its last good token" in shown(text="ab", finish="failed")
+    assert "2 tokens, ended at the limit" in shown(text="", finish="length")
+    assert "2 tokens" not in shown(text="ab", finish="length")
 
 
 def test_of_a_loop_it_is_the_logits_that_are_called_repaired() -> None:
     row = a_continuation([9] * 9, ["a"] * 9)
     made = a_generation([row], [a_trip(3), a_trip(3, "clamp", "repaired")])
-    text = str(FORMATS["screen"].render(View((judge(generated(made, ["fp16"])),))))
+    text = screen(generated(made, ["fp16"]))
     assert "RISK the text says nothing from step 0 on (degenerate-text), with repaired logits" in " ".join(text.split())
 
 
 def test_where_no_rescue_is_possible_the_screen_says_why() -> None:
-    text = " ".join(str(FORMATS["screen"].render(View((judge(not_rescuable_run()),)))).split())
+    text = " ".join(screen(not_rescuable_run()).split())
     assert "No rescue rescaling alone does not do it: logits (0.5x headroom): a logit is the answer" in text
     plan = a_plan(unsupported="only a Qwen can be rescaled")
-    text = str(FORMATS["screen"].render(View((judge(overflowing_run(rescue=plan)),))))
+    text = screen(overflowing_run(rescue=plan))
     assert "No rescue only a Qwen can be rescaled" in text

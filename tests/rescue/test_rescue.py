@@ -20,6 +20,7 @@ from qwen_precision.qwen3.op import name_of
 from qwen_precision.record.generation import Stretch
 from qwen_precision.rescue.export import NOTE, Exporter
 from qwen_precision.settings.guards import load_guards
+from support import kernels
 from support.checkpoints import DEMO, make_checkpoint
 from support.plants import (
     down_proj_output,
@@ -171,9 +172,9 @@ def test_the_error_is_that_of_the_same_model_with_a_small_stream_to_begin_with(t
     assert torch.equal(logits(large, torch.float32), reference) and run.rescue.exported.identical
     before, after = (logits(each, torch.float16) for each in (small, tmp_path / "safe"))
     # Both round the same numbers, up to powers of two, so what a CPU sums in whatever order comes out the same; only
-    # what falls below fp16's normal range in one of them loses bits: a hundredth of what rounding costs anyway, a fifth
-    # where a kernel (torch 2.6 with AVX512-FP16) keeps partial sums in fp16.
-    assert (after - before).norm() <= 0.5 * (before - reference).norm()
+    # what falls below fp16's normal range in one of them loses bits. That is small beside what rounding costs anyway,
+    # and a fifth of it where partial sums are kept in fp16.
+    assert (after - before).norm() <= (0.5 if kernels.OLDEST else 0.01) * (before - reference).norm()
 
 
 def test_a_model_that_needs_it_is_untied_and_still_the_same_function(tmp_path: Path) -> None:

@@ -292,6 +292,24 @@ def two_prompts_run(controls: list[Control]) -> Run:
     return a_run(passes, prompts=[a_prompt("plain"), a_prompt("chat")], explanation=made)
 
 
+def a_sweep(**changes: Any) -> Sweep:
+    """Over first tokens, none of which fails."""
+    made = Sweep(
+        kind="first-token",
+        dtype="fp16",
+        tried=512,
+        total=512,
+        layers=32,
+        over=0,
+        worst=[],
+        prompt=None,
+        shortest_failing=None,
+        longest_clean=None,
+        seconds=0.1,
+    )
+    return made.model_copy(update=changes)
+
+
 def explained_run() -> Run:
     look = Closeup(
         operands=[
@@ -318,19 +336,7 @@ def explained_run() -> Run:
             ids=[9707], text="Hello", magnitude=74945.8, layer=31, name="residual add after mlp", channel=35, fails=True
         )
     ]
-    sweep = Sweep(
-        kind="first-token",
-        dtype="fp16",
-        tried=4096,
-        total=4096,
-        layers=32,
-        over=1,
-        worst=worst,
-        prompt=None,
-        shortest_failing=None,
-        longest_clean=None,
-        seconds=12.5,
-    )
+    sweep = a_sweep(tried=4096, total=4096, over=1, worst=worst, seconds=12.5)
     reference = [1.5, 20.0, 300.0, 40000.0, 74945.8, 31.0]
     massive = [Massive(layer=31, row=0, position=0, channel=35, value=74945.8, median=0.4)]
     fp16 = a_pass(
