@@ -20,8 +20,8 @@ from torch import nn
 from qwen_precision.errors import QprecError
 from qwen_precision.qwen3 import name_of
 from qwen_precision.torch_dtypes import short_name
-from qwen_precision.watcher.mode import Watcher, attached
-from qwen_precision.watcher.readings import Counted, Reading, Spot
+from qwen_precision.watcher.mode import Watcher, attached, unwatched
+from qwen_precision.watcher.readings import Counted, Raw, Reading, Spot, spell_out
 
 _ROWS = 10
 """Operations that the table shows; the rest has more headroom and is counted."""
@@ -39,18 +39,22 @@ class Readings:
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher: Watcher | None = watcher
+        self._last: Raw | None = None
         self._counted = Counted()
         self._spelled: list[Reading] = []
 
     def refresh(self) -> None:
         """Bring what was measured since the last time to the host; whatever asks for readings does it by itself."""
-        if self._watcher is not None:
-            self._spelled += self._watcher.so_far(self._counted)
+        raw = self._last if self._watcher is None else self._watcher.so_far()
+        self._last = None
+        if raw is not None:
+            with unwatched():
+                self._spelled += spell_out(raw, self._counted)
 
     def close(self) -> None:
-        """Bring the last of it; nothing is added from here on."""
-        self.refresh()
-        self._watcher = None
+        """Bring the last of it, to be spelled out when somebody asks; nothing is added from here on."""
+        if self._watcher is not None:
+            self._last, self._watcher = self._watcher.so_far(), None
 
     def __iter__(self) -> Iterator[Reading]:
         self.refresh()

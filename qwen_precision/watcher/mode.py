@@ -14,7 +14,7 @@ What it does not see: values inside a fused kernel (the scores of ``scaled_dot_p
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from qwen_precision.watcher.aten import OUTPUTS, Kind, Rule, rule_for
 from qwen_precision.watcher.masks import FLOATS, Masks
-from qwen_precision.watcher.readings import Aside, Counted, Reading, Slots, spell_out
+from qwen_precision.watcher.readings import Aside, Raw, Reading, Slots
 
 _READ, _MOVE = Kind.READ, Kind.MOVE  # looked up for every operation
 
@@ -140,15 +140,11 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self.forget()
         return self.slots.set_aside()
 
-    def so_far(self, counted: Counted) -> list[Reading]:
-        """The readings since the last call; a forward that is under way goes on as if nobody had asked.
-
-        Args:
-            counted: how far forwards and calls were counted then; counted on.
-        """
+    def so_far(self) -> Raw:
+        """What was read since the last call; a forward that is under way goes on as if nobody had asked."""
         self._last = None  # its slot is about to go
-        with _disable_current_modes():  # else what is done to bring numbers would be measured too
-            return spell_out(self.slots.bring(), counted)
+        with unwatched():
+            return self.slots.bring()
 
     # -- what: every operation -----------------------------------------------------------------------------
 
@@ -288,6 +284,12 @@ def _any_of(bad: Tensor | None, rows: list[Tensor]) -> Tensor | None:
         if each.shape[:-1] == bad.shape[:-1]:
             bad = bad | each
     return bad
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """In it, what is done to bring numbers or to spell them out is not measured too."""
+    made: AbstractContextManager[Any] = _disable_current_modes()
+    return made
 
 
 Hook = Callable[..., None]
