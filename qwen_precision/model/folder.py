@@ -156,7 +156,7 @@ def _open_gguf(path: Path, source: str, revision: str | None) -> Checkpoint:
 
 def _notes(checkpoint: Checkpoint, raw: dict[str, Any]) -> Iterator[Choice]:
     if checkpoint.quantised is not None:
-        engine = "W8A8, NVFP4" if checkpoint.gguf is None else "llama.cpp's Q8 blocks"
+        engine = "W8A8, NVFP4, MXFP4" if checkpoint.gguf is None else "llama.cpp's Q8 blocks"
         reason = (
             "each to float32 once, and from there to each dtype; activations run in the dtype asked for: quantised "
             f"ones ({engine}) are not imitated"

@@ -21,6 +21,8 @@ _E8M0 = (*(2.0 ** (byte - 127) for byte in range(255)), math.nan)
 
 _SIXTEEN = 16
 """Columns that share a scale in NVFP4."""
+MX_GROUP = 32
+"""Columns that share a scale in MXFP4 and MXFP8 (OCP Microscaling Formats)."""
 
 Pieces = Mapping[str, Tensor]
 
@@ -42,11 +44,11 @@ def times_blocks(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -
 
     Args:
         weight: ``[rows, columns]``, FP8 or integers.
-        scale: a scalar, ``[rows]``, ``[rows, 1]``, or ``[blocks down, blocks across]``.
+        scale: a scalar, ``[rows]``, ``[rows, 1]``, or ``[blocks down, blocks across]``; bytes are exponents.
         block: rows and columns that one scale is for; None for one a tensor or a row.
     """
     rows, columns = weight.shape
-    each = grid(scale.float(), rows)
+    each = grid(numbers(scale), rows)
     if block is not None:
         if each.shape[0] > 1:
             each = each.repeat_interleave(block[0], 0)[:rows]
@@ -163,6 +165,17 @@ def nvfp4(pieces: Pieces) -> Tensor:
 
 
 def mxfp4(pieces: Pieces) -> Tensor:
+    """4-bit floats times their group's power of two: ``[outputs, inputs]``.
+
+    Source: compressed-tensors, compressors/mxfp4/base.py and mx_utils.py; a byte of 255 as for ``mxfp4_experts``.
+
+    Args:
+        pieces: ``packed`` uint8 ``[outputs, inputs / 2]``, ``scale`` ``[outputs, inputs / 32]``.
+    """
+    return times_blocks(_fp4(pieces["packed"]), pieces["scale"], (1, MX_GROUP))
+
+
+def mxfp4_experts(pieces: Pieces) -> Tensor:
     """4-bit floats times their group's power of two, of all experts: ``[experts, inputs, outputs]``.
 
     A scale whose byte is 255 is NaN, as the format has it; transformers takes it for 2^128, which is infinite.

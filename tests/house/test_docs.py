@@ -13,7 +13,7 @@ from qwen_precision.dtypes import DTYPES
 from qwen_precision.judge.checks import CHECKS, judge
 from qwen_precision.judge.engines import with_engines
 from qwen_precision.judge.meanings import CAUSES
-from qwen_precision.model.quantised import FORMATS as FORMATS_READ
+from qwen_precision.model.compressed import FORMATS as FORMATS_READ
 from qwen_precision.model.quantised import METHODS
 from qwen_precision.record import load
 from qwen_precision.render import FORMATS, View

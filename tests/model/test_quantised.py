@@ -40,7 +40,7 @@ def test_every_weight_is_the_number_its_parts_stand_for(name: str, healthy: Path
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
-@pytest.mark.parametrize("name", ["fp8 blocks", "ct nvfp4", "gptq sorted", "awq", "ct int4 zeros"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "ct nvfp4", "ct mxfp4", "gptq sorted", "awq", "ct int4 zeros"])
 def test_a_probe_equals_that_of_the_folder_with_the_same_numbers(
     name: str, memory: str, healthy: Path, tmp_path: Path
 ) -> None:
@@ -269,6 +269,13 @@ def _saying(**changes: Any) -> Callable[[Path], None]:
         ("ct int4", _saying(transform_config={"config_groups": {"a": {}}}), ["transform_config"]),
         ("ct int4", _as("weight_shape", lambda t: t + 1), ["contradict", "[129, 65]"]),
         ("ct nvfp4", _without("weight_global_scale"), ["up_proj.weight_global_scale"]),
+        ("ct mxfp4", _as("weight_scale", lambda t: t.int()), ["weight_scale", "I32", "no format of scales"]),
+        ("ct mxfp4", _as("weight_scale", lambda t: t[:, :1]), ["up_proj.weight_packed", "scale of shape"]),
+        (
+            "ct mxfp8",
+            _saying(**group_of("mxfp8-quantized", num_bits=8, group_size=32, symmetric=False)),
+            ["zero points", "powers of two"],
+        ),
         ("fp8 blocks", _saying(**group_of("pack-quantized", num_bits=4, group_size=32)), ["no tensor", "together"]),
     ],
 )

@@ -160,21 +160,45 @@ def nvfp4(weight: np.ndarray) -> Made:
     return parts, value.reshape(rows, columns).astype(np.float32)
 
 
-def mxfp4(weight: np.ndarray) -> Made:
-    """As gpt-oss keeps its experts: groups of 32 of an output's inputs, a power of two each, and all of it turned."""
-    experts, inputs, outputs = weight.shape
-    groups = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(experts, outputs, inputs // 32, 32)
-    powers = np.ceil(np.log2(np.abs(groups).max(3) / 6))
+def mx_groups(weight: np.ndarray, largest: float) -> tuple[np.ndarray, np.ndarray]:
+    """The last dimension in groups of 32, and the power of two of each that brings it below the largest number."""
+    groups = weight.reshape(*weight.shape[:-1], weight.shape[-1] // 32, 32)
+    return groups, np.ceil(np.log2(np.abs(groups).max(-1) / largest))
+
+
+def in_fp4(groups: np.ndarray, powers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Two numbers a byte, a byte an exponent, and what they stand for."""
     each = np.exp2(powers)[..., None].astype(np.float32)
     nearest = np.abs(np.abs(groups / each)[..., None] - FP4).argmin(-1)
     negative = groups < 0
-    value = np.where(negative, -FP4[nearest], FP4[nearest]) * each
     nibbles = (nearest + 8 * negative).astype(np.uint8)
-    parts = {
-        "_blocks": torch.from_numpy(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)),
-        "_scales": torch.from_numpy((powers + 127).astype(np.uint8)),
-    }
-    return parts, value.reshape(experts, outputs, inputs).transpose(0, 2, 1).astype(np.float32, order="C")
+    packed = torch.from_numpy(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4))
+    value = np.where(negative, -FP4[nearest], FP4[nearest]) * each
+    return packed, torch.from_numpy((powers + 127).astype(np.uint8)), value
+
+
+def mxfp4_experts(weight: np.ndarray) -> Made:
+    """As gpt-oss keeps its experts: groups of 32 of an output's inputs, a power of two each, and all of it turned."""
+    experts, inputs, outputs = weight.shape
+    packed, scales, value = in_fp4(*mx_groups(np.ascontiguousarray(weight.transpose(0, 2, 1)), 6))
+    value = value.reshape(experts, outputs, inputs).transpose(0, 2, 1)
+    return {"_blocks": packed, "_scales": scales}, value.astype(np.float32, order="C")
+
+
+def mxfp4(weight: np.ndarray) -> Made:
+    """As compressed-tensors keeps a matrix: a row of bytes an output."""
+    packed, scales, value = in_fp4(*mx_groups(weight, 6))
+    parts = {"weight_packed": packed.flatten(1), "weight_scale": scales}
+    return parts, value.reshape(weight.shape).astype(np.float32)
+
+
+def mxfp8(weight: np.ndarray) -> Made:
+    """FP8 in groups of 32, a power of two each."""
+    groups, powers = mx_groups(weight, 448)
+    each = torch.from_numpy(np.exp2(powers)[..., None].astype(np.float32))
+    rounded = (torch.from_numpy(groups) / each).to(torch.float8_e4m3fn)
+    parts = {"weight": rounded.flatten(1), "weight_scale": torch.from_numpy((powers + 127).astype(np.uint8))}
+    return parts, (rounded.float() * each).flatten(1).numpy()
 
 
 def group_of(kept: str, **weights: Any) -> dict[str, Any]:
@@ -234,6 +258,16 @@ SCHEMES = {
         group_of("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
         "NVFP4",
     ),
+    "ct mxfp4": Scheme(
+        mxfp4,
+        group_of("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+        "MXFP4 (groups of 32",
+    ),
+    "ct mxfp8": Scheme(
+        mxfp8,
+        group_of("mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32),
+        "MXFP8 (groups of 32",
+    ),
     "gptq": Scheme(gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}, "GPTQ int4 (groups of 32)"),
     "gptq sorted": Scheme(
         lambda weight: gptq(weight, sorted_by=7),
@@ -258,7 +292,7 @@ SCHEMES = {
 
 
 MXFP4 = Scheme(
-    mxfp4,
+    mxfp4_experts,
     {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]},
     "MXFP4 (groups of 32",
 )
