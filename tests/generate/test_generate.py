@@ -17,6 +17,8 @@ from support.generations import ANSWER, BATCH, DEMO, PROMPT, ids_of, plain, plan
 from support.plants import loud_token
 from support.runs import faults
 
+pytestmark = pytest.mark.transformers
+
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
 NAN = float("nan")
 

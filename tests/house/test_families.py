@@ -1,6 +1,5 @@
 """configs/families.md: which families run how, and what of each is not said."""
 
-import inspect
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
+from qwen_precision.model.lanes import cache_argument
 from qwen_precision.model.way import LAYERWISE
 from support.checkpoints import ROOT
 from support.families import FAMILIES, OWN_CACHE, SKIPPED, WRAPPERS, config_for, tiny_config
@@ -35,7 +35,7 @@ TURNED = "quantised weights are refused: matrices lie turned (Conv1D)"
 def limits(name: str) -> str:
     """What is not done of a family that runs whole, beside what is not done of any."""
     made = getattr(transformers, FAMILIES[name])
-    cached = "past_key_values" in inspect.signature(made.forward).parameters and name not in OWN_CACHE
+    cached = cache_argument(made) is not None and name not in OWN_CACHE
     found = [] if cached else [NO_CACHE]
     if "Conv1D" in vars(sys.modules[made.__module__]) and has_conv1d(name):
         found.append(TURNED)

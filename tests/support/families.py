@@ -35,7 +35,7 @@ if transformers.__version__.startswith("4."):
         **dict.fromkeys(("emu3", "mllama"), "this transformers cannot read the configuration of the text model alone"),
     }
 
-OWN_CACHE = {"blt", "cpmant", "minimax", "prophetnet"}
+OWN_CACHE = {"blt", "cpmant", "minimax", "prophetnet", "xlm", "xlstm"}
 """Model types whose forward takes a cache, but of a kind of its own, or counts positions in a way of its own."""
 
 WRAPPERS: dict[str, str] = {
@@ -158,6 +158,9 @@ WRITERS = (
 BIGGEST = 40000.0
 """The largest weight of a planted matrix: finite in fp16, and its product with inputs of order one is not."""
 
+UNIT_INPUTS = {"dory"}
+"""Families in which a vector of length one goes into that matrix: all its weights have to be as large."""
+
 
 class Family(NamedTuple):
     """A checkpoint and the module in it that overflows in fp16, if one was asked for.
@@ -218,7 +221,9 @@ def plant_overflow(model: Any) -> str:
             alike = [name for name in found if re.sub(r"\d+", "#", name) == kind]
             with torch.no_grad():
                 for name in alike:
-                    weights[name].mul_(BIGGEST / weights[name].abs().max())
+                    weight = weights[name]
+                    even = weight.sign() if model.config.model_type in UNIT_INPUTS else weight / weight.abs().max()
+                    weight.copy_(even * BIGGEST)
             return f"{path}.{at}.{owner(alike)}"
     raise LookupError(f"no matrix that writes into the residual stream in {path} of {type(model).__name__}")
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_precision.dtypes import DTYPES
 from qwen_precision.generate.run import generate
+from qwen_precision.model.lanes import cache_argument
 from qwen_precision.model.loaded import Models
 from qwen_precision.record.run import Run
 from qwen_precision.settings.config import load_generate_settings
@@ -78,7 +79,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault, dtypes: Sequence[str] =
         step = {"now": 0}
 
         def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
-            fault(step["now"], out.logits[:, -1], kwargs["past_key_values"])
+            fault(step["now"], out.logits[:, -1], kwargs[cache_argument(module)])
             step["now"] += 1
 
         if dtype in dtypes:

@@ -143,7 +143,7 @@ def _fine(case: Case, damaged: Weight | ScaleFault) -> tuple[str, str]:
         return f"tensor.float() != {float(damaged.value)!r}", "what scales are filled with before they are read"
     if damaged.kind == "zero":
         return "tensor.float() != 0", "zero"
-    if "MXFP4" in case.told.get("weights", ""):
+    if "MXFP" in case.told.get("weights", ""):
         return "tensor.view(torch.uint8) != 255", "NaN"  # bytes that are exponents
     return "torch.isfinite(tensor.float())", "not finite"
 
