@@ -106,4 +106,4 @@ golden: $(STAMP) ## write the expected outputs of the tests anew; read the diff
 	$(BIN)/python -m pytest --update-golden
 
 clean: ## remove what was built
-	rm -rf $(VENV) $(OLDEST) $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qprec-demo.json qprec-run.json
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(ENGINES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache qprec-demo.json qprec-run.json

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from qwen_precision.errors import QprecError
 from qwen_precision.judge import Candidate
-from qwen_precision.model import Encoded, Lane, Models, decoding, encode, only_the_last, out_of_memory, positions_of
+from qwen_precision.model import (
+    Encoded,
+    Lane,
+    Models,
+    decoding,
+    encode,
+    given_positions,
+    only_the_last,
+    out_of_memory,
+    positions_of,
+)
 from qwen_precision.probe import Job
 from qwen_precision.progress import Progress
 from qwen_precision.qwen3 import layer_of
@@ -78,9 +88,9 @@ def _at_once(model: Any, given: Encoded) -> Tensor:
     out = model(
         input_ids=given.ids,
         attention_mask=None if bool((given.mask == 1).all()) else given.mask,
-        position_ids=positions_of(given.mask),
         use_cache=False,
         return_dict=True,
+        **given_positions(model, positions_of(given.mask)),
         **only_the_last(model),
     )
     last: Tensor = out.logits[:, -1]

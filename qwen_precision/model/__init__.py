@@ -11,7 +11,15 @@ from qwen_precision.model.folder import Checkpoint, open_checkpoint
 from qwen_precision.model.gate import check_values, fault, foreign_faults
 from qwen_precision.model.hub import download_bytes, gguf_on_hub, is_here, locate, without_weights
 from qwen_precision.model.index import FLOAT_TYPES, TensorInfo, read_json
-from qwen_precision.model.lanes import Lane, cache_argument, decoding, not_decoded, only_the_last, positions_of
+from qwen_precision.model.lanes import (
+    Lane,
+    cache_argument,
+    decoding,
+    given_positions,
+    not_decoded,
+    only_the_last,
+    positions_of,
+)
 from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import (
     REDUCED_SUMS,
@@ -77,6 +85,7 @@ __all__ = [
     "finish",
     "foreign_faults",
     "gguf_on_hub",
+    "given_positions",
     "is_here",
     "is_layerwise",
     "layer_calls",

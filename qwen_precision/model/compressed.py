@@ -144,8 +144,14 @@ def _mxfp4(weights: Settings) -> Layout:
 
 def _mxfp8(weights: Settings) -> Layout:
     _mx_group(weights, 8)
-    layout = plain_layout("MXFP8", "FP8", FP8, (1, unpack.MX_GROUP))
-    return replace(layout, what="MXFP8 (groups of 32, powers of two as scales)", kept=EXPONENTS)
+    plain = plain_layout("MXFP8", "MXFP8", FP8, (1, unpack.MX_GROUP))
+    return replace(
+        plain,
+        what="MXFP8 (groups of 32, powers of two as scales)",
+        leaves={role: leaves for role, leaves in plain.leaves.items() if role != "zero"},
+        drop=(*plain.drop, "weight_zero_point"),
+        kept=EXPONENTS,
+    )
 
 
 def _mx_group(weights: Settings, bits: int) -> None:

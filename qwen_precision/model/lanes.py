@@ -27,7 +27,19 @@ def only_the_last(model: Any) -> dict[str, int]:
 def cache_argument(model: Any) -> str | None:
     """What a model's forward calls its key-value cache: transformers renames it from 5.24 on; None without one."""
     takes = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in takes), None)
+    named = (name for name in ("cache", "past_key_values") if name in takes)
+    return next((name for name in named if "dict" not in str(takes[name].annotation)), None)  # XLM's is one of tensors
+
+
+def given_positions(model: Any, positions: Tensor) -> dict[str, Tensor]:
+    """The argument that gives a model's forward its positions: as in transformers' own ``generate``, none where the
+    forward would only hand it on."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
+
+
+def _starts_anew(model: Any) -> bool:
+    """Whether a call of several tokens forgets what was before: Mamba's first scan takes no state to start from."""
+    return any(hasattr(module, "x_proj") and hasattr(module, "dt_proj") for module in model.modules())
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -65,7 +77,7 @@ class Lane:
         rows: which rows of the batch; the order is that of the lane's own batch.
         ids: ``[batch, tokens]`` of the whole batch.
         mask: ``[batch, tokens]`` 1 at tokens, 0 at padding, of the whole batch.
-        chunk: prompt tokens that go through the model at once; 0 for all.
+        chunk: prompt tokens that go through the model at once; 0 for all, as where a chunk would forget the one before.
         weights: name of the weights, where they are not the checkpoint's own in that dtype.
     """
 
@@ -81,7 +93,7 @@ class Lane:
     ) -> None:
         self.dtype, self.rows = dtype, list(rows)
         self.weights = weights or dtype
-        self._model, self._chunk = model, chunk
+        self._model, self._chunk = model, 0 if _starts_anew(model) else chunk
         self._index = torch.tensor(self.rows, device=ids.device)
         mask = mask[self._index]
         # Padding that all rows of the lane have is left out: alone, a row needs none.
@@ -97,8 +109,6 @@ class Lane:
         self._told: set[int] = set()
         self._keep = only_the_last(model)
         self._cached = {cache_argument(model) or "past_key_values": self.cache}
-        # As transformers' own generate: a forward that hands on what it does not name is not given positions.
-        self._placed = "position_ids" in inspect.signature(model.forward).parameters
         layers = getattr(self.cache, "layers", [])
         self._attends = not layers or any(hasattr(layer, "keys") for layer in layers)
 
@@ -126,9 +136,7 @@ class Lane:
 
     def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """The logits after the last of these ids; the cache holds what was before them."""
-        given = {"input_ids": ids, "attention_mask": mask, **self._cached}
-        if self._placed:
-            given["position_ids"] = positions
+        given = {"input_ids": ids, "attention_mask": mask, **given_positions(self._model, positions), **self._cached}
         try:
             logits: Tensor = self._model(**given, use_cache=True, return_dict=True, **self._keep).logits
             self.held = max(self.held, logits.numel() * logits.element_size())

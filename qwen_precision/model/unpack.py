@@ -70,7 +70,8 @@ def plain(pieces: Pieces, block: tuple[int, int] | None) -> Tensor:
     weight = pieces["weight"]
     if "zero" not in pieces:
         return times_blocks(weight, pieces["scale"], block)
-    ones = times_blocks(torch.ones_like(weight, dtype=torch.float32), pieces["zero"], block)
+    zeros = pieces["zero"].float()  # a byte is a number here, and no exponent
+    ones = times_blocks(torch.ones_like(weight, dtype=torch.float32), zeros, block)
     return times_blocks(weight.float() - ones, pieces["scale"], block)
 
 

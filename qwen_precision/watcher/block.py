@@ -46,10 +46,10 @@ class Readings:
     def refresh(self) -> None:
         """Bring what was measured since the last time to the host; whatever asks for readings does it by itself."""
         raw = self._last if self._watcher is None else self._watcher.so_far()
-        self._last = None
         if raw is not None:
             with unwatched():
                 self._spelled += spell_out(raw, self._counted)
+            self._last = None
 
     def close(self) -> None:
         """Bring the last of it, to be spelled out when somebody asks; nothing is added from here on."""

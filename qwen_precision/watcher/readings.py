@@ -221,5 +221,5 @@ def spell_out(raw: Raw, counted: Counted | None = None) -> list[Reading]:
 
 def _follow(value: float, dtype: torch.dtype, op: str) -> float:
     """Rounding is monotonic, so the cast (the square) of the largest magnitude is the largest of the casts."""
-    result = torch.tensor(value, dtype=torch.float64).to(dtype)
+    result = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)
     return float(result * result if op == "pow" else result)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qwen_precision.cli.app import main
+from qwen_precision.model import unpack
 from qwen_precision.model.folder import open_checkpoint
 from qwen_precision.model.weights import read_tensor
 from support.checkpoints import edit_json
@@ -99,6 +100,14 @@ def test_generate_of_gpt_oss_gives_the_tokens_of_the_folder_with_the_same_number
         assert main(["generate", str(folder), *arguments]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and printed[0].strip()
+
+
+def test_a_zero_point_is_a_number_where_a_scale_of_a_byte_is_an_exponent() -> None:
+    zero = torch.tensor([[3]], dtype=torch.uint8)
+    pieces = {"weight": torch.tensor([[5, -7]], dtype=torch.int8), "scale": torch.tensor([[0.5]]), "zero": zero}
+    assert unpack.plain(pieces, None).tolist() == [[1.0, -5.0]]
+    pieces = {"weight": torch.tensor([[5, -7]], dtype=torch.int8), "scale": torch.tensor([[128]], dtype=torch.uint8)}
+    assert unpack.plain(pieces, None).tolist() == [[10.0, -14.0]]
 
 
 def test_a_quantised_lm_head_is_sliced_like_a_plain_one(healthy: Path, tmp_path: Path) -> None:

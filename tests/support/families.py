@@ -35,7 +35,7 @@ if transformers.__version__.startswith("4."):
         **dict.fromkeys(("emu3", "mllama"), "this transformers cannot read the configuration of the text model alone"),
     }
 
-OWN_CACHE = {"blt", "cpmant", "minimax", "prophetnet", "xlm", "xlstm"}
+OWN_CACHE = {"blt", "cpmant", "minimax", "prophetnet", "xlstm"}
 """Model types whose forward takes a cache, but of a kind of its own, or counts positions in a way of its own."""
 
 WRAPPERS: dict[str, str] = {

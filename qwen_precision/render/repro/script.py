@@ -143,8 +143,9 @@ def _fine(case: Case, damaged: Weight | ScaleFault) -> tuple[str, str]:
         return f"tensor.float() != {float(damaged.value)!r}", "what scales are filled with before they are read"
     if damaged.kind == "zero":
         return "tensor.float() != 0", "zero"
-    if "MXFP" in case.told.get("weights", ""):
-        return "tensor.view(torch.uint8) != 255", "NaN"  # bytes that are exponents
+    if "MXFP" in case.told.get("weights", ""):  # there bytes are exponents, and other scales may lie beside them
+        what = "NaN" if damaged.kind == "nan" else "not finite"
+        return "tensor != 255 if tensor.dtype is torch.uint8 else torch.isfinite(tensor.float())", what
     return "torch.isfinite(tensor.float())", "not finite"
 
 
