@@ -58,6 +58,8 @@ class Packed:
     """Roles that are scales; the first is the one of the blocks."""
     turned: bool
     """Whether scales are ``[across, down]`` of the weight."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale of the first role, where the last of them may be cut short."""
     by_rows: bool = False
     """Whether rows of its parts make the same rows of the weight."""
 

@@ -48,6 +48,8 @@ class Layout:
     """Formats, by safetensors' name, that scales may have."""
     turned: bool = False
     """Whether scales are ``[across, down]`` of the weight."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale where the last of a row or column may be cut short; None where none is."""
     glue: str = "."
     """What ends the module's name; with any but a dot it is the weight that has this name, and no module."""
 
@@ -166,6 +168,7 @@ def plain_layout(what: str, dtype: str, types: frozenset[str], block: tuple[int,
         drop=("input_scale", "activation_scale", "input_zero_point"),
         shape=partial(_plain_shape, block=block),
         unpack=partial(unpack.plain, block=block),
+        block=block,
     )
 
 

@@ -83,7 +83,7 @@ def _packed(tensors: Infos, module: str, layout: Layout, folder: Path) -> Packed
                 f"{folder / infos[role].file}: {names[role]} is stored as {infos[role].dtype}, which is no format of "
                 f"scales; {_WRONG}."
             )
-    return Packed(layout.what, names, infos, layout.unpack, layout.scales, layout.turned)
+    return Packed(layout.what, names, infos, layout.unpack, layout.scales, layout.turned, layout.block)
 
 
 def _entry(packed: Packed, layout: Layout, folder: Path) -> TensorInfo:

@@ -39,6 +39,8 @@ def scale_faults(
         scale = scale.flatten(0, 1) if scale.dim() == 3 else scale
         scale = grid(scale.T if packed.turned and scale.dim() == 2 else scale, rows)
         block = (math.ceil(rows / scale.shape[0]), math.ceil(columns / scale.shape[1]))
+        if packed.block is not None:  # the last may be cut short, which an even division does not know
+            block = (min(packed.block[0], rows), min(packed.block[1], columns))
         bad = dict(_bad(scale))
         faults: list[tuple[Any, str | None, Tensor]] = [(kind, None, mask) for kind, mask in bad.items()]
         if number == 0:

@@ -87,6 +87,16 @@ def test_a_block_that_leaves_fp16_when_multiplied_out_is_named_and_one_just_insi
     assert (fault.count, fault.scales) == (1, 8 * 2)
 
 
+def test_a_block_is_named_by_its_size_where_the_last_of_a_row_or_column_is_cut_short(
+    healthy: Path, tmp_path: Path
+) -> None:
+    """128 rows in blocks of 48, 64 columns in blocks of 40: three and two, none of them even."""
+    name = "model.layers.2.mlp.up_proj.weight_scale_inv"
+    (fault,) = faults(broken(healthy, tmp_path / "q", "fp8 cut blocks", name, [(1, 0)], 147.0))
+    assert (fault.kind, fault.count, fault.row, fault.column) == ("overflow", 1, 1, 0)
+    assert (fault.height, fault.width) == (48, 40)
+
+
 def test_groups_of_gptq_are_named_down_the_outputs_and_across_the_inputs(healthy: Path, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.down_proj.scales"  # [groups, outputs] in the file
     (fault,) = faults(broken(healthy, tmp_path / "q", "gptq", name, [(3, 50)], math.nan))
