@@ -19,10 +19,10 @@ from qwen_precision.model import (
     Models,
     decoding,
     encode,
-    given_positions,
     only_the_last,
     out_of_memory,
     positions_of,
+    takes_positions,
 )
 from qwen_precision.probe import Job
 from qwen_precision.progress import Progress
@@ -90,7 +90,7 @@ def _at_once(model: Any, given: Encoded) -> Tensor:
         attention_mask=None if bool((given.mask == 1).all()) else given.mask,
         use_cache=False,
         return_dict=True,
-        **given_positions(model, positions_of(given.mask)),
+        **({"position_ids": positions_of(given.mask)} if takes_positions(model) else {}),
         **only_the_last(model),
     )
     last: Tensor = out.logits[:, -1]

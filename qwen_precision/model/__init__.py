@@ -15,10 +15,10 @@ from qwen_precision.model.lanes import (
     Lane,
     cache_argument,
     decoding,
-    given_positions,
     not_decoded,
     only_the_last,
     positions_of,
+    takes_positions,
 )
 from qwen_precision.model.loaded import Models, NoRoom, filled
 from qwen_precision.model.machine import (
@@ -85,7 +85,6 @@ __all__ = [
     "finish",
     "foreign_faults",
     "gguf_on_hub",
-    "given_positions",
     "is_here",
     "is_layerwise",
     "layer_calls",
@@ -104,6 +103,7 @@ __all__ = [
     "read_json",
     "read_tensor",
     "run_layer",
+    "takes_positions",
     "weight_files",
     "without_weights",
 ]

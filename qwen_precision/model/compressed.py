@@ -121,7 +121,7 @@ def _nvfp4(weights: Settings) -> Layout:
         leaves={"packed": ("weight_packed",), "scale": ("weight_scale",), "global": ("weight_global_scale",)},
         may=frozenset(),
         drop=("input_global_scale",),
-        shape=_nvfp4_shape,
+        shape=partial(_fp4_shape, group=16),
         unpack=unpack.nvfp4,
         scales=("scale", "global"),
     )
@@ -136,7 +136,7 @@ def _mxfp4(weights: Settings) -> Layout:
         leaves={"packed": ("weight_packed",), "scale": ("weight_scale",)},
         may=frozenset(),
         drop=("input_global_scale",),
-        shape=_mxfp4_shape,
+        shape=partial(_fp4_shape, group=unpack.MX_GROUP),
         unpack=unpack.mxfp4,
         kept=EXPONENTS,
     )
@@ -172,16 +172,10 @@ def _integers_shape(infos: Infos, bits: int, group: int) -> Shape:
     return outputs, inputs
 
 
-def _nvfp4_shape(infos: Infos) -> Shape:
+def _fp4_shape(infos: Infos, group: int) -> Shape:
     outputs, half = matrix(infos["packed"])
-    expect(infos, "scale", {(outputs, math.ceil(half / 8))})
-    expect(infos, "global", {(), (1,)})
-    return outputs, half * 2
-
-
-def _mxfp4_shape(infos: Infos) -> Shape:
-    outputs, half = matrix(infos["packed"])
-    expect(infos, "scale", {(outputs, math.ceil(half * 2 / unpack.MX_GROUP))})
+    expect(infos, "scale", {(outputs, math.ceil(half * 2 / group))})
+    expect(infos, "global", {(), (1,)})  # of NVFP4
     return outputs, half * 2
 
 

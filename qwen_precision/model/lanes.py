@@ -31,10 +31,10 @@ def cache_argument(model: Any) -> str | None:
     return next((name for name in named if "dict" not in str(takes[name].annotation)), None)  # XLM's is one of tensors
 
 
-def given_positions(model: Any, positions: Tensor) -> dict[str, Tensor]:
-    """The argument that gives a model's forward its positions: as in transformers' own ``generate``, none where the
-    forward would only hand it on."""
-    return {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
+def takes_positions(model: Any) -> bool:
+    """Whether a model's forward is given positions: as in transformers' own ``generate``, not where it would only hand
+    them on."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _starts_anew(model: Any) -> bool:
@@ -108,6 +108,7 @@ class Lane:
         cannot be asked for that alone."""
         self._told: set[int] = set()
         self._keep = only_the_last(model)
+        self._placed = takes_positions(model)
         self._cached = {cache_argument(model) or "past_key_values": self.cache}
         layers = getattr(self.cache, "layers", [])
         self._attends = not layers or any(hasattr(layer, "keys") for layer in layers)
@@ -136,7 +137,9 @@ class Lane:
 
     def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """The logits after the last of these ids; the cache holds what was before them."""
-        given = {"input_ids": ids, "attention_mask": mask, **given_positions(self._model, positions), **self._cached}
+        given = {"input_ids": ids, "attention_mask": mask, **self._cached}
+        if self._placed:
+            given["position_ids"] = positions
         try:
             logits: Tensor = self._model(**given, use_cache=True, return_dict=True, **self._keep).logits
             self.held = max(self.held, logits.numel() * logits.element_size())
